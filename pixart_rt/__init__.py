@@ -1,0 +1,58 @@
+"""pixart_rt: engines, images and training for PixArt-alpha. The public names are these."""
+
+from typing import TYPE_CHECKING, Any
+
+from pixart_rt.config import (
+    CfgNull,
+    EngineConfig,
+    ModelConfig,
+    Precision,
+    SamplingConfig,
+    Scheduler,
+)
+from pixart_rt.errors import (
+    BackendError,
+    BuildError,
+    BundleError,
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    NumericsError,
+    PixArtError,
+)
+from pixart_rt.version import __version__
+
+if TYPE_CHECKING:
+    from pixart_rt.export.build import build
+    from pixart_rt.pipeline import PixArtPipeline
+
+_LAZY = {"PixArtPipeline": "pixart_rt.pipeline", "build": "pixart_rt.export.build"}
+
+__all__ = [
+    "BackendError",
+    "BuildError",
+    "BundleError",
+    "Cancelled",
+    "CfgNull",
+    "CheckpointError",
+    "ConfigError",
+    "EngineConfig",
+    "ModelConfig",
+    "NumericsError",
+    "PixArtError",
+    "PixArtPipeline",
+    "Precision",
+    "SamplingConfig",
+    "Scheduler",
+    "__version__",
+    "build",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the two names that need torch when they are first used, not on import."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pixart_rt' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,49 @@
+"""Every error that pixart_rt raises on purpose.
+
+    PixArtError                 base; `exit_code` is what the command line returns
+    ├── ConfigError             2   a setting that cannot be
+    ├── CheckpointError         1   a checkpoint that is missing, truncated or of another model
+    ├── BundleError             1   a bundle that is incomplete, changed or from another version
+    ├── BackendError            1   a backend that is not installed or refused a call
+    ├── BuildError              1   an engine that could not be built
+    │   └── NumericsError       1   a component whose output is wrong; names its first bad layer
+    └── Cancelled               1   the caller stopped the image
+
+A message is one line: what was asked, what was found, what to do.
+"""
+
+
+class PixArtError(Exception):
+    """Base of all errors of this library."""
+
+    exit_code = 1
+
+
+class ConfigError(PixArtError, ValueError):
+    """A setting or argument that cannot be."""
+
+    exit_code = 2
+
+
+class CheckpointError(PixArtError):
+    """A checkpoint that is missing, truncated or of another model."""
+
+
+class BundleError(PixArtError):
+    """An engine bundle that is incomplete, changed or from another version."""
+
+
+class BackendError(PixArtError):
+    """A backend that is not installed, or refused a call."""
+
+
+class BuildError(PixArtError):
+    """An engine that could not be built."""
+
+
+class NumericsError(BuildError):
+    """A component whose output differs from float32 PyTorch by more than its bound."""
+
+
+class Cancelled(PixArtError):
+    """The caller asked to stop before the image was finished."""

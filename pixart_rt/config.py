@@ -1,0 +1,178 @@
+"""The settings of a model, an engine and a sampling run. A setting that exists is valid."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from pixart_rt.buckets import PIXELS_PER_TOKEN, RESOLUTIONS, token_range
+from pixart_rt.errors import ConfigError
+
+COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
+
+
+class Precision(StrEnum):
+    """The dtype of a component's weights and matrix products."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+class CfgNull(StrEnum):
+    """What the unconditional branch of guidance sees. Three conventions were published."""
+
+    EMPTY_PROMPT = "empty-prompt"
+    """T5("") with its own one-token mask: diffusers, both families. The default."""
+    Y_EMBEDDING = "y-embedding"
+    """The checkpoint's y_embedding under the caption's mask: the original PixArt-alpha code."""
+    EMPTY_PROMPT_CAPTION_MASK = "empty-prompt-caption-mask"
+    """T5("") under the caption's mask: the original PixArt-Sigma code."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The shape of a PixArt transformer. The default is XL/2 at 1024, multi-scale."""
+
+    num_layers: int = 28
+    num_heads: int = 16
+    head_dim: int = 72
+    in_channels: int = 4  # of the latents
+    out_channels: int = 8  # noise and, when twice in_channels, the learned variance
+    patch_size: int = 2
+    caption_channels: int = 4096  # width of the text encoder
+    max_text_tokens: int = 120  # 300 for PixArt-Sigma
+    sample_size: int = 128  # latent pixels per side: resolution / 8
+    interpolation_scale: float = 2.0  # of the position table (`lewei_scale`, `pe_interpolation`)
+    micro_conditioning: bool = True  # on image size and aspect ratio
+    cfg_null: CfgNull = CfgNull.EMPTY_PROMPT
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "head_dim", "in_channels", "patch_size",
+                     "caption_channels", "max_text_tokens", "sample_size"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ConfigError(
+                f"out_channels is {self.out_channels}; it must be in_channels ({self.in_channels}) "
+                "or, with a learned variance, twice that"
+            )
+        if self.hidden_size % 4:
+            raise ConfigError(
+                f"width {self.hidden_size} = num_heads x head_dim must be a multiple of 4 "
+                "for the position table"
+            )
+        if self.micro_conditioning and self.hidden_size % 3:
+            raise ConfigError(
+                f"micro-conditioning splits the width in three, but {self.hidden_size} = "
+                f"{self.num_heads} heads x {self.head_dim} does not divide; change the heads"
+            )
+        if not self.interpolation_scale > 0:
+            raise ConfigError(f"interpolation_scale must be > 0, got {self.interpolation_scale}")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def token_channels(self) -> int:
+        """Numbers per input patch token: 16 for 4-channel latents and patches of 2×2."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def base_size(self) -> int:
+        """Tokens per side at the model's own resolution."""
+        return self.sample_size // self.patch_size
+
+    @property
+    def resolution(self) -> int:
+        """Pixels per side of the square image the model was trained for."""
+        return self.base_size * PIXELS_PER_TOKEN
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.out_channels == 2 * self.in_channels
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(f"unknown model settings {sorted(unknown)}")
+        return cls(**{**values, "cfg_null": CfgNull(values.get("cfg_null", CfgNull.EMPTY_PROMPT))})
+
+
+XL_2_1024_MS = ModelConfig()
+XL_2_512 = replace(XL_2_1024_MS, sample_size=64, interpolation_scale=1.0, micro_conditioning=False)
+XL_2_256 = replace(XL_2_512, sample_size=32)
+SIGMA_XL_2_1024 = replace(XL_2_1024_MS, micro_conditioning=False, max_text_tokens=300)
+
+PUBLISHED = {  # the default checkpoint of `pixart-rt build` by resolution
+    1024: "PixArt-alpha/PixArt-XL-2-1024-MS",
+    512: "PixArt-alpha/PixArt-XL-2-512x512",
+    256: "PixArt-alpha/PixArt-XL-2-256x256",
+}
+RANDOM_XL = {1024: XL_2_1024_MS, 512: XL_2_512, 256: XL_2_256}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What a bundle's engines are compiled for. Equal configs build interchangeable engines."""
+
+    resolution: int = 1024  # pixels per side
+    backend: str = "onnxruntime"
+    precision: Precision = Precision.FP32  # of transformer and VAE decoder
+    text_precision: Precision = Precision.FP32
+    max_batch: int = 1  # images per call; guidance doubles it inside the engine
+    targets: tuple[str, ...] = ()  # such as ("sm80", "sm89"); empty: the present machine
+    components: tuple[str, ...] = COMPONENTS
+    text_encoder_backend: str | None = None  # None: the same as the others; or "torch"
+
+    def __post_init__(self) -> None:
+        if self.resolution not in RESOLUTIONS:
+            raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
+        if self.max_batch < 1:
+            raise ConfigError(f"max_batch must be at least 1, got {self.max_batch}")
+        unknown = [name for name in self.components if name not in COMPONENTS]
+        if unknown or not self.components:
+            raise ConfigError(f"components {unknown} are unknown; choose from {COMPONENTS}")
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """Smallest and largest token count that an engine accepts."""
+        return token_range(self.resolution)
+
+
+class Scheduler(StrEnum):
+    """The samplers, by name. All but LCM run any PixArt checkpoint."""
+
+    DPM_SOLVER = "dpm-solver++"
+    SA_SOLVER = "sa-solver"
+    DDIM = "ddim"
+    IDDPM = "iddpm"
+    LCM = "lcm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How an image is sampled. Names and defaults are those of diffusers."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 4.5
+    scheduler: Scheduler = Scheduler.DPM_SOLVER
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_inference_steps <= 1000:
+            raise ConfigError(
+                f"num_inference_steps must be between 1 and 1000, got {self.num_inference_steps}"
+            )
+        if not self.guidance_scale >= 0:
+            raise ConfigError(f"guidance_scale must be >= 0, got {self.guidance_scale}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional branch runs. Not with scale <= 1, as in diffusers."""
+        return self.guidance_scale > 1

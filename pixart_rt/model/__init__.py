@@ -1,0 +1,1 @@
+"""The PixArt family in plain PyTorch: transformer, text encoder, VAE and their checkpoints."""

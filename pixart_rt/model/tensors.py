@@ -1,0 +1,96 @@
+"""Reads the tensors of a checkpoint folder one at a time: safetensors, sharded or not, or .bin.
+
+Nothing is unpickled without `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pixart_rt.errors import CheckpointError
+
+SAFETENSORS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+BIN_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+
+
+class TensorFolder(Mapping[str, Tensor]):
+    """The tensors of a folder by name; each is read when it is asked for.
+
+    Raises CheckpointError when the folder holds no weights or a file is truncated.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.files = _weight_files(self.folder)
+        self._loaded: dict[str, Tensor] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.files:
+            if path.suffix == ".bin":
+                tensors = read_pickle(path)
+                self._loaded.update(tensors)
+                self._file_of.update(dict.fromkeys(tensors, path))
+            else:
+                with open_safetensors(path) as file:
+                    self._file_of.update(dict.fromkeys(file.keys(), path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._loaded:
+            return self._loaded[name]
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.folder} has no tensor {name}; is it another model?")
+        with open_safetensors(self._file_of[name]) as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """Open a .safetensors file, or say in one line that it is truncated or another format."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not safetensors ({error}); download or convert it again"
+        ) from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The dict in a .bin or .pth file, read with `weights_only=True`."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors ({reason}); download it again"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
+    return loaded
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in SAFETENSORS_NAMES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).is_file()]
+            if missing:
+                raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names")
+            return [folder / shard for shard in shards]
+    for name in (*SAFETENSORS_NAMES, *BIN_NAMES):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise CheckpointError(
+        f"{folder} holds no weights; expected one of {', '.join((*SAFETENSORS_NAMES, *BIN_NAMES))}"
+    )

@@ -1,0 +1,59 @@
+"""The VAE decoder, diffusers' AutoencoderKL without its encoder, latents rescaled inside.
+
+B images, C latent channels, h×w latent pixels. The scaling factor comes from the VAE's own config:
+0.18215 for PixArt-alpha, 0.13025 for PixArt-Sigma.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from pixart_rt.errors import CheckpointError
+
+SD_VAE: dict[str, Any] = {  # the shape of sd-vae-ft-ema, for random weights
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+
+
+class VaeDecoder(nn.Module):
+    """Latents [B, C, h, w] as the sampler leaves them to images [B, 3, 8h, 8w] in about [-1, 1]."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        dtype = self.decoder.conv_in.weight.dtype
+        latents = (latents / self.scaling_factor).to(dtype)
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).to(torch.promote_types(dtype, torch.float32))
+
+
+def read_vae(folder: Path) -> AutoencoderKL:
+    """A diffusers AutoencoderKL folder in float32. Raises CheckpointError if it is not one."""
+    if not (Path(folder) / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json; it is not a VAE folder")
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"the VAE in {folder} cannot be read: {reason}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def vae_from_config(config: dict[str, Any]) -> AutoencoderKL:
+    """An AutoencoderKL of this configuration with fresh weights."""
+    return AutoencoderKL.from_config(config).eval().requires_grad_(False)

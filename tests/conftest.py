@@ -1,0 +1,111 @@
+"""Small real models: a PixArt pipeline with random weights, in diffusers layout, and its bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+CAPTIONS = [
+    "a red circle above a blue square",
+    "two green triangles on a white background, in a row",
+    "a large yellow star to the left of a small purple circle",
+]
+
+
+def write_tokenizer(folder: Path) -> int:
+    """A SentencePiece T5 tokenizer of a few dozen pieces; its vocabulary size."""
+    import sentencepiece
+    from transformers import T5Tokenizer
+
+    folder.mkdir(parents=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS * 20),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    tokenizer = T5Tokenizer.from_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return len(tokenizer)
+
+
+def randomize(module: torch.nn.Module, seed: int) -> None:
+    """Every parameter random and not small: zero-initialised ones would hide a missing term."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        spread = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+        parameter.data.normal_(std=spread, generator=generator)
+
+
+def make_pipeline_folder(folder: Path, sample_size: int, *, sigma: bool = False) -> Path:
+    """A random PixArt pipeline for `sample_size` latent pixels a side; micro-conditioned at 128."""
+    import diffusers
+    from transformers import T5Config, T5EncoderModel
+
+    vocabulary = write_tokenizer(folder / "tokenizer")
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=3,
+                 feed_forward_proj="gated-gelu")  # fmt: skip
+    )
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=72, cross_attention_dim=72, num_layers=2,
+        sample_size=sample_size, caption_channels=32,
+        use_additional_conditions=sample_size == 128 and not sigma,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1, norm_num_groups=4, latent_channels=4,
+        scaling_factor=0.13025 if sigma else 0.18215,
+        mid_block_add_attention=sample_size < 128,
+    )  # fmt: skip
+    for seed, module in enumerate((transformer, vae)):
+        randomize(module, seed)
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", solver_order=2
+    )
+    from transformers import T5Tokenizer
+
+    tokenizer = T5Tokenizer.from_pretrained(str(folder / "tokenizer"))
+    family = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
+    family(tokenizer, t5.eval(), vae.eval(), transformer.eval(), scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """pipeline_folder(sample_size, sigma=False): a random pipeline, made once."""
+    made: dict[tuple[int, bool], Path] = {}
+
+    def get(sample_size: int, *, sigma: bool = False) -> Path:
+        key = (sample_size, sigma)
+        if key not in made:
+            root = tmp_path_factory.mktemp("pipelines") / f"{sample_size}-{sigma}"
+            made[key] = make_pipeline_folder(root, sample_size, sigma=sigma)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle_256(
+    pipeline_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An ONNX Runtime bundle of the random 256 px pipeline."""
+    from pixart_rt.config import EngineConfig
+    from pixart_rt.export.build import build
+
+    out = tmp_path_factory.mktemp("bundles") / "ort-256"
+    return build(str(pipeline_folder(32)), out, EngineConfig(resolution=256, max_batch=2)).path

@@ -1,0 +1,140 @@
+"""Our T5 encoder against transformers' T5EncoderModel."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5Config as TransformersConfig
+from transformers import T5EncoderModel
+
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import CheckpointError
+from pixart_rt.model.captions import PromptTokenizer, clean_caption
+from pixart_rt.model.text_encoder import T5Config, read_text_encoder, relative_bucket
+
+LENGTHS = (1, 2, 37, 119, 120)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    model = T5EncoderModel(
+        TransformersConfig(vocab_size=97, d_model=48, d_kv=16, d_ff=80, num_heads=3, num_layers=4,
+                           feed_forward_proj="gated-gelu")  # fmt: skip
+    )
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, 97, (len(LENGTHS), 120), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(120)[None] < torch.tensor(LENGTHS)[:, None]).long()
+    return ids, mask
+
+
+def test_matches_transformers_in_float32(t5_folder: Path) -> None:
+    ids, mask = prompts()
+    with torch.no_grad():
+        expected = T5EncoderModel.from_pretrained(t5_folder)(ids, attention_mask=mask)[0]
+        actual = read_text_encoder(t5_folder, torch.float32)(ids, mask)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)  # float32, 4 layers
+
+
+@pytest.mark.parametrize("bounds", [[0, 1, 4], [0, 2, 3, 4]])
+def test_parts_run_in_turn_equal_the_whole(t5_folder: Path, bounds: list[int]) -> None:
+    ids, mask = prompts()
+    hidden = ids
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        hidden = read_text_encoder(t5_folder, torch.float32, start, stop)(hidden, mask)
+    whole = read_text_encoder(t5_folder, torch.float32)(ids, mask)
+    assert torch.equal(hidden, whole)
+
+
+def test_folding_the_position_bias_changes_nothing(t5_folder: Path) -> None:
+    ids, mask = prompts()
+    encoder = read_text_encoder(t5_folder, torch.float32)
+    expected = encoder(ids, mask)
+    encoder.fold_position_bias(120)
+    assert torch.equal(encoder(ids, mask), expected)
+
+
+def test_float16_survives_a_residual_stream_beyond_its_range(t5_folder: Path) -> None:
+    """T5-XXL's `wo` output passes 65504; the oracle is the same weights in float64."""
+    ids, mask = prompts()
+    encoders = {dtype: read_text_encoder(t5_folder, dtype) for dtype in (torch.float16,)}
+    oracle = read_text_encoder(t5_folder, torch.float32).double()
+    for encoder in (*encoders.values(), oracle):
+        encoder.layers[1].wo.weight.data.mul_(1e5)
+    hidden: list[torch.Tensor] = []
+    oracle.layers[1].register_forward_hook(lambda _m, _i, out: hidden.append(out))
+    expected = oracle(ids, mask)
+    assert hidden[0].abs().max() > 65504, "the test must leave float16's range"
+    actual = encoders[torch.float16](ids, mask)
+    assert actual.isfinite().all()
+    error = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < 5e-3  # float16 products over 4 layers
+
+
+def test_relative_buckets_match_transformers() -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    config = T5Config(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_heads=1, num_layers=1)
+    offset = torch.arange(300)[None] - torch.arange(300)[:, None]
+    expected = T5Attention._relative_position_bucket(offset, True, 32, 128)
+    assert torch.equal(relative_bucket(300, config), expected)
+
+
+def test_missing_and_truncated_weights_are_named(t5_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        read_text_encoder(tmp_path, torch.float32)
+    (tmp_path / "config.json").write_text((t5_folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_text_encoder(tmp_path, torch.float32)
+    whole = (t5_folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_text_encoder(tmp_path, torch.float32)
+
+
+CAPTIONS = [
+    "A <b>Red</b> Circle above a blue square",
+    "see http://example.com/a.png for 1024x768, café & crème #42 @someone",
+    "  «quoted» — “text”, 10.5×3 IMG_1234.jpg  ",
+    "",
+]
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_captions_are_cleaned_as_diffusers_does(caption: str) -> None:
+    from diffusers import PixArtAlphaPipeline
+
+    pipeline = object.__new__(PixArtAlphaPipeline)
+    expected = PixArtAlphaPipeline._text_preprocessing(pipeline, caption, clean_caption=True)
+    assert [clean_caption(caption)] == expected
+
+
+def test_tokens_are_sentencepiece_ids_padded_and_ended(pipeline_folder) -> None:
+    import sentencepiece
+
+    folder = pipeline_folder(32) / "tokenizer"
+    tokens = PromptTokenizer(folder, ModelConfig().max_text_tokens)(["a red circle", ""])
+    spiece = next(folder.parent.parent.rglob("spiece.model"), None)
+    assert spiece is not None
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(spiece)).encode("a red circle")
+    assert tokens.input_ids.shape == (2, 120)
+    assert tokens.input_ids[0, : len(pieces) + 1].tolist() == [*pieces, 1]
+    assert tokens.attention_mask.sum(1).tolist() == [len(pieces) + 1, 1]
+
+
+def test_a_long_prompt_is_cut_and_says_so(pipeline_folder, caplog) -> None:
+    tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
+    with caplog.at_level(logging.WARNING):
+        tokens = tokenizer(["a red circle above " * 60])
+    assert tokens.num_cut[0] > 0
+    assert f"last {tokens.num_cut[0]} tokens were cut" in caplog.text

@@ -1,0 +1,272 @@
+"""`pixart-rt build`: a checkpoint becomes a bundle of engines that were checked, or nothing at all.
+
+For each component: float32 reference outputs, module in the asked precision, exported program,
+ONNX, engine, numerics gate. The manifest is written last and the folder renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from pixart_rt.backends import choose_backend, get_backend
+from pixart_rt.buckets import buckets
+from pixart_rt.bundle import (
+    MANIFEST,
+    ComponentEntry,
+    Manifest,
+    damaged_files,
+    hash_files,
+    replaceable,
+    writing,
+)
+from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision, Scheduler
+from pixart_rt.errors import BundleError, ConfigError
+from pixart_rt.export.compile import compile_component
+from pixart_rt.export.engine import engine_targets
+from pixart_rt.export.parts import Plan, plan_component
+from pixart_rt.export.source import Source, open_source
+from pixart_rt.version import __version__
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+MEMORY_SHARE = 0.8  # of what is free, for a build that was given no limit
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """Where the bundle is, whether it was there already, and what the caller should know."""
+
+    path: Path
+    cached: bool
+    manifest: Manifest
+    notes: list[str]
+
+
+def default_precision(backend: str) -> tuple[Precision, Precision]:
+    """Precision of transformer and VAE, and of the text encoder, when none is asked.
+
+    Tensor cores want half precision; float16 for the first two, bfloat16 for T5, whose range
+    float16 lacks. On a CPU float32 is both fastest and exact.
+    """
+    if backend.startswith("tensorrt"):
+        return Precision.FP16, Precision.BF16
+    if torch.cuda.is_available():
+        half = Precision.FP16 if backend == "onnxruntime" else Precision.BF16
+        return half, half
+    return Precision.FP32, Precision.FP32
+
+
+def build(
+    model: str,
+    out: Path,
+    config: EngineConfig,
+    *,
+    cfg_null: CfgNull | None = None,
+    max_memory: int | None = None,
+    heads: int | None = None,
+    sample_size: int | None = None,
+    progress: Progress | None = None,
+) -> BuildResult:
+    """Build a bundle of `model` at `out`.
+
+    model: "tiny", "xl-random", a diffusers folder, a .pth file or a Hugging Face id.
+    cfg_null: the unconditional convention; by default what the checkpoint says.
+    max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
+    heads, sample_size: what a .pth cannot tell (see pixart_rt.model.checkpoint).
+    progress: called with a step's name, steps done and steps in all.
+    Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
+    """
+    out = Path(out)
+    report = progress or (lambda _step, _done, _total: None)
+    config = _resolve(config)
+    report(f"reading {model}", 0, 1)
+    source = open_source(
+        model, config.resolution, heads=heads, sample_size=sample_size, cfg_null=cfg_null
+    )
+    key = bundle_key(source, config)
+    found = _cached(out, key)
+    if found is not None:
+        note = f"{out} already holds this build (key {key[:12]}); nothing to do"
+        return BuildResult(out, True, found, [note])
+    if out.exists() and not replaceable(out, replace=True):
+        raise BundleError(
+            f"--out {out} exists and is not a bundle; choose another folder or remove it"
+        )
+    memory = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
+    plans = [plan_component(name, source, config, memory) for name in config.components]
+    notes = _notes(plans, memory)
+    for note in notes:
+        logger.info("%s", note)
+    started = time.monotonic()
+    with writing(out, replace=True) as folder:
+        manifest = _empty_manifest(folder, source, config, key)
+        manifest = _compile_all(folder, manifest, plans, config, report)
+        seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
+        manifest = replace(manifest, build=seconds, files=_write_rest(folder, source))
+        (folder / MANIFEST).write_text(manifest.to_json())
+    return BuildResult(out, False, manifest, notes)
+
+
+def bundle_key(source: Source, config: EngineConfig) -> str:
+    """The hash of everything that determines the engines. Equal keys need no second build."""
+    parts = {
+        "pixart_rt": __version__,
+        "weights": source.weights_sha256,
+        "model": source.config.to_dict(),
+        "engine": asdict(config),
+        "versions": installed_versions(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def installed_versions() -> dict[str, str]:
+    """The libraries that shape an engine, as installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _resolve(config: EngineConfig) -> EngineConfig:
+    """Replace `auto` by a backend that works here, and refuse targets it does not know."""
+    if config.backend == "auto":
+        backend, reason = choose_backend(config.targets)
+        logger.info("backend %s: %s", backend, reason)
+        config = replace(config, backend=backend)
+    get_backend(config.backend)
+    if config.text_encoder_backend is not None:
+        get_backend(config.text_encoder_backend)
+    precisions = {config.precision, config.text_precision}
+    if config.backend == "onnxruntime" and Precision.BF16 in precisions:
+        raise ConfigError(
+            "--precision bf16 was asked, but ONNX Runtime has no bfloat16 kernels for these "
+            "graphs; use fp16 or fp32, or another --backend"
+        )
+    known = engine_targets(config.backend) if config.backend.startswith("tensorrt") else ()
+    refused = [target for target in config.targets if target not in known]
+    if refused:
+        able = f"it builds for {', '.join(known)}" if known else "it has no targets"
+        raise ConfigError(
+            f"--target {', '.join(refused)} was asked, but with backend {config.backend} {able}"
+        )
+    return config
+
+
+def _cached(out: Path, key: str) -> Manifest | None:
+    """The manifest of a whole bundle with this key at `out`, else None."""
+    if not (out / MANIFEST).is_file():
+        return None
+    try:
+        manifest = Manifest.read(out)
+    except BundleError as error:
+        logger.warning("%s; it is built again", error)
+        return None
+    if manifest.key != key:
+        return None
+    damaged = damaged_files(out, manifest)
+    if damaged:
+        logger.warning("%s is damaged (%s); it is built again", out, ", ".join(damaged))
+        return None
+    return manifest
+
+
+def _notes(plans: list[Plan], memory: int) -> list[str]:
+    """What is worth saying before the first long step."""
+    notes = []
+    for plan in plans:
+        if plan.predicted_peak is not None:
+            engines = f"{len(plan.parts)} engines" if len(plan.parts) > 1 else "one engine"
+            notes.append(
+                f"{plan.component}: {engines}, predicted peak memory "
+                f"{plan.predicted_peak / 2**30:.1f} of {memory / 2**30:.1f} GiB that may be used"
+            )
+    missing = set(COMPONENTS) - {plan.component for plan in plans}
+    if missing:
+        notes.append(f"without {', '.join(sorted(missing))} this bundle cannot make images")
+    return notes
+
+
+def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str) -> Manifest:
+    vae = source.vae().config if "vae_decoder" in source.components else None
+    return Manifest(
+        pixart_rt_version=__version__,
+        key=key,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model={"name": source.name, "sha256": source.weights_sha256},
+        model_config=source.config.to_dict(),
+        engine_config=json.loads(json.dumps(asdict(config))),
+        components={},
+        files={},
+        vae={} if vae is None else {
+            "scaling_factor": vae.scaling_factor, "latent_channels": vae.latent_channels
+        },
+        scheduler=Scheduler.DPM_SOLVER,
+        buckets=[[bucket.height, bucket.width] for bucket in buckets(config.resolution)],
+        versions=installed_versions(),
+        build={},
+    )  # fmt: skip
+
+
+def _compile_all(
+    folder: Path, manifest: Manifest, plans: list[Plan], config: EngineConfig, report: Progress
+) -> Manifest:
+    """Compile and check every component; the manifest grows by an entry each."""
+    for done, plan in enumerate(plans):
+        text = plan.component == "text_encoder" and config.text_encoder_backend
+        backend = text or config.backend
+        started = time.monotonic()
+        step = lambda what, name=plan.component, done=done: report(  # noqa: E731
+            f"{name}: {what}", done, len(plans)
+        )
+        entry, stats = compile_component(folder, manifest, plan, backend, config.targets, step)
+        stats["seconds"] = round(time.monotonic() - started, 1)
+        manifest = replace(
+            manifest,
+            components={**manifest.components, plan.component: entry},
+            build={**manifest.build, plan.component: stats},
+        )
+    report("writing the manifest", len(plans), len(plans))
+    return manifest
+
+
+def _write_rest(folder: Path, source: Source) -> dict[str, str]:
+    """Modulator, tokenizer, scheduler and goldens; their hashes."""
+    modulator = source.transformer(torch.float32).modulator
+    state = {name: tensor.contiguous() for name, tensor in modulator.state_dict().items()}
+    save_file(state, folder / "modulator.safetensors")
+    if source.transformer_path is not None:
+        null = source.checkpoint().y_embedding
+        if null is not None:
+            save_file({"y_embedding": null.contiguous()}, folder / "y_embedding.safetensors")
+    for name in ("tokenizer", "scheduler"):
+        if source.folder is not None and (source.folder / name).is_dir():
+            shutil.copytree(source.folder / name, folder / name)
+    shared = [path for path in folder.iterdir() if path.is_file()]
+    for name in ("tokenizer", "scheduler", "golden"):
+        shared += [path for path in (folder / name).rglob("*") if path.is_file()]
+    return hash_files(folder, shared)
+
+
+__all__ = ["BuildResult", "build", "bundle_key", "default_precision", "installed_versions"]

@@ -1,0 +1,205 @@
+"""Module -> exported program -> ONNX, for each component, with named dynamic dimensions.
+
+    component      dynamic dimensions                      static
+    text_encoder   batch                                   T, the text length
+    transformer    batch, num_tokens                       T, widths
+    vae_decoder    batch, latent_height, latent_width      channels
+
+Opset 20: attention is decomposed, which every runtime at hand builds and runs; the fused operator
+of opset 23 refuses a mask broadcast over queries in ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from pixart_rt.backends.base import OUTPUTS
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import BuildError
+from pixart_rt.model.load import DenoiserModule, HiddenModule, TextEncoderModule
+from pixart_rt.model.text_encoder import T5Encoder
+from pixart_rt.model.vae import VaeDecoder
+
+OPSET = 20
+MAX_BATCH = 63  # bounds of the graph, wider than any profile; diffusers' upsampling branches at 64
+MAX_TOKENS = 1 << 16
+MAX_LATENT = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A module with example inputs and the names of its dynamic dimensions."""
+
+    component: str
+    module: nn.Module
+    example: dict[str, Tensor]
+    dynamic: dict[str, dict[int, str]]  # input -> axis -> dimension name
+    output: str
+
+    def dynamic_shapes(self) -> dict[str, dict[int, Dim]]:
+        dims = {
+            "batch": Dim("batch", min=1, max=MAX_BATCH),
+            "num_tokens": Dim("num_tokens", min=2, max=MAX_TOKENS),
+            "latent_height": Dim("latent_height", min=2, max=MAX_LATENT),
+            "latent_width": Dim("latent_width", min=2, max=MAX_LATENT),
+        }
+        return {
+            name: {axis: dims[dim] for axis, dim in self.dynamic.get(name, {}).items()}
+            for name in self.example
+        }
+
+
+def transformer_graph(module: DenoiserModule, config: ModelConfig) -> Graph:
+    """The denoiser. The example has 2 images of 6 tokens: no size of a real bucket."""
+    return Graph(
+        "transformer",
+        module,
+        transformer_inputs(config, batch=2, num_tokens=6),
+        {
+            "tokens": {0: "batch", 1: "num_tokens"},
+            "pos_embed": {1: "num_tokens"},
+            "modulation": {0: "batch"},
+            "prompt_embeds": {0: "batch"},
+            "prompt_mask": {0: "batch"},
+        },
+        OUTPUTS["transformer"],
+    )
+
+
+def text_encoder_graph(encoder: T5Encoder, num_tokens: int) -> Graph:
+    """A text encoder, or one part of a split one, at a fixed text length.
+
+    The position bias is folded into one constant, and one only.
+    """
+    encoder.fold_position_bias(num_tokens)
+    first, last = encoder.start == 0, encoder.stop == encoder.config.num_layers
+    module = TextEncoderModule(encoder) if first else HiddenModule(encoder)
+    inputs = text_encoder_inputs(encoder.config.vocab_size, batch=2, num_tokens=num_tokens)
+    if not first:
+        hidden = torch.randn(2, num_tokens, encoder.config.d_model)
+        inputs = {"hidden": hidden, "attention_mask": inputs["attention_mask"]}
+    return Graph(
+        "text_encoder",
+        module,
+        inputs,
+        {name: {0: "batch"} for name in inputs},
+        OUTPUTS["text_encoder"] if last else "hidden_out",
+    )
+
+
+def vae_decoder_graph(module: VaeDecoder, latent_channels: int) -> Graph:
+    """The decoder. The example is 2 latents of 6×10: no size of a real bucket."""
+    return Graph(
+        "vae_decoder",
+        module,
+        {"latents": torch.randn(2, latent_channels, 6, 10)},
+        {"latents": {0: "batch", 2: "latent_height", 3: "latent_width"}},
+        OUTPUTS["vae_decoder"],
+    )
+
+
+def transformer_inputs(
+    config: ModelConfig, *, batch: int, num_tokens: int, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Random float32 inputs of the denoiser; every row sees between 1 and all text tokens."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    text = config.max_text_tokens
+    valid = torch.randint(1, text + 1, (batch, 1), generator=generator)
+    return {
+        "tokens": randn(batch, num_tokens, config.token_channels),
+        "pos_embed": randn(1, num_tokens, config.hidden_size),
+        "modulation": 0.5 * randn(batch, 7, config.hidden_size),
+        "prompt_embeds": randn(batch, text, config.caption_channels),
+        "prompt_mask": torch.arange(text)[None] < valid,
+    }
+
+
+def text_encoder_inputs(
+    vocab_size: int, *, batch: int, num_tokens: int, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Random token ids, right-padded to between 1 and all tokens."""
+    valid = torch.randint(1, num_tokens + 1, (batch, 1), generator=generator)
+    mask = (torch.arange(num_tokens)[None] < valid).long()
+    ids = torch.randint(1, vocab_size, (batch, num_tokens), generator=generator)
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def export_program(graph: Graph) -> ExportedProgram:
+    """The graph as a torch.export program whose sizes are symbols where they may vary."""
+    with torch.no_grad():
+        return torch.export.export(
+            graph.module,
+            (),
+            kwargs=graph.example,
+            dynamic_shapes=graph.dynamic_shapes(),
+            strict=False,
+        )
+
+
+def export_onnx(graph: Graph, path: Path) -> None:
+    """Write the graph as ONNX, weights in `path` + ".data", inputs and dimensions named.
+
+    Raises BuildError when a dimension that should be dynamic came out as a constant.
+    """
+    program = export_program(graph)
+    with _quiet_exporter():
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, output_names=[graph.output], verbose=False
+        )
+    if exported is None:
+        raise BuildError(f"torch.onnx.export returned nothing for {graph.component}")
+    _name_dimensions(exported.model, graph)
+    for node in exported.model.graph:  # paths of the building machine have no place in an artifact
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
+    exported.save(os.fspath(path), external_data=True)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hide the exporter's warnings of its own deprecations and of an absent torchvision."""
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registry.level
+    registry.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registry.setLevel(level)
+
+
+def _name_dimensions(model: object, graph: Graph) -> None:
+    """Give the exporter's symbols (s12, 2*s25) the names of our dimensions, everywhere."""
+    names: dict[str, str] = {}
+    inputs = {value.name: value for value in model.graph.inputs}  # type: ignore[attr-defined]
+    for name, axes in graph.dynamic.items():
+        for axis, dim in axes.items():
+            found = inputs[name].shape[axis]
+            if isinstance(found, int):
+                raise BuildError(f"{graph.component}: {name} axis {axis} was fixed at {found}")
+            names[str(found)] = dim
+    for value in _values(model):
+        if value.shape is None:
+            continue
+        for axis, size in enumerate(value.shape):
+            if not isinstance(size, int) and str(size) in names:
+                value.shape[axis] = names[str(size)]
+
+
+def _values(model: object) -> list[object]:
+    graph = model.graph  # type: ignore[attr-defined]
+    produced = [value for node in graph for value in node.outputs]
+    return [*graph.inputs, *graph.outputs, *produced]

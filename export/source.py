@@ -1,0 +1,188 @@
+"""Where a build's weights come from: `tiny`, `xl-random`, a folder, a .pth, or the Hugging Face hub.
+
+A source gives each component's module in the precision asked, reading no more than it must.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+import pixart_rt
+from pixart_rt.bundle import sha256
+from pixart_rt.config import RANDOM_XL, CfgNull, ModelConfig
+from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
+from pixart_rt.model.text_encoder import T5Config, T5Encoder, read_text_encoder
+from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
+
+TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
+RANDOM_SEED = 0
+_FOLDERS = {"text_encoder": "text_encoder", "vae_decoder": "vae"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A pipeline to build from. `folder` is None for random weights."""
+
+    name: str
+    config: ModelConfig
+    folder: Path | None
+    transformer_path: Path | None
+    weights_sha256: str
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components this source can give."""
+        if self.folder is None:
+            random = self.transformer_path is None
+            return ("transformer", "vae_decoder") if random else ("transformer",)
+        present = [name for name, sub in _FOLDERS.items() if (self.folder / sub).is_dir()]
+        return ("transformer", *present)
+
+    def transformer(self, dtype: torch.dtype) -> PixArtTransformer:
+        """The transformer with its modulator, eval mode."""
+        if self.transformer_path is None:
+            return random_transformer(self.config, dtype)
+        return load_transformer(self.checkpoint(), dtype)
+
+    def checkpoint(self) -> TransformerCheckpoint:
+        assert self.transformer_path is not None
+        found = read_transformer(
+            self.transformer_path,
+            heads=self.config.num_heads,
+            sample_size=self.config.sample_size,
+            max_text_tokens=self.config.max_text_tokens,
+        )
+        return replace(found, config=self.config)
+
+    def text_config(self) -> T5Config:
+        assert self.folder is not None
+        return T5Config.read(self.folder / "text_encoder")
+
+    def text_encoder(self, dtype: torch.dtype, start: int, stop: int) -> T5Encoder:
+        """Layers start to stop of the text encoder."""
+        assert self.folder is not None
+        return read_text_encoder(self.folder / "text_encoder", dtype, start, stop)
+
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder in float32."""
+        if self.folder is None:
+            torch.manual_seed(RANDOM_SEED)
+            return vae_from_config(SD_VAE)
+        return read_vae(self.folder / "vae")
+
+
+def open_source(
+    model: str,
+    resolution: int,
+    *,
+    heads: int | None = None,
+    sample_size: int | None = None,
+    cfg_null: CfgNull | None = None,
+) -> Source:
+    """Find `model`, read its configuration and check that it fits the resolution.
+
+    Raises CheckpointError when it cannot be found or read, ConfigError for a wrong resolution.
+    """
+    if model == "xl-random":
+        config = _with_null(RANDOM_XL[resolution], cfg_null)
+        label = f"xl-random:{resolution}:{RANDOM_SEED}"
+        return Source(name=model, config=config, folder=None, transformer_path=None,
+                      weights_sha256=hashlib.sha256(label.encode()).hexdigest())  # fmt: skip
+    path = _locate(model, resolution)
+    folder, transformer = _pipeline_parts(path, model, resolution)
+    found = read_transformer(transformer, heads=heads, sample_size=sample_size)
+    config = _with_null(found.config, cfg_null)
+    if config.cfg_null is CfgNull.Y_EMBEDDING and found.y_embedding is None:
+        raise ConfigError(
+            f"--cfg-null {CfgNull.Y_EMBEDDING} was asked, but {transformer} has no y_embedding; "
+            f"convert the original .pth, or use {CfgNull.EMPTY_PROMPT}"
+        )
+    if config.resolution != resolution:
+        raise ConfigError(
+            f"--res {resolution} was asked, but {model} is a {config.resolution} px model "
+            f"(sample_size {config.sample_size}); use --res {config.resolution} or another --model"
+        )
+    return Source(name=model, config=config, folder=folder, transformer_path=transformer,
+                  weights_sha256=_hash_weights(folder, transformer))  # fmt: skip
+
+
+def random_transformer(config: ModelConfig, dtype: torch.dtype) -> PixArtTransformer:
+    """A transformer with seeded random weights, made in `dtype` without a float32 copy.
+
+    Linear weights have variance 1/fan_in, tables 1/width, so activations stay near 1.
+    """
+    with torch.device("meta"):
+        model = PixArtTransformer(config)
+    generator = torch.Generator().manual_seed(RANDOM_SEED)
+    state = {}
+    for name, parameter in model.named_parameters():
+        scale = 0.02 if parameter.dim() == 1 else 1 / math.sqrt(parameter.shape[-1])
+        state[name] = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+            std=scale, generator=generator
+        )
+        state[name] = state[name].to(dtype)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _with_null(config: ModelConfig, cfg_null: CfgNull | None) -> ModelConfig:
+    return config if cfg_null is None else replace(config, cfg_null=cfg_null)
+
+
+def _locate(model: str, resolution: int) -> Path:
+    """A local path as it is; `tiny` in the package; anything else from the hub."""
+    if model == "tiny":
+        return TINY
+    path = Path(model)
+    if path.exists():
+        return path
+    if path.suffix or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(
+            f"model {model!r} is no file or folder here, nor a hub id like "
+            "PixArt-alpha/PixArt-XL-2-1024-MS; check the path, or use --model tiny"
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.msgpack", "*.onnx*", "*.png"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{model} could not be downloaded ({reason}); check the name and the network, or build "
+            "the model that comes with pixart_rt: --model tiny"
+        ) from error
+
+
+def _pipeline_parts(path: Path, model: str, resolution: int) -> tuple[Path | None, Path]:
+    """The pipeline folder, if it is one, and the transformer's own path."""
+    if path.is_file() or not (path / "model_index.json").is_file():
+        return None, path
+    if model == "tiny" and resolution == 256:
+        return path, path / "transformer_256"
+    return path, path  # read_transformer learns the family from the pipeline's index
+
+
+def _hash_weights(folder: Path | None, transformer: Path) -> str:
+    """One hash over every weight and configuration file that a build may read."""
+    paths = [transformer] if transformer.is_file() else sorted(transformer.rglob("*"))
+    if folder is not None:
+        paths = sorted(folder.rglob("*"))
+    digest = hashlib.sha256(str(transformer.name).encode())
+    for path in paths:
+        if path.is_file():
+            digest.update(json.dumps([path.name, sha256(path)]).encode())
+    return digest.hexdigest()

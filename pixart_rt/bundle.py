@@ -1,0 +1,165 @@
+"""An engine bundle: a folder of engines, and a manifest that says what they are.
+
+    bundle/
+      manifest.json           written last; a folder without one is not a bundle
+      text_encoder/  transformer/  vae_decoder/      engines, per component
+      modulator.safetensors   timestep, size and aspect ratio to modulation, float32
+      y_embedding.safetensors only with the original unconditional convention
+      tokenizer/  scheduler/  as diffusers writes them
+
+A bundle is written to a temporary folder beside its place and renamed: whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComponentEntry:
+    """One component of a bundle."""
+
+    backend: str  # the backend that runs it
+    precision: str
+    parts: tuple[str, ...]  # engine files in the order they run, relative to the bundle
+    files: dict[str, str]  # every file of the component, relative to the bundle -> sha256
+    targets: tuple[str, ...] = ()  # compute capabilities, for engines that have them
+    profiles: list[dict[str, list[int]]] = field(default_factory=list)
+    """Shapes the engine accepts: per profile, dimension name -> [min, opt, max]."""
+    parity: dict[str, Any] = field(default_factory=dict)  # the numerics gate's figures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything that a bundle is. The same class writes and checks it."""
+
+    format_version: int = FORMAT_VERSION
+    pixart_rt_version: str
+    key: str  # hash of all that determines the engines; equal keys need no second build
+    created: str  # ISO 8601, UTC
+    model: dict[str, str]  # name, source and sha256 of the checkpoint's weights
+    model_config: dict[str, Any]
+    engine_config: dict[str, Any]
+    components: dict[str, ComponentEntry]
+    files: dict[str, str]  # files that belong to no component, relative path -> sha256
+    vae: dict[str, Any]  # scaling_factor, latent_channels
+    scheduler: str  # the default sampler
+    buckets: list[list[int]]  # [height, width] in pixels
+    versions: dict[str, str]  # of the libraries that built it
+    build: dict[str, Any]  # seconds and peak memory per step
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.model_config)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """The manifest of a bundle, or a BundleError that says what is wrong with the folder."""
+        path = Path(bundle) / MANIFEST
+        if not path.is_file():
+            raise BundleError(
+                f"{bundle} is not a bundle: it has no {MANIFEST}; "
+                f"make one with `pixart-rt build --out {bundle}`"
+            )
+        try:
+            values = json.loads(path.read_text())
+            found = values.get("format_version")
+        except (ValueError, AttributeError) as error:
+            raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
+        if found != FORMAT_VERSION:
+            raise BundleError(
+                f"{bundle} has bundle format {found}, this pixart_rt "
+                f"reads format {FORMAT_VERSION}; build it again"
+            )
+        try:
+            entries = {
+                name: ComponentEntry(
+                    **{**entry, "parts": tuple(entry["parts"]), "targets": tuple(entry["targets"])}
+                )
+                for name, entry in values.pop("components").items()
+            }
+            return cls(components=entries, **values)
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
+
+    def all_files(self) -> dict[str, str]:
+        """Every file of the bundle but the manifest, with its sha256."""
+        merged = dict(self.files)
+        for entry in self.components.values():
+            merged.update(entry.files)
+        return merged
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(root: Path, paths: list[Path]) -> dict[str, str]:
+    """Relative path -> sha256 of files below root."""
+    return {path.relative_to(root).as_posix(): sha256(path) for path in sorted(paths)}
+
+
+def damaged_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
+    """The files that are not what the manifest says: relative path -> "missing" or "changed"."""
+    damaged = {}
+    for name, expected in manifest.all_files().items():
+        path = Path(bundle) / name
+        if not path.is_file():
+            damaged[name] = "missing"
+        elif sha256(path) != expected:
+            damaged[name] = "changed"
+    return damaged
+
+
+@contextmanager
+def writing(target: Path, *, replace: bool) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well.
+
+    Refuses to replace a folder that is not a bundle, so that no user's folder is ever lost.
+    """
+    target = Path(target)
+    if target.exists() and not replaceable(target, replace=replace):
+        raise BundleError(
+            f"{target} exists and is not a bundle that may be replaced; "
+            "choose another --out or remove it"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if target.exists():
+            retired = temporary.with_name(temporary.name + ".old")
+            os.rename(target, retired)
+            os.rename(temporary, target)
+            shutil.rmtree(retired)
+        else:
+            os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replaceable(target: Path, *, replace: bool) -> bool:
+    """An empty folder always is; a bundle is, if the caller says so."""
+    if not target.is_dir():
+        return False
+    return not any(target.iterdir()) or (replace and (target / MANIFEST).is_file())

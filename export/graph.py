@@ -60,11 +60,11 @@ class Graph:
 
 
 def transformer_graph(module: DenoiserModule, config: ModelConfig) -> Graph:
-    """The denoiser. The example has 2 images of 6 tokens: no size of a real bucket."""
+    """The denoiser. The example has 59 tokens: no bucket's number, and none of the model's."""
     return Graph(
         "transformer",
         module,
-        transformer_inputs(config, batch=2, num_tokens=6),
+        transformer_inputs(config, batch=2, num_tokens=59),
         {
             "tokens": {0: "batch", 1: "num_tokens"},
             "pos_embed": {1: "num_tokens"},

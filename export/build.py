@@ -36,7 +36,7 @@ from pixart_rt.bundle import (
 from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision, Scheduler
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
-from pixart_rt.export.engine import engine_targets
+from pixart_rt.export.engine import check_targets
 from pixart_rt.export.parts import Plan, plan_component
 from pixart_rt.export.source import Source, open_source
 from pixart_rt.version import __version__
@@ -164,12 +164,12 @@ def _resolve(config: EngineConfig) -> EngineConfig:
             "--precision bf16 was asked, but ONNX Runtime has no bfloat16 kernels for these "
             "graphs; use fp16 or fp32, or another --backend"
         )
-    known = engine_targets(config.backend) if config.backend.startswith("tensorrt") else ()
-    refused = [target for target in config.targets if target not in known]
-    if refused:
-        able = f"it builds for {', '.join(known)}" if known else "it has no targets"
+    if config.backend.startswith("tensorrt"):
+        return replace(config, targets=check_targets(config.backend, config.targets))
+    if config.targets:
         raise ConfigError(
-            f"--target {', '.join(refused)} was asked, but with backend {config.backend} {able}"
+            f"--target {', '.join(config.targets)} was asked, but backend {config.backend} has no "
+            "targets; leave it out, or use --backend tensorrt-rtx"
         )
     return config
 
@@ -253,8 +253,8 @@ def _compile_all(
 
 def _write_rest(folder: Path, source: Source) -> dict[str, str]:
     """Modulator, tokenizer, scheduler and goldens; their hashes."""
-    modulator = source.transformer(torch.float32).modulator
-    state = {name: tensor.contiguous() for name, tensor in modulator.state_dict().items()}
+    weights = source.modulator().state_dict()
+    state = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(state, folder / "modulator.safetensors")
     if source.transformer_path is not None:
         null = source.checkpoint().y_embedding

@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 import pixart_rt
 from pixart_rt.bundle import sha256
@@ -20,7 +23,7 @@ from pixart_rt.config import RANDOM_XL, CfgNull, ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, read_text_encoder
-from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.model.transformer import Modulator, PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
 
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
@@ -53,7 +56,16 @@ class Source:
             return random_transformer(self.config, dtype)
         return load_transformer(self.checkpoint(), dtype)
 
+    def modulator(self) -> Modulator:
+        """The modulator alone, float32."""
+        if self.transformer_path is not None:
+            return load_transformer(self.checkpoint(), torch.float32).modulator
+        with torch.device("meta"):
+            modulator = Modulator(self.config)
+        return _fill(modulator, "modulator.", torch.float32)
+
     def checkpoint(self) -> TransformerCheckpoint:
+        """The transformer's tensors as the files hold them."""
         assert self.transformer_path is not None
         found = read_transformer(
             self.transformer_path,
@@ -116,22 +128,28 @@ def open_source(
 
 
 def random_transformer(config: ModelConfig, dtype: torch.dtype) -> PixArtTransformer:
-    """A transformer with seeded random weights, made in `dtype` without a float32 copy.
+    """A transformer with seeded random weights, made in `dtype` without a float32 copy."""
+    with torch.device("meta"):
+        model = PixArtTransformer(config)
+    return _fill(model, "", dtype)
+
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def _fill(module: ModuleT, prefix: str, dtype: torch.dtype) -> ModuleT:
+    """Give a meta module its random weights, each seeded by its full name.
 
     Linear weights have variance 1/fan_in, tables 1/width, so activations stay near 1.
     """
-    with torch.device("meta"):
-        model = PixArtTransformer(config)
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
     state = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
+        generator = torch.Generator().manual_seed(RANDOM_SEED + zlib.crc32((prefix + name).encode()))
         scale = 0.02 if parameter.dim() == 1 else 1 / math.sqrt(parameter.shape[-1])
-        state[name] = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-            std=scale, generator=generator
-        )
-        state[name] = state[name].to(dtype)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+        weight = torch.empty(parameter.shape).normal_(std=scale, generator=generator)
+        state[name] = weight.to(dtype)
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def _with_null(config: ModelConfig, cfg_null: CfgNull | None) -> ModelConfig:

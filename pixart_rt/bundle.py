@@ -146,7 +146,8 @@ def writing(target: Path, *, replace: bool) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for path in (temporary, *temporary.rglob("*")):  # private by default; a bundle is not
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             retired = temporary.with_name(temporary.name + ".old")
             os.rename(target, retired)

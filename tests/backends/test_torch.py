@@ -1,0 +1,51 @@
+"""The eager and the compiled backend, against the module they were written from."""
+
+import pytest
+import torch
+
+from pixart_rt.backends import get_backend
+from pixart_rt.errors import BundleError
+from pixart_rt.export.graph import transformer_inputs
+from pixart_rt.model.load import save_module
+
+from .conftest import CONFIG
+
+CPU = torch.device("cpu")
+
+# torch's own, when TorchInductor is first imported
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+
+
+@pytest.fixture
+def torch_bundle(make_bundle, transformer, tmp_path):
+    (tmp_path / "transformer").mkdir()
+    save_module(tmp_path / "transformer", transformer, CONFIG)
+    return make_bundle("transformer", ("transformer/model.safetensors",))
+
+
+def test_eager_is_the_module(torch_bundle, transformer):
+    component = get_backend("torch").load(*torch_bundle, "transformer", CPU)
+    inputs = transformer_inputs(CONFIG, batch=2, num_tokens=7)
+    actual = component(**inputs)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, transformer(**inputs), atol=0, rtol=0)
+
+
+def test_eager_refuses_truncated_weights(torch_bundle, tmp_path):
+    weights = tmp_path / "transformer" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="damaged"):
+        get_backend("torch").load(*torch_bundle, "transformer", CPU)
+
+
+def test_compiled_serves_all_sizes_with_two_compilations(torch_bundle, transformer):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    component = get_backend("torch-compile").load(*torch_bundle, "transformer", CPU)
+    for batch, num_tokens in ((2, 7), (2, 16), (4, 33), (1, 9), (1, 40)):
+        inputs = transformer_inputs(CONFIG, batch=batch, num_tokens=num_tokens)
+        # float32 sums in another order
+        torch.testing.assert_close(component(**inputs), transformer(**inputs), atol=1e-5, rtol=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2  # batches above one, and one
+    assert not counters["graph_break"]

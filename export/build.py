@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -26,7 +25,6 @@ from pixart_rt.backends import choose_backend, get_backend
 from pixart_rt.buckets import buckets
 from pixart_rt.bundle import (
     MANIFEST,
-    ComponentEntry,
     Manifest,
     damaged_files,
     hash_files,

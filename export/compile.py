@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,7 @@ def _compile_part(
     gc.collect()
     step(f"compile{label}")
     engine = place / f"{part.name}.engine"
-    stats = build_tensorrt(
-        onnx, engine, library=backend, profiles=plan.profiles, targets=targets
-    )
+    stats = build_tensorrt(onnx, engine, library=backend, profiles=plan.profiles, targets=targets)
     return Compiled(part, engine, onnx, stats)
 
 
@@ -155,32 +154,38 @@ def _gate(
     references: list[Tensor],
 ) -> dict[str, Any]:
     """Compare with the references; the record of the worst case for the manifest."""
-    backend = get_backend(entry.backend)
     cases = list(zip((*plan.cases, plan.golden), references, strict=True))
-    if backend.available().ok:
+    if get_backend(entry.backend).available().ok:
         if entry.profiles:
             cases = cases[-1:]  # the small cases lie outside the profile
-        how = f"engine run by {entry.backend}"
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         full = replace(manifest, components={**manifest.components, plan.component: entry})
-        component = backend.load(folder, full, plan.component, device)
-        run = lambda inputs: component(  # noqa: E731
-            **{name: tensor.to(device) for name, tensor in inputs.items()}
-        ).cpu()
+        how, run = _engine_runner(folder, full, plan.component)
     else:
         cases = cases[:-1]
         how, run = _graph_runner(plan, compiled)
     worst: tuple[Difference, Tensors] | None = None
     for inputs, reference in cases:
-        found = require_parity(
-            plan.component, plan.precision, run(inputs), reference,
-            lambda inputs=inputs: locate(plan, compiled, inputs),
-        )  # fmt: skip
+        layer = partial(locate, plan, compiled, inputs)
+        found = require_parity(plan.component, plan.precision, run(inputs), reference, layer)
         if worst is None or found.maximum > worst[0].maximum:
             worst = (found, inputs)
     assert worst is not None
     shapes = {name: list(tensor.shape) for name, tensor in worst[1].items()}
     return parity_record(worst[0], how, shapes)
+
+
+def _engine_runner(
+    folder: Path, manifest: Manifest, component: str
+) -> tuple[str, Callable[[Tensors], Tensor]]:
+    """The engine itself, on the GPU if there is one."""
+    backend = get_backend(manifest.components[component].backend)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engine = backend.load(folder, manifest, component, device)
+
+    def run(inputs: Tensors) -> Tensor:
+        return engine(**{name: tensor.to(device) for name, tensor in inputs.items()}).cpu()
+
+    return f"engine run by {backend.name}", run
 
 
 def _graph_runner(plan: Plan, compiled: list[Compiled]) -> tuple[str, Callable[[Tensors], Tensor]]:

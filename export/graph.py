@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch.export import Dim, ExportedProgram
 from pixart_rt.backends.base import OUTPUTS
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BuildError
+from pixart_rt.export.passes import two_stage_group_norms
 from pixart_rt.model.load import DenoiserModule, HiddenModule, TextEncoderModule
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.vae import VaeDecoder
@@ -154,7 +156,8 @@ def export_onnx(graph: Graph, path: Path) -> None:
 
     Raises BuildError when a dimension that should be dynamic came out as a constant.
     """
-    program = export_program(graph)
+    with two_stage_group_norms(graph.module):
+        program = export_program(graph)
     with _quiet_exporter():
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, output_names=[graph.output], verbose=False
@@ -181,10 +184,10 @@ def _quiet_exporter() -> Iterator[None]:
         registry.setLevel(level)
 
 
-def _name_dimensions(model: object, graph: Graph) -> None:
+def _name_dimensions(model: Any, graph: Graph) -> None:
     """Give the exporter's symbols (s12, 2*s25) the names of our dimensions, everywhere."""
     names: dict[str, str] = {}
-    inputs = {value.name: value for value in model.graph.inputs}  # type: ignore[attr-defined]
+    inputs = {value.name: value for value in model.graph.inputs}
     for name, axes in graph.dynamic.items():
         for axis, dim in axes.items():
             found = inputs[name].shape[axis]
@@ -199,7 +202,7 @@ def _name_dimensions(model: object, graph: Graph) -> None:
                 value.shape[axis] = names[str(size)]
 
 
-def _values(model: object) -> list[object]:
-    graph = model.graph  # type: ignore[attr-defined]
+def _values(model: Any) -> list[Any]:
+    graph = model.graph
     produced = [value for node in graph for value in node.outputs]
     return [*graph.inputs, *graph.outputs, *produced]

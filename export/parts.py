@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -205,7 +206,7 @@ def split_layers(t5: T5Config, dtype: torch.dtype, memory: int) -> list[tuple[in
     """
     for groups in range(1, t5.num_layers + 1):
         edges = [round(index * t5.num_layers / groups) for index in range(groups + 1)]
-        bounds = list(zip(edges, edges[1:], strict=False))
+        bounds = list(pairwise(edges))
         largest = max(part_bytes(t5, dtype, *bound) for bound in bounds)
         if predicted_peak(largest) <= memory:
             return bounds

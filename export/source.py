@@ -1,4 +1,4 @@
-"""Where a build's weights come from: `tiny`, `xl-random`, a folder, a .pth, or the Hugging Face hub.
+"""Where a build's weights come from: `tiny`, `xl-random`, a folder, a .pth or the hub.
 
 A source gives each component's module in the precision asked, reading no more than it must.
 """
@@ -144,7 +144,9 @@ def _fill(module: ModuleT, prefix: str, dtype: torch.dtype) -> ModuleT:
     """
     state = {}
     for name, parameter in module.named_parameters():
-        generator = torch.Generator().manual_seed(RANDOM_SEED + zlib.crc32((prefix + name).encode()))
+        generator = torch.Generator().manual_seed(
+            RANDOM_SEED + zlib.crc32((prefix + name).encode())
+        )
         scale = 0.02 if parameter.dim() == 1 else 1 / math.sqrt(parameter.shape[-1])
         weight = torch.empty(parameter.shape).normal_(std=scale, generator=generator)
         state[name] = weight.to(dtype)

@@ -1,4 +1,4 @@
-"""The numerics gate: a component's output against float32 PyTorch, and the first layer that differs.
+"""The numerics gate: outputs against float32 PyTorch, and the first layer that differs.
 
 An error is relative to the reference: its root mean square over the reference's, and its largest
 element over the reference's standard deviation. The bounds are for one forward pass:
@@ -46,7 +46,7 @@ class Difference:
 
 
 def difference(output: Tensor, reference: Tensor) -> Difference:
-    """Relative errors of an output, computed in float64; a shape that differs is our own mistake."""
+    """Relative errors of an output, in float64; a shape that differs is our own mistake."""
     assert output.shape == reference.shape, (output.shape, reference.shape)
     output, reference = output.double(), reference.double()
     finite = bool(output.isfinite().all())
@@ -141,9 +141,7 @@ def onnx_layer_outputs(
         values = session.run(list(last.values()), feed)
     finally:
         path.unlink()
-    return {
-        name: torch.from_numpy(value).float() for name, value in zip(last, values, strict=True)
-    }
+    return {name: torch.from_numpy(value).float() for name, value in zip(last, values, strict=True)}
 
 
 # What a bundle keeps so that `pixart-rt verify` can repeat the gate without the checkpoint.
@@ -204,7 +202,9 @@ def _check_component(path: Path, manifest: Manifest, name: str) -> CheckResult:
     backend = get_backend(entry.backend)
     availability = backend.available()
     if not availability.ok:
-        return CheckResult(name, None, f"not run: {availability.reason}. {availability.fix}".strip())
+        return CheckResult(
+            name, None, f"not run: {availability.reason}. {availability.fix}".strip()
+        )
     golden = load_file(path / "golden" / f"{name}.safetensors")
     reference = golden.pop("reference")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

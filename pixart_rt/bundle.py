@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,6 +22,7 @@ from typing import Any
 
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError
+from pixart_rt.files import replacing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -142,21 +140,11 @@ def writing(target: Path, *, replace: bool) -> Iterator[Path]:
             f"{target} exists and is not a bundle that may be replaced; "
             "choose another --out or remove it"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with replacing(target) as temporary:
+        temporary.mkdir()
         yield temporary
         for path in (temporary, *temporary.rglob("*")):  # private by default; a bundle is not
             path.chmod(0o755 if path.is_dir() else 0o644)
-        if target.exists():
-            retired = temporary.with_name(temporary.name + ".old")
-            os.rename(target, retired)
-            os.rename(temporary, target)
-            shutil.rmtree(retired)
-        else:
-            os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def replaceable(target: Path, *, replace: bool) -> bool:

@@ -29,7 +29,9 @@ from pixart_rt.prompts import Encoded, PromptEncoder, unconditional
 from pixart_rt.schedulers import make_scheduler, uses_learned_variance
 
 VAE_SCALE_FACTOR = 8  # pixels per latent pixel
-StepCallback = Callable[["PixArtPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+StepCallback = Callable[
+    ["PixArtPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,11 +156,13 @@ class PixArtPipeline:
         self._check(sampling, output_type)
         bucket = self._bucket(aspect_ratio, height, width)
         texts, encoded, null = self._encode(
-            prompt, negative_prompt, num_images_per_prompt, sampling.guided,
-            Encoded(prompt_embeds, prompt_attention_mask) if prompt_embeds is not None else None,
-            Encoded(negative_prompt_embeds, negative_prompt_attention_mask)
-            if negative_prompt_embeds is not None else None,
-        )  # fmt: skip
+            prompt,
+            negative_prompt,
+            num_images_per_prompt,
+            sampling.guided,
+            self._given(prompt_embeds, prompt_attention_mask),
+            self._given(negative_prompt_embeds, negative_prompt_attention_mask),
+        )
         seeds = _seeds(seed, len(texts))
         self._interrupted = False
         images = []
@@ -217,17 +221,16 @@ class PixArtPipeline:
         if copies < 1:
             raise ConfigError(f"num_images_per_prompt must be at least 1, got {copies}")
         if given is not None:
-            prompts = [""] * len(given.embeds)
-            encoded = self._given(given)
+            prompts, encoded = [""] * len(given.embeds), given
         else:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-            encoded = self._encoder()(prompts) if prompts else None
-        if not prompts or encoded is None:
-            raise ConfigError("the list of prompts is empty")
+            if not prompts:
+                raise ConfigError("the list of prompts is empty")
+            encoded = self._encoder()(prompts)
         negatives = _per_prompt(negative_prompt, len(prompts))
         null = None
         if guided and given_null is not None:
-            null = self._given(given_null)
+            null = given_null
         elif guided:
             null = unconditional(
                 self.config.cfg_null, encoded, negatives, self.prompt_encoder, self.y_embedding
@@ -235,16 +238,19 @@ class PixArtPipeline:
         texts = [text for text in prompts for _ in range(copies)]
         return texts, _repeat(encoded, copies), None if null is None else _repeat(null, copies)
 
-    def _given(self, given: Encoded) -> Encoded:
-        if given.mask is None or given.mask.shape != given.embeds.shape[:2]:
+    def _given(self, embeds: Tensor | None, mask: Tensor | None) -> Encoded | None:
+        """Embeddings that the caller passed, checked, on the device; None if there are none."""
+        if embeds is None:
+            return None
+        if mask is None or mask.shape != embeds.shape[:2]:
             raise ConfigError("prompt embeddings [B, T, C] need their attention mask [B, T]")
         expected = (self.config.max_text_tokens, self.config.caption_channels)
-        if given.embeds.shape[1:] != expected:
+        if embeds.shape[1:] != expected:
             raise ConfigError(
-                f"prompt embeddings are {tuple(given.embeds.shape)}, the model takes [B, "
+                f"prompt embeddings are {tuple(embeds.shape)}, the model takes [B, "
                 f"{expected[0]}, {expected[1]}]"
             )
-        return Encoded(given.embeds.float().to(self.device), given.mask.bool().to(self.device))
+        return Encoded(embeds.float().to(self.device), mask.bool().to(self.device))
 
     def _encoder(self) -> PromptEncoder:
         if self.prompt_encoder is None:

@@ -55,8 +55,6 @@ def make_plan(
     size = torch.tensor([[bucket.height, bucket.width]], dtype=torch.float32)
     aspect_ratio = torch.tensor([bucket.height / bucket.width])
     with torch.inference_mode():
-        modulation = modulator(
-            steps, size.expand(len(steps), 2), aspect_ratio.expand(len(steps))
-        )
+        modulation = modulator(steps, size.expand(len(steps), 2), aspect_ratio.expand(len(steps)))
     positions = position_table(config, bucket.grid)
     return Plan(positions.to(device), modulation.to(device))

@@ -26,7 +26,7 @@ SHARED = (*TRAINING_SCHEDULE, "prediction_type", "timestep_spacing")
 
 
 def make_scheduler(name: Scheduler, folder: Path) -> Any:
-    """A fresh diffusers scheduler. `folder` may hold a scheduler_config.json; its shared part rules.
+    """A fresh diffusers scheduler, on the schedule of the folder's scheduler_config.json, if any.
 
     DPM-Solver++ takes the whole configuration, so that it is what diffusers would run.
     """

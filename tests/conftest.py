@@ -1,4 +1,4 @@
-"""Small real models: a PixArt pipeline with random weights, in diffusers layout, and its bundles."""
+"""Small real models: a random PixArt pipeline in diffusers layout, and its bundle."""
 
 from __future__ import annotations
 
@@ -53,8 +53,15 @@ def make_pipeline_folder(folder: Path, sample_size: int, *, sigma: bool = False)
 
     vocabulary = write_tokenizer(folder / "tokenizer")
     t5 = T5EncoderModel(
-        T5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=3,
-                 feed_forward_proj="gated-gelu")  # fmt: skip
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_heads=4,
+            num_layers=3,
+            feed_forward_proj="gated-gelu",
+        )
     )
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=1, attention_head_dim=72, cross_attention_dim=72, num_layers=2,

@@ -68,7 +68,7 @@ class OnnxRuntimeBackend:
         paths = engine_paths(bundle, manifest, name)
         stream = None
         if device.type == "cuda":
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(device)
             device = stream.device  # "cuda" gains its index
         return Chain(name, [self._load_part(path, device, stream) for path in paths])
 

@@ -42,7 +42,7 @@ class Engine:
     ) -> None:
         self._trt, self._path, self._cache = trt, path, cache
         # A stream of our own for callers on the default stream, where TensorRT would synchronize.
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device)
         self._device = self._stream.device
         with torch.cuda.device(self._device):
             self._runtime, self._engine = deserialize(trt, path)

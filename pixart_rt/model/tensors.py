@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -68,7 +69,8 @@ def open_safetensors(path: Path) -> safe_open:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The dict in a .bin or .pth file, read with `weights_only=True`."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote another format
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -80,17 +82,23 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for name in SAFETENSORS_NAMES:
+    names = (*SAFETENSORS_NAMES, *BIN_NAMES)
+    for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing:
-                raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names")
-            return [folder / shard for shard in shards]
-    for name in (*SAFETENSORS_NAMES, *BIN_NAMES):
+            return _shards(index)
         if (folder / name).is_file():
             return [folder / name]
-    raise CheckpointError(
-        f"{folder} holds no weights; expected one of {', '.join((*SAFETENSORS_NAMES, *BIN_NAMES))}"
-    )
+    raise CheckpointError(f"{folder} holds no weights; expected one of {', '.join(names)}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, each of which must be there."""
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error}); download it again") from error
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{index.parent} lacks {missing[0]}, which its index names")
+    return [index.parent / shard for shard in shards]

@@ -55,9 +55,7 @@ class T5Config:
         return cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})
 
 
-T5_XXL = T5Config(
-    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24
-)
+T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24)
 
 
 class RMSNorm(nn.Module):

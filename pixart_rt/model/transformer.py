@@ -92,7 +92,9 @@ class ScalarEmbedder(nn.Module):
         )
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.mlp(sinusoid(values).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        return self.mlp(sinusoid(values).to(first.weight.dtype))
 
 
 class Modulator(nn.Module):

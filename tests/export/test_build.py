@@ -1,4 +1,4 @@
-"""The build: whole or absent, a cache hit for an equal key, and a gate that fails and names a layer."""
+"""The build: whole or absent, a hit for an equal key, a gate that fails and names a layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,9 @@ def test_a_wrong_engine_fails_the_gate_and_names_the_layer(
 
     monkeypatch.setattr(compiling, "export_onnx", spoil)
     config = EngineConfig(resolution=256, components=("transformer",))
-    with pytest.raises(NumericsError, match=r"transformer in fp32 .*first bad layer: core\.blocks\.1 "):
+    with pytest.raises(
+        NumericsError, match=r"transformer in fp32 .*first bad layer: core\.blocks\.1 "
+    ):
         build(str(folder), tmp_path / "b", config)
 
 
@@ -153,7 +156,7 @@ def test_t5_xxl_is_split_to_fit_and_refused_when_it_cannot() -> None:
     bounds = split_layers(T5_XXL, bf16, 20 << 30)
     assert len(bounds) > 1
     assert bounds[0][0] == 0 and bounds[-1][1] == 24
-    assert all(left[1] == right[0] for left, right in zip(bounds, bounds[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in pairwise(bounds))
     assert all(predicted_peak(part_bytes(T5_XXL, bf16, *b)) <= 20 << 30 for b in bounds)
     assert split_layers(T5_XXL, bf16, 64 << 30) == [(0, 24)]
     with pytest.raises(BuildError, match="--text-encoder torch"):
@@ -183,7 +186,12 @@ def test_verify_runs_the_engine_and_sees_wrong_outputs(bundle_256: Path, tmp_pat
     manifest["files"]["golden/transformer.safetensors"] = sha256(path)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     checks = {check.name: check.ok for check in verify_bundle(copy)}
-    assert checks == {"files": True, "text_encoder": True, "transformer": False, "vae_decoder": True}
+    assert checks == {
+        "files": True,
+        "text_encoder": True,
+        "transformer": False,
+        "vae_decoder": True,
+    }
 
 
 def test_text_encoder_may_stay_in_pytorch(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,15 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("t5")
     torch.manual_seed(0)
     model = T5EncoderModel(
-        TransformersConfig(vocab_size=97, d_model=48, d_kv=16, d_ff=80, num_heads=3, num_layers=4,
-                           feed_forward_proj="gated-gelu")  # fmt: skip
+        TransformersConfig(
+            vocab_size=97,
+            d_model=48,
+            d_kv=16,
+            d_ff=80,
+            num_heads=3,
+            num_layers=4,
+            feed_forward_proj="gated-gelu",
+        )
     )
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)
@@ -50,7 +58,7 @@ def test_matches_transformers_in_float32(t5_folder: Path) -> None:
 def test_parts_run_in_turn_equal_the_whole(t5_folder: Path, bounds: list[int]) -> None:
     ids, mask = prompts()
     hidden = ids
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         hidden = read_text_encoder(t5_folder, torch.float32, start, stop)(hidden, mask)
     whole = read_text_encoder(t5_folder, torch.float32)(ids, mask)
     assert torch.equal(hidden, whole)

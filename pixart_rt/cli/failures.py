@@ -1,0 +1,69 @@
+"""How a failure looks: one line for the user, and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+from pixart_rt.errors import PixArtError
+
+FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
+
+_ALLOCATORS = ("can't allocate memory", "failed to allocate memory", "out of memory")
+_OUT_OF_MEMORY = (
+    "out of memory; close other programs, use fewer images at a time (-n, --max-batch), "
+    "or half precision (--precision fp16)"
+)
+_EXTRAS = {"onnx": "export", "onnxscript": "export", "onnx_ir": "export", "accelerate": "train"}
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong and, where it is known, what to do about it."""
+    if isinstance(error, PixArtError):
+        return _flat(error)
+    if _is_usage_error(error):
+        said = _flat(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
+        return f"{said}; see `pixart-rt --help`"
+    if _is_out_of_memory(error):
+        detail = _flat(error)
+        return f"{_OUT_OF_MEMORY} ({detail})" if detail else _OUT_OF_MEMORY
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        extra = _EXTRAS.get(package)
+        wanted = f"'pixart_rt[{extra}]'" if extra else package
+        return f"the Python package {package} is not installed; run `pip install {wanted}`"
+    if isinstance(error, OSError):
+        reason = error.strerror or _flat(error)
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return f"{type(error).__name__}: {_flat(error)}"
+
+
+def exit_code(error: BaseException) -> int:
+    if isinstance(error, PixArtError):
+        return error.exit_code
+    return BAD_USE if _is_usage_error(error) else FAILED
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether the line says all there is to say; otherwise the error is our own mistake."""
+    expected = (PixArtError, OSError, ModuleNotFoundError)
+    return isinstance(error, expected) or _is_usage_error(error) or _is_out_of_memory(error)
+
+
+def _is_usage_error(error: BaseException) -> bool:
+    """Typer's own errors. Their class moved between Typer's versions; this method did not."""
+    return hasattr(error, "format_message")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Python's, PyTorch's (CUDA and CPU) or ONNX Runtime's; torch is not imported to ask."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(phrase in said for phrase in _ALLOCATORS)
+
+
+def _flat(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,192 @@
+"""`pixart-rt generate`: a prompt to PNG files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pixart_rt.buckets import Bucket, bucket_for_aspect, nearest_bucket
+from pixart_rt.bundle import Manifest
+from pixart_rt.cli.console import Steps, print_json
+from pixart_rt.config import SamplingConfig, Scheduler
+from pixart_rt.errors import ConfigError
+from pixart_rt.version import __version__
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from pixart_rt.pipeline import PipelineOutput, PixArtPipeline
+
+_LARGEST_SEED = 2**63 - 1
+
+
+def generate(
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What the image shows.", show_default=False)
+    ],
+    bundle: Annotated[Path, typer.Option(help="A folder that `pixart-rt build` made.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .png to write; with -n, name-0.png ...")
+    ],
+    num: Annotated[int, typer.Option("-n", "--num", min=1, help="How many images.")] = 1,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="All images on one captioned sheet.")
+    ] = False,
+    aspect: Annotated[
+        str | None, typer.Option(help="Width:height, such as 3:2; the nearest trained size.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale. Default: 4.5; 1 with lcm.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_LARGEST_SEED, help="Image k draws from seed + k.")
+    ] = 0,
+    negative: Annotated[str, typer.Option(help="What the image should not show.")] = "",
+    scheduler: Annotated[Scheduler, typer.Option(help="The sampler.")] = Scheduler.DPM_SOLVER,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Generate images from a prompt.
+
+    Every PNG carries its prompt, seed, settings and the bundle's key in its text chunks.
+
+    \b
+    Examples:
+      pixart-rt generate "a red circle above a blue square" --bundle engines/tiny-1024 -o out.png
+      pixart-rt generate "a small green star" --bundle engines/tiny-1024 -o star.png --aspect 3:2
+      pixart-rt generate "two circles" --bundle engines/tiny-1024 -o sheet.png -n 4 --grid --seed 7
+    """
+    from pixart_rt.images import refuse_existing
+
+    if guidance is None:
+        guidance = 1.0 if scheduler is Scheduler.LCM else SamplingConfig().guidance_scale
+    sampling = SamplingConfig(
+        num_inference_steps=steps, guidance_scale=guidance, scheduler=scheduler
+    )
+    _check_text(prompt, negative)
+    paths = _output_paths(output, num, grid)
+    refuse_existing(paths, force=force)
+    manifest = Manifest.read(bundle)
+    _bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
+    size = {"aspect_ratio": aspect, "height": height, "width": width}
+    result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, size)
+    facts = _facts(result, manifest, negative, sampling)
+    written = _write(result, facts, paths, grid, force)
+    if as_json:
+        print_json({"files": [str(path) for path in written], "images": facts,
+                    "seconds": round(seconds, 3)})  # fmt: skip
+    else:
+        for path in written:
+            typer.echo(str(path))
+
+
+def _check_text(*texts: str) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"the text {text!r} is not valid UTF-8; type it again") from error
+
+
+def _output_paths(output: Path, num: int, grid: bool) -> list[Path]:
+    """FILE itself for one image or a sheet, else name-0.png to name-(n-1).png beside it."""
+    if output.suffix.lower() != ".png":
+        raise ConfigError(f"--output {output} was asked; images are PNG, so name it {output}.png")
+    if num == 1 or grid:
+        return [output]
+    return [output.with_name(f"{output.stem}-{index}{output.suffix}") for index in range(num)]
+
+
+def _bucket(resolution: int, aspect: str | None, height: int | None, width: int | None) -> Bucket:
+    """The trained size that will be made; refuses what the pipeline would, before it is loaded."""
+    if (height is None) != (width is None):
+        raise ConfigError("--height and --width go together; one was given without the other")
+    if height is None or width is None:
+        return bucket_for_aspect(resolution, aspect or "1:1")
+    if aspect is not None:
+        raise ConfigError("give --aspect or --height and --width, not both")
+    return nearest_bucket(resolution, height, width)
+
+
+def _run(
+    bundle: Path,
+    manifest: Manifest,
+    prompt: str,
+    negative: str,
+    num: int,
+    seed: int,
+    sampling: SamplingConfig,
+    size: dict[str, Any],
+) -> tuple[PipelineOutput, float]:
+    """The images, and the seconds they took without loading the bundle."""
+    batches = -(-num // int(manifest.engine_config["max_batch"]))
+    total, done = sampling.num_inference_steps * batches, 0
+    with Steps() as progress:
+        progress(f"loading {bundle}", 0, total)
+        from pixart_rt.pipeline import PixArtPipeline  # torch, diffusers: seconds to import
+
+        def count(_pipe: PixArtPipeline, step: int, _timestep: Any, _tensors: Any) -> None:
+            nonlocal done
+            done += 1
+            last = step + 1 == sampling.num_inference_steps
+            progress("decoding" if last else "denoising", min(done, total), total)
+
+        pipe = PixArtPipeline.from_bundle(bundle)
+        progress("reading the prompt", 0, total)
+        started = time.monotonic()
+        result = pipe(
+            prompt,
+            negative,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            scheduler=sampling.scheduler,
+            num_images_per_prompt=num,
+            seed=seed,
+            callback_on_step_end=count,
+            **size,
+        )
+    return result, time.monotonic() - started
+
+
+def _facts(
+    result: PipelineOutput, manifest: Manifest, negative: str, sampling: SamplingConfig
+) -> list[dict[str, Any]]:
+    """What made each image: the PNG's text chunks and the JSON's records."""
+    return [
+        {
+            "prompt": prompt,
+            "negative_prompt": negative,
+            "seed": seed,
+            "steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+            "scheduler": sampling.scheduler.value,
+            "size": f"{image.width}x{image.height}",
+            "model": manifest.model["name"],
+            "bundle": manifest.key,
+            "pixart_rt": __version__,
+        }
+        for image, prompt, seed in zip(result.images, result.prompts, result.seeds, strict=True)
+    ]
+
+
+def _write(
+    result: PipelineOutput, facts: list[dict[str, Any]], paths: list[Path], grid: bool, force: bool
+) -> list[Path]:
+    from pixart_rt.images import contact_sheet, write_png
+
+    images: list[Image] = result.images
+    if not grid:
+        return [
+            write_png(image, path, fact, force=force)
+            for image, path, fact in zip(images, paths, facts, strict=True)
+        ]
+    captions = [f"{fact['prompt']} (seed {fact['seed']})" for fact in facts]
+    seeds = " ".join(str(seed) for seed in result.seeds)
+    return [write_png(contact_sheet(images, captions), paths[0], facts[0] | {"seed": seeds},
+                      force=force)]  # fmt: skip

@@ -1,0 +1,162 @@
+"""Images to files: PNG with what made it in its text chunks, and sheets of captioned images.
+
+A file is written aside and renamed, so it is whole or absent, and no file is replaced unasked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+
+from pixart_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARGIN = 12  # pixels between the images of a sheet and around it
+FONT_SHARE = 22  # a caption's letters are the cell's width over this many pixels high
+SMALLEST_FONT = 11
+PAPER, INK = (255, 255, 255), (32, 32, 32)
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+def as_image(image: Image.Image | Tensor) -> Image.Image:
+    """A PIL image as it is; a tensor [3, H, W] of values in 0..1 (output_type="pt") rounded."""
+    if isinstance(image, Image.Image):
+        return image
+    if image.dim() != 3 or image.shape[0] != 3:
+        raise ConfigError(f"an image is a tensor [3, H, W] in 0..1, got {tuple(image.shape)}")
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().permute(1, 2, 0)
+    return Image.fromarray(pixels.byte().cpu().numpy())
+
+
+def refuse_existing(paths: Iterable[Path], *, force: bool) -> None:
+    """Stop before any work whose result could not be kept. Raises ConfigError."""
+    for path in paths:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a .png file")
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists; choose another name, or replace it with --force")
+
+
+def write_png(
+    image: Image.Image | Tensor, path: Path, metadata: Mapping[str, object], *, force: bool = False
+) -> Path:
+    """Write a PNG whose text chunks are `metadata`; None values are left out.
+
+    Raises ConfigError when the file exists and `force` is not set.
+    """
+    path = Path(path)
+    refuse_existing([path], force=force)
+    chunks = PngImagePlugin.PngInfo()
+    for name, value in metadata.items():
+        if value is not None:
+            chunks.add_text(name, str(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        as_image(image).save(aside, format="PNG", pnginfo=chunks)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG. Raises ConfigError for a file that is no PNG."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            return {str(name): str(text) for name, text in image.text.items()}
+    except UnidentifiedImageError as error:
+        raise ConfigError(f"{path} is not a PNG; only PNG files carry metadata") from error
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    *,
+    columns: int | None = None,
+    cell: int | None = None,
+) -> Image.Image:
+    """A grid of images, each with its caption below.
+
+    columns: by default the smallest square grid that holds all images. cell: the longest side an
+    image may have in the sheet, in pixels; by default images keep their size.
+    """
+    if not images or len(images) != len(captions):
+        raise ConfigError(f"{len(images)} images with {len(captions)} captions make no sheet")
+    if columns is not None and columns < 1:
+        raise ConfigError(f"a sheet needs at least one column, got {columns}")
+    small = [_shrink(image, cell) for image in images]
+    columns = min(columns or _square(len(small)), len(small))
+    width = max(image.width for image in small)
+    font = ImageFont.load_default(max(SMALLEST_FONT, width // FONT_SHARE))
+    texts = [wrap(caption, font, width) for caption in captions]
+    rows = [
+        (small[start : start + columns], texts[start : start + columns])
+        for start in range(0, len(small), columns)
+    ]
+    return _paste(rows, columns, width, font)
+
+
+def _shrink(image: Image.Image, side: int | None) -> Image.Image:
+    copy = image.convert("RGB")
+    if side is not None:
+        copy.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return copy
+
+
+def _square(count: int) -> int:
+    """Columns of the smallest square grid of `count` cells."""
+    side = 1
+    while side * side < count:
+        side += 1
+    return side
+
+
+def wrap(text: str, font: Font, width: int) -> str:
+    """`text` in lines no wider than `width` pixels; a word that is wider is cut."""
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        while font.getlength(word) > width and len(word) > 1:
+            fits = next(n for n in range(len(word), 0, -1) if n == 1 or
+                        font.getlength(word[:n]) <= width)  # fmt: skip
+            lines += [line, word[:fits]] if line else [word[:fits]]
+            line, word = "", word[fits:]
+        longer = f"{line} {word}" if line else word
+        if line and font.getlength(longer) > width:
+            lines.append(line)
+            longer = word
+        line = longer
+    return "\n".join([*lines, line] if line else lines)
+
+
+def _paste(
+    rows: list[tuple[list[Image.Image], list[str]]], columns: int, width: int, font: Font
+) -> Image.Image:
+    """Rows as high as their highest image and longest caption; images centred in their cells."""
+    scratch = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    picture_heights = [max(image.height for image in images) for images, _ in rows]
+    text_heights = [
+        max(int(scratch.multiline_textbbox((0, 0), text, font=font)[3]) + 1 for text in texts)
+        for _, texts in rows
+    ]
+    height = MARGIN + sum(picture_heights) + sum(text_heights) + 2 * MARGIN * len(rows)
+    sheet = Image.new("RGB", (MARGIN + columns * (width + MARGIN), height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = MARGIN
+    for (images, texts), picture, caption in zip(rows, picture_heights, text_heights, strict=True):
+        for column, (image, text) in enumerate(zip(images, texts, strict=True)):
+            left = MARGIN + column * (width + MARGIN)
+            offset = (left + (width - image.width) // 2, top + (picture - image.height) // 2)
+            sheet.paste(image, offset)
+            draw.multiline_text((left, top + picture + MARGIN // 2), text, INK, font=font)
+        top += picture + caption + 2 * MARGIN
+    return sheet

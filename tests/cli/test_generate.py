@@ -1,0 +1,136 @@
+"""`generate`: what it refuses before loading anything, and real images from a small bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_rt.bundle import Manifest
+from pixart_rt.images import read_metadata
+from pixart_rt.version import __version__
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--aspect", "wide"], "width:height"),
+        (["--aspect", "3:2", "--height", 64, "--width", 64], "not both"),
+        (["--height", 64], "go together"),
+        (["--steps", 0], "between 1 and 1000"),
+        (["--guidance", -1], "guidance_scale"),
+        (["--guidance", "nan"], "guidance_scale"),
+    ],
+)
+def test_impossible_settings_are_refused_before_loading(
+    run: Callable[..., Any], hollow_bundle: Path, options: list[object], message: str
+) -> None:
+    out = hollow_bundle.parent / "o.png"
+    outcome = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", out, *options)
+    assert outcome.code == 2
+    assert message in outcome.error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("num", "existing"), [(1, "o.png"), (3, "o-2.png")])
+def test_existing_files_are_refused_before_loading(
+    run: Callable[..., Any], hollow_bundle: Path, num: int, existing: str
+) -> None:
+    kept = hollow_bundle.parent / existing
+    kept.write_bytes(b"mine")
+    out = hollow_bundle.parent / "o.png"
+    outcome = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", out, "-n", num)
+    assert outcome.code == 2
+    assert existing in outcome.error and "--force" in outcome.error
+    assert kept.read_bytes() == b"mine"
+    forced = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", out, "-n", num, "--force")
+    assert forced.code == 1, "now it goes on, to the missing engines"
+    assert "was built without" in forced.error
+    assert kept.read_bytes() == b"mine"
+
+
+def test_only_png_is_written(run: Callable[..., Any], hollow_bundle: Path) -> None:
+    outcome = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", "image.jpg")
+    assert outcome.code == 2
+    assert "image.jpg.png" in outcome.error
+
+
+def test_text_that_is_none_is_refused(run: Callable[..., Any], hollow_bundle: Path) -> None:
+    outcome = run("generate", "caf\udce9", "--bundle", hollow_bundle, "-o", "o.png")
+    assert outcome.code == 2
+    assert "UTF-8" in outcome.error
+
+
+def test_a_folder_that_is_no_bundle_is_named(run: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = run("generate", PROMPT, "--bundle", tmp_path, "-o", tmp_path / "o.png")
+    assert outcome.code == 1
+    assert "is not a bundle" in outcome.error and "pixart-rt build" in outcome.error
+
+
+def test_an_image_tells_how_it_was_made(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "one.png"
+    outcome = run(
+        "generate", PROMPT, "--bundle", bundle_256, "-o", out, "--aspect", "3:2", "--steps", 2,
+        "--seed", 5, "--negative", "stars", "--scheduler", "ddim",
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert outcome.out == f"{out}\n"
+    assert "denoising" in outcome.err
+    facts = read_metadata(out)
+    assert facts == {
+        "prompt": PROMPT, "negative_prompt": "stars", "seed": "5", "steps": "2",
+        "guidance_scale": "4.5", "scheduler": "ddim", "size": "304x208",
+        "model": Manifest.read(bundle_256).model["name"], "bundle": Manifest.read(bundle_256).key,
+        "pixart_rt": __version__,
+    }  # fmt: skip
+    with Image.open(out) as image:
+        assert image.size == (304, 208)  # the 256 px bucket nearest to 3:2
+        assert np.asarray(image).std() > 1, "not a flat image"
+
+
+def test_several_images_have_names_and_seeds_of_their_own(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    common = ["generate", PROMPT, "--bundle", bundle_256, "--steps", 1, "--json"]
+    outcome = run(*common, "-o", tmp_path / "many.png", "-n", 3, "--seed", 7)
+    result = json.loads(outcome.out)
+    files = [tmp_path / f"many-{index}.png" for index in range(3)]
+    assert result["files"] == [str(path) for path in files]
+    assert [image["seed"] for image in result["images"]] == [7, 8, 9]
+    assert [read_metadata(path)["seed"] for path in files] == ["7", "8", "9"]
+    run(*common, "-o", tmp_path / "again.png", "--seed", 9)
+    with Image.open(files[2]) as batched, Image.open(tmp_path / "again.png") as alone:
+        difference = np.asarray(batched, dtype=int) - np.asarray(alone, dtype=int)
+    assert np.abs(difference).max() <= 1, "the seed decides, not the place in the batch"
+
+
+def test_a_grid_is_one_captioned_file(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "grid.png"
+    outcome = run("generate", PROMPT, "--bundle", bundle_256, "-o", out, "-n", 4, "--grid",
+                  "--steps", 1, "--width", 96, "--height", 64)  # fmt: skip
+    assert outcome.out == f"{out}\n"
+    assert read_metadata(out)["seed"] == "0 1 2 3"
+    with Image.open(out) as sheet:
+        assert sheet.width >= 2 * 96 and sheet.height >= 2 * 64 + 2 * 11  # captions below
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_lcm_runs_without_guidance_by_default(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "lcm.png"
+    outcome = run("generate", PROMPT, "--bundle", bundle_256, "-o", out, "--scheduler", "lcm",
+                  "--steps", 1)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert read_metadata(out)["guidance_scale"] == "1.0"

@@ -1,0 +1,148 @@
+"""The shape of the repository: folders, links, and who may import whom, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pixart_rt
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixart_rt.<name>
+
+# Bottom first. A file imports from its own layer and from those before it, with two exceptions:
+# the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"kernels", "errors", "version", "files"}),
+    frozenset({"ops", "buckets", "config"}),
+    frozenset({"model", "bundle", "images"}),
+    frozenset({"backends", "plan", "graphs", "schedulers", "prompts"}),
+    frozenset({"pipeline", "doctor"}),
+    frozenset({"data", "evaluation", "export", "training"}),
+    frozenset({"cli", "__main__"}),
+)
+BESIDE = LAYERS[5]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every source file of the package with its dotted name below pixart_rt."""
+    for path in sorted((ROOT / "pixart_rt").rglob("*.py")):
+        relative = path.relative_to(ROOT / "pixart_rt")
+        if relative.parts[0] not in ROOMS:  # reached through a link on some Pythons, not on others
+            yield ".".join(relative.with_suffix("").parts), path
+    for room in ROOMS:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+
+
+FILES = dict(sources())
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of all imports in a file, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; write pixart_rt. in full"
+            assert node.module is not None
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    """The imports from pixart_rt, without that prefix; names of the root as what they stand for."""
+    for name in imports(path):
+        package, _, inner = name.partition(".")
+        if package == "pixart_rt" and inner:
+            lazy = pixart_rt._LAZY.get(inner)
+            yield inner if lazy is None else lazy.removeprefix("pixart_rt.")
+
+
+def layer_of(name: str) -> str | None:
+    """The entry of LAYERS for a dotted name; None for the constants that the root hands on."""
+    head = name.partition(".")[0]
+    return None if head in pixart_rt.__all__ else head
+
+
+def test_the_sources_were_found() -> None:
+    assert {"config", "cli.build", "kernels.attention", "export.build"} <= FILES.keys()
+
+
+def test_every_module_has_a_layer() -> None:
+    heads = {name.partition(".")[0] for name in FILES} - {"__init__"}
+    assert heads <= RANK.keys(), f"give {heads - RANK.keys()} a place in LAYERS"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "__init__"])
+def test_imports_point_inwards(name: str) -> None:
+    importer = name.partition(".")[0]
+    for imported in own_imports(FILES[name]):
+        target = layer_of(imported)
+        if target is None or target == importer:
+            continue
+        assert target in RANK, f"{name} imports pixart_rt.{imported}, which has no layer"
+        assert RANK[target] <= RANK[importer], f"{name} imports {imported}, a layer above it"
+        if importer in BESIDE:
+            assert target not in BESIDE, f"{name} imports {imported}, its neighbour"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("kernels.")])
+def test_a_kernel_file_runs_alone(name: str) -> None:
+    packages = {imported.partition(".")[0] for imported in imports(FILES[name])}
+    assert packages - set(sys.stdlib_module_names) <= {"torch", "triton"}
+
+
+@pytest.mark.parametrize("name", ["pipeline", "plan", "prompts"])
+def test_the_pipeline_knows_no_concrete_backend(name: str) -> None:
+    seen = {each for each in own_imports(FILES[name]) if each.startswith("backends")}
+    allowed = {"backends.get_backend", "backends.choose_backend"}
+    assert {each for each in seen if not each.startswith("backends.base.")} <= allowed
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_module_has_the_name_of_a_library_it_imports(name: str) -> None:
+    stem = name.rpartition(".")[2]
+    assert stem not in {imported.partition(".")[0] for imported in imports(FILES[name])}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_a_relative_link_and_no_package(room: str) -> None:
+    assert (ROOT / room).is_dir()
+    link = ROOT / "pixart_rt" / room
+    assert link.is_symlink()
+    assert os.readlink(link) == f"../{room}"
+    hidden = ROOT / room / "__init__.py"
+    assert not hidden.exists(), "it would hide another library's package of that name"
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after running `code`."""
+    tail = "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code + tail], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+HEAVY = {"torch", "numpy", "diffusers", "transformers", "onnx", "onnxruntime"}
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not HEAVY & loaded_after("import pixart_rt")
+
+
+def test_a_public_name_is_loaded_when_used() -> None:
+    assert "torch" in loaded_after("from pixart_rt import PixArtPipeline")
+
+
+@pytest.mark.parametrize("verb", [[], ["build"], ["generate"], ["verify"], ["doctor"], ["convert"]])
+def test_help_loads_nothing_heavy(verb: list[str]) -> None:
+    code = f"from pixart_rt.cli import main\nassert main([*{verb}, '--help']) == 0"
+    assert not HEAVY & loaded_after(code)

@@ -1,0 +1,61 @@
+# Everything a fresh machine needs: `make demo` and `make test`. `make help` lists the verbs.
+#
+#   TORCH       what pip installs first, alone, so that nothing later replaces it
+#   TORCH_ARGS  extra pip arguments for that step. A machine without a GPU saves gigabytes with
+#               make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
+CHECKED := pixart_rt examples
+BENCHES := $(filter-out benchmarks/provenance.py, $(wildcard benchmarks/*.py))
+ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: help demo test test-fast test-gpu check bench dist clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
+	$(BIN)/pixart-rt build --model tiny --res 1024 --out engines/tiny-1024
+	$(BIN)/python examples/contact_sheet.py --bundle engines/tiny-1024 --output demo/contact-sheet.png
+	@echo "The images are in $(CURDIR)/demo/contact-sheet.png"
+
+test: $(STAMP) ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+check: $(STAMP) ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(CHECKED)
+
+bench: $(STAMP) ## run every benchmark; results go to benchmarks/results
+	set -e; for bench in $(BENCHES); do echo "$$bench"; $(BIN)/python "$$bench"; done
+
+dist: $(STAMP) ## a wheel in dist/
+	$(BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .
+
+clean: ## remove what the verbs made, but the virtual environment
+	rm -rf build dist demo engines/tiny-1024 *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(STAMP): constraints.txt pyproject.toml setup.py
+	@python=; for each in python3.11 python3.12 python3.13 python3; do \
+	  if $$each -c '$(ENOUGH)' 2>/dev/null; then python=$$each; break; fi; done; \
+	if [ -z "$$python" ]; then echo "error: no Python >= 3.11 with its venv module was found;" \
+	  "install one (Debian, Ubuntu: python3 and python3-venv)" >&2; exit 2; fi; \
+	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	$(PIP) $(TORCH_ARGS) "$(TORCH)"
+	$(PIP) -e ".[dev]"
+	@touch $@

@@ -21,7 +21,8 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from pixart_rt.backends import choose_backend, get_backend
+import pixart_rt
+from pixart_rt.backends import choose_backend, default_device, get_backend
 from pixart_rt.buckets import buckets
 from pixart_rt.bundle import (
     MANIFEST,
@@ -31,12 +32,13 @@ from pixart_rt.bundle import (
     replaceable,
     writing,
 )
-from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision, Scheduler
+from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
 from pixart_rt.export.engine import check_targets
 from pixart_rt.export.parts import Plan, plan_component
 from pixart_rt.export.source import Source, open_source
+from pixart_rt.schedulers import stored_scheduler
 from pixart_rt.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,8 @@ def default_precision(backend: str) -> tuple[Precision, Precision]:
     """
     if backend.startswith("tensorrt"):
         return Precision.FP16, Precision.BF16
-    if torch.cuda.is_available():
-        half = Precision.FP16 if backend == "onnxruntime" else Precision.BF16
+    if default_device(backend).type == "cuda":
+        half = Precision.FP16 if backend.startswith("onnxruntime") else Precision.BF16
         return half, half
     return Precision.FP32, Precision.FP32
 
@@ -82,6 +84,7 @@ def build(
     max_memory: int | None = None,
     heads: int | None = None,
     sample_size: int | None = None,
+    max_text_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build a bundle of `model` at `out`.
@@ -89,7 +92,8 @@ def build(
     model: "tiny", "xl-random", a diffusers folder, a .pth file or a Hugging Face id.
     cfg_null: the unconditional convention; by default what the checkpoint says.
     max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
-    heads, sample_size: what a .pth cannot tell (see pixart_rt.model.checkpoint).
+    heads, sample_size, max_text_tokens: what a checkpoint may not tell (see
+        pixart_rt.model.checkpoint).
     progress: called with a step's name, steps done and steps in all.
     Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
     """
@@ -98,9 +102,18 @@ def build(
     config = _resolve(config)
     report(f"reading {model}", 0, 1)
     source = open_source(
-        model, config.resolution, heads=heads, sample_size=sample_size, cfg_null=cfg_null
+        model,
+        config.resolution,
+        components=config.components,
+        heads=heads,
+        sample_size=sample_size,
+        max_text_tokens=max_text_tokens,
+        cfg_null=cfg_null,
     )
-    key = bundle_key(source, config)
+    source.check_fits(config.components)
+    memory = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
+    plans = [plan_component(name, source, config, memory) for name in config.components]
+    key = bundle_key(source, config, {plan.component: len(plan.parts) for plan in plans})
     found = _cached(out, key)
     if found is not None:
         note = f"{out} already holds this build (key {key[:12]}); nothing to do"
@@ -109,8 +122,6 @@ def build(
         raise BundleError(
             f"--out {out} exists and is not a bundle; choose another folder or remove it"
         )
-    memory = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
-    plans = [plan_component(name, source, config, memory) for name in config.components]
     notes = _notes(plans, memory)
     for note in notes:
         logger.info("%s", note)
@@ -124,16 +135,32 @@ def build(
     return BuildResult(out, False, manifest, notes)
 
 
-def bundle_key(source: Source, config: EngineConfig) -> str:
+def bundle_key(source: Source, config: EngineConfig, num_parts: dict[str, int]) -> str:
     """The hash of everything that determines the engines. Equal keys need no second build."""
     parts = {
-        "pixart_rt": __version__,
+        "code": _code_sha256(),
         "weights": source.weights_sha256,
         "model": source.config.to_dict(),
         "engine": asdict(config),
+        "parts": num_parts,
         "versions": installed_versions(),
     }
+    if config.backend == "aoti":  # the one backend whose engines are of the machine
+        device = default_device(config.backend)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else None
+        parts["machine"] = name or torch.backends.cpu.get_cpu_capability()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _code_sha256() -> str:
+    """The hash of our own code that a graph is made by."""
+    root = Path(pixart_rt.__file__).parent
+    digest = hashlib.sha256(__version__.encode())
+    for path in sorted(
+        p for room in ("model", "kernels", "export") for p in root.glob(f"{room}/*.py")
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def installed_versions() -> dict[str, str]:
@@ -156,8 +183,9 @@ def _resolve(config: EngineConfig) -> EngineConfig:
     get_backend(config.backend)
     if config.text_encoder_backend is not None:
         get_backend(config.text_encoder_backend)
-    precisions = {config.precision, config.text_precision}
-    if config.backend == "onnxruntime" and Precision.BF16 in precisions:
+    precision_of = [(config.backend, config.precision)]
+    precision_of.append((config.text_encoder_backend or config.backend, config.text_precision))
+    if any(b.startswith("onnxruntime") and p is Precision.BF16 for b, p in precision_of):
         raise ConfigError(
             "--precision bf16 was asked, but ONNX Runtime has no bfloat16 kernels for these "
             "graphs; use fp16 or fp32, or another --backend"
@@ -212,7 +240,12 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         pixart_rt_version=__version__,
         key=key,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model={"name": source.name, "sha256": source.weights_sha256},
+        model={
+            "name": source.name,
+            "source": str(source.transformer_path or "random weights"),
+            "sha256": source.weights_sha256,
+            "config_sha256": _hash_json(source.config.to_dict()),
+        },
         model_config=source.config.to_dict(),
         engine_config=json.loads(json.dumps(asdict(config))),
         components={},
@@ -220,11 +253,15 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         vae={} if vae is None else {
             "scaling_factor": vae.scaling_factor, "latent_channels": vae.latent_channels
         },
-        scheduler=Scheduler.DPM_SOLVER,
+        scheduler=stored_scheduler((source.folder or Path()) / "scheduler"),
         buckets=[[bucket.height, bucket.width] for bucket in buckets(config.resolution)],
         versions=installed_versions(),
         build={},
     )  # fmt: skip
+
+
+def _hash_json(values: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _compile_all(

@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,12 @@ def text_encoder_inputs(
     mask = (torch.arange(num_tokens)[None] < valid).long()
     ids = torch.randint(1, vocab_size, (batch, num_tokens), generator=generator)
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def on_device(graph: Graph, device: torch.device) -> Graph:
+    """The graph with its module and example on a device, for a program that is tied to one."""
+    example = {name: tensor.to(device) for name, tensor in graph.example.items()}
+    return replace(graph, module=graph.module.to(device), example=example)
 
 
 def export_program(graph: Graph) -> ExportedProgram:

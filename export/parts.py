@@ -53,18 +53,13 @@ class Plan:
     precision: str
     parts: list[Part]
     profiles: list[Profile]
-    cases: list[dict[str, Tensor]]  # small shapes, for the gate
-    golden: dict[str, Tensor]  # a shape inside the profile, for `verify`
+    cases: list[dict[str, Tensor]]  # small shapes, for the gate of what accepts any
+    profile_cases: list[dict[str, Tensor]]  # a shape inside each profile; the first for `verify`
     predicted_peak: int | None = None  # bytes to build its largest engine, where predicted
 
 
 def plan_component(component: str, source: Source, config: EngineConfig, memory: int) -> Plan:
     """The plan of a component; `memory` in bytes bounds the parts of a text encoder."""
-    if component not in source.components:
-        raise BuildError(
-            f"{source.name} has no {component}; it has {', '.join(source.components)}: "
-            "name those with --components, or give a whole pipeline folder"
-        )
     planners = {
         "transformer": _plan_transformer,
         "vae_decoder": _plan_vae,
@@ -91,7 +86,7 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
         [Part("model", make, model)],
         [{"batch": [1, 2, batch], "num_tokens": [low, high, high]}],
         [inputs(2, 35), inputs(1, 64), inputs(3, 17)],
-        inputs(1, low),
+        [inputs(1, low), inputs(batch, high)],
     )
 
 
@@ -109,7 +104,7 @@ def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
         return vae_decoder_graph(VaeDecoder(source.vae()).to(dtype).eval(), channels)
 
     profiles = vae_profiles(config)
-    smallest = [profiles[1][f"latent_{side}"][0] for side in ("height", "width")]
+    sizes = [(p["latent_height"][0], p["latent_width"][0]) for p in profiles]
     config_values = {k: v for k, v in values.items() if not k.startswith("_")}
     return Plan(
         "vae_decoder",
@@ -117,7 +112,7 @@ def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
         [Part("model", make, config_values)],
         profiles,
         [latents(2, 8, 12), latents(1, 9, 5)],
-        latents(1, *smallest),
+        [latents(1, *size) for size in sizes],
     )
 
 
@@ -168,8 +163,8 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         [part(index, *bound) for index, bound in enumerate(bounds)],
         [{"batch": [1, 2, batch]}],
         [inputs(2), inputs(1), inputs(3)],
-        inputs(1),
-        max(predicted_peak(part_bytes(t5, dtype, *bound)) for bound in bounds),
+        [inputs(1), inputs(2)],
+        None if whole else max(predicted_peak(part_bytes(t5, dtype, *b)) for b in bounds),
     )
 
 

@@ -24,19 +24,21 @@ class TwoStageGroupNorm(nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, h, w]; the result has its shape and dtype."""
+        """x [B, C, ...]; the result has its shape and dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        groups = x.to(wide).unflatten(1, (self.num_groups, -1))  # [B, G, C/G, h, w]
+        groups = x.to(wide).unflatten(1, (self.num_groups, -1))  # [B, G, C/G, ...]
         centered = groups - _mean(groups)
         normed = centered * torch.rsqrt(_mean(centered.square()) + self.eps)
-        scale, shift = (p.to(wide)[:, None, None] for p in (self.weight, self.bias))
+        per_channel = (-1, *[1] * (x.dim() - 2))
+        scale, shift = (p.to(wide).view(per_channel) for p in (self.weight, self.bias))
         return (normed.flatten(1, 2) * scale + shift).to(x.dtype)
 
 
 def _mean(groups: Tensor) -> Tensor:
-    """Mean over all but the first two axes, in stages."""
-    rows = groups.mean(dim=-1, keepdim=True)
-    return rows.mean(dim=-2, keepdim=True).mean(dim=2, keepdim=True)
+    """Mean over all but the first two axes, the last axis first."""
+    for axis in range(groups.dim() - 1, 1, -1):
+        groups = groups.mean(dim=axis, keepdim=True)
+    return groups
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from torch import nn
 
 import pixart_rt
 from pixart_rt.bundle import sha256
-from pixart_rt.config import RANDOM_XL, CfgNull, ModelConfig
-from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.config import COMPONENTS, RANDOM_XL, CfgNull, ModelConfig
+from pixart_rt.errors import BuildError, CheckpointError, ConfigError
 from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, read_text_encoder
 from pixart_rt.model.transformer import Modulator, PixArtTransformer
@@ -33,7 +33,7 @@ _FOLDERS = {"text_encoder": "text_encoder", "vae_decoder": "vae"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A pipeline to build from. `folder` is None for random weights."""
+    """A pipeline to build from. `folder` is None for random weights and for a lone transformer."""
 
     name: str
     config: ModelConfig
@@ -75,6 +75,33 @@ class Source:
         )
         return replace(found, config=self.config)
 
+    def check_fits(self, components: tuple[str, ...]) -> None:
+        """Refuse components that are missing or do not fit each other, before any work.
+
+        Raises BuildError for a missing one, CheckpointError for widths that differ.
+        """
+        missing = [name for name in components if name not in self.components]
+        if missing:
+            raise BuildError(
+                f"{self.name} has no {', '.join(missing)}, only {', '.join(self.components)}; name "
+                "what to build with --components, or give a whole pipeline folder"
+            )
+        if "text_encoder" in components:
+            assert self.folder is not None
+            if not (self.folder / "tokenizer").is_dir():
+                raise CheckpointError(f"{self.folder} has a text encoder but no tokenizer folder")
+            self._check_width("text encoder", self.text_config().d_model, "caption_channels")
+        if "vae_decoder" in components:
+            self._check_width("VAE", self.vae().config.latent_channels, "in_channels")
+
+    def _check_width(self, what: str, found: int, setting: str) -> None:
+        expected = getattr(self.config, setting)
+        if found != expected:
+            raise CheckpointError(
+                f"the {what} of {self.name} has {found} channels, its transformer takes {expected} "
+                f"({setting}); they are of different models"
+            )
+
     def text_config(self) -> T5Config:
         assert self.folder is not None
         return T5Config.read(self.folder / "text_encoder")
@@ -87,8 +114,9 @@ class Source:
     def vae(self) -> AutoencoderKL:
         """The autoencoder in float32."""
         if self.folder is None:
-            torch.manual_seed(RANDOM_SEED)
-            return vae_from_config(SD_VAE)
+            with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+                torch.manual_seed(RANDOM_SEED)
+                return vae_from_config(SD_VAE)
         return read_vae(self.folder / "vae")
 
 
@@ -96,8 +124,10 @@ def open_source(
     model: str,
     resolution: int,
     *,
+    components: tuple[str, ...] = COMPONENTS,
     heads: int | None = None,
     sample_size: int | None = None,
+    max_text_tokens: int | None = None,
     cfg_null: CfgNull | None = None,
 ) -> Source:
     """Find `model`, read its configuration and check that it fits the resolution.
@@ -109,9 +139,11 @@ def open_source(
         label = f"xl-random:{resolution}:{RANDOM_SEED}"
         return Source(name=model, config=config, folder=None, transformer_path=None,
                       weights_sha256=hashlib.sha256(label.encode()).hexdigest())  # fmt: skip
-    path = _locate(model, resolution)
+    path = _locate(model, components)
     folder, transformer = _pipeline_parts(path, model, resolution)
-    found = read_transformer(transformer, heads=heads, sample_size=sample_size)
+    found = read_transformer(
+        transformer, heads=heads, sample_size=sample_size, max_text_tokens=max_text_tokens
+    )
     config = _with_null(found.config, cfg_null)
     if config.cfg_null is CfgNull.Y_EMBEDDING and found.y_embedding is None:
         raise ConfigError(
@@ -158,8 +190,8 @@ def _with_null(config: ModelConfig, cfg_null: CfgNull | None) -> ModelConfig:
     return config if cfg_null is None else replace(config, cfg_null=cfg_null)
 
 
-def _locate(model: str, resolution: int) -> Path:
-    """A local path as it is; `tiny` in the package; anything else from the hub."""
+def _locate(model: str, components: tuple[str, ...]) -> Path:
+    """A local path as it is; `tiny` in the package; else the components' files from the hub."""
     if model == "tiny":
         return TINY
     path = Path(model)
@@ -170,16 +202,23 @@ def _locate(model: str, resolution: int) -> Path:
             f"model {model!r} is no file or folder here, nor a hub id like "
             "PixArt-alpha/PixArt-XL-2-1024-MS; check the path, or use --model tiny"
         )
-    return _download(model)
+    return _download(model, components)
 
 
-def _download(model: str) -> Path:
+def _download(model: str, components: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
+    folders = ["transformer", "tokenizer", "scheduler"]
+    folders += [sub for name, sub in _FOLDERS.items() if name in components]
+    wanted = ["model_index.json", *(f"{folder}/*" for folder in folders)]
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.msgpack", "*.onnx*", "*.png"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{model} could not be downloaded ({reason}); check the name and the network, or build "

@@ -48,6 +48,7 @@ def build(request: dict[str, Any]) -> str:
     if not parser.parse_from_file(request["onnx"]):
         raise Refused(_parse_error(parser, request["onnx"]))
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32: the gate's bounds rely on it
     for ranges in request["profiles"]:
         _add_profile(builder, network, config, ranges)
     if request["targets"]:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pixart_rt.backends import get_backend
+from pixart_rt.backends import default_device, get_backend, runs_here
 from pixart_rt.bundle import Manifest, damaged_files
 from pixart_rt.errors import NumericsError, PixArtError
 from pixart_rt.export.graph import Graph
@@ -202,18 +202,23 @@ def _check_component(path: Path, manifest: Manifest, name: str) -> CheckResult:
     backend = get_backend(entry.backend)
     availability = backend.available()
     if not availability.ok:
-        return CheckResult(
-            name, None, f"not run: {availability.reason}. {availability.fix}".strip()
-        )
+        reason = f"{availability.reason}. {availability.fix}"
+        return CheckResult(name, None, f"not run: {reason}".strip())
+    if not runs_here(entry.backend, entry.targets):
+        targets = ", ".join(entry.targets)
+        return CheckResult(name, None, f"not run: built for {targets}, this GPU is another")
     golden = load_file(path / "golden" / f"{name}.safetensors")
     reference = golden.pop("reference")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(entry.backend)
     inputs = {key.removeprefix("input."): value.to(device) for key, value in golden.items()}
     try:
         output = backend.load(path, manifest, name, device)(**inputs)
     except PixArtError as error:
         return CheckResult(name, False, str(error))
-    found = difference(_thin(output.cpu().float()), reference)
+    thinned = _thin(output.cpu().float())
+    if thinned.shape != reference.shape:
+        return CheckResult(name, False, f"the output is {list(output.shape)}, of another size")
+    found = difference(thinned, reference)
     return CheckResult(name, found.within(entry.precision), f"{entry.backend}: {found}")
 
 

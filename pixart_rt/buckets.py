@@ -84,6 +84,19 @@ def bucket_for_aspect(resolution: int, aspect_ratio: str) -> Bucket:
     return nearest_bucket(resolution, shape.denominator, shape.numerator)
 
 
+def choose_bucket(
+    resolution: int, aspect_ratio: str | None, height: int | None, width: int | None
+) -> Bucket:
+    """The bucket of an aspect ratio or of a height and width in pixels; square if none is given."""
+    if (height is None) != (width is None):
+        raise ConfigError("height and width go together; one was given without the other")
+    if height is None or width is None:
+        return bucket_for_aspect(resolution, aspect_ratio or "1:1")
+    if aspect_ratio is not None:
+        raise ConfigError("give an aspect ratio or height and width, not both")
+    return nearest_bucket(resolution, height, width)
+
+
 def token_range(resolution: int) -> tuple[int, int]:
     """The smallest and the largest token count of a resolution's buckets."""
     counts = [bucket.num_tokens for bucket in buckets(resolution)]

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pixart_rt.config import ModelConfig
+from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
 
@@ -50,7 +50,7 @@ class Manifest:
     pixart_rt_version: str
     key: str  # hash of all that determines the engines; equal keys need no second build
     created: str  # ISO 8601, UTC
-    model: dict[str, str]  # name, source and sha256 of the checkpoint's weights
+    model: dict[str, str]  # name, source, sha256 of the weights, config_sha256
     model_config: dict[str, Any]
     engine_config: dict[str, Any]
     components: dict[str, ComponentEntry]
@@ -94,8 +94,10 @@ class Manifest:
                 )
                 for name, entry in values.pop("components").items()
             }
-            return cls(components=entries, **values)
-        except (KeyError, TypeError) as error:
+            manifest = cls(components=entries, **values)
+            _ = manifest.config, Scheduler(manifest.scheduler)  # refuse what cannot be, here
+            return manifest
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
 
     def all_files(self) -> dict[str, str]:

@@ -118,6 +118,9 @@ PUBLISHED = {  # the default checkpoint of `pixart-rt build` by resolution
 RANDOM_XL = {1024: XL_2_1024_MS, 512: XL_2_512, 256: XL_2_256}
 
 
+LARGEST_BATCH = 31  # guidance doubles it, and exported graphs take up to 63 rows
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """What a bundle's engines are compiled for. Equal configs build interchangeable engines."""
@@ -134,8 +137,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
-        if self.max_batch < 1:
-            raise ConfigError(f"max_batch must be at least 1, got {self.max_batch}")
+        if not 1 <= self.max_batch <= LARGEST_BATCH:
+            raise ConfigError(
+                f"max_batch must be between 1 and {LARGEST_BATCH}, got {self.max_batch}"
+            )
         unknown = [name for name in self.components if name not in COMPONENTS]
         if unknown or not self.components:
             raise ConfigError(f"components {unknown} are unknown; choose from {COMPONENTS}")
@@ -156,6 +161,15 @@ class Scheduler(StrEnum):
     LCM = "lcm"
 
 
+MOST_STEPS = {
+    Scheduler.DPM_SOLVER: 999,  # at 1000 two timesteps of diffusers' solver coincide: NaN
+    Scheduler.SA_SOLVER: 999,
+    Scheduler.DDIM: 1000,
+    Scheduler.IDDPM: 1000,
+    Scheduler.LCM: 50,  # the steps it was distilled from
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """How an image is sampled. Names and defaults are those of diffusers."""
@@ -165,9 +179,11 @@ class SamplingConfig:
     scheduler: Scheduler = Scheduler.DPM_SOLVER
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_inference_steps <= 1000:
+        most = MOST_STEPS[self.scheduler]
+        if not 1 <= self.num_inference_steps <= most:
             raise ConfigError(
-                f"num_inference_steps must be between 1 and 1000, got {self.num_inference_steps}"
+                f"num_inference_steps must be between 1 and {most} with {self.scheduler}, got "
+                f"{self.num_inference_steps}"
             )
         if not self.guidance_scale >= 0:
             raise ConfigError(f"guidance_scale must be >= 0, got {self.guidance_scale}")

@@ -16,6 +16,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
     An error inside the block leaves `target` as it was and nothing beside it.
     """
+    target = Path(target).resolve()  # the parent of "." is "." itself
     target.parent.mkdir(parents=True, exist_ok=True)
     workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -16,9 +16,9 @@ from diffusers.image_processor import PixArtImageProcessor
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.backends import get_backend
+from pixart_rt.backends import default_device, get_backend
 from pixart_rt.backends.base import Component
-from pixart_rt.buckets import Bucket, bucket_for_aspect, nearest_bucket
+from pixart_rt.buckets import Bucket, choose_bucket
 from pixart_rt.bundle import Manifest, damaged_files
 from pixart_rt.config import CfgNull, SamplingConfig, Scheduler
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
@@ -42,6 +42,16 @@ class PipelineOutput:
     prompts: list[str]
     seeds: list[int]
     bucket: Bucket
+
+
+class _Placed:
+    """A component whose inputs are brought to its device: not every backend uses the GPU."""
+
+    def __init__(self, component: Component, device: torch.device) -> None:
+        self.component, self.device = component, device
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        return self.component(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
 
 
 class PixArtPipeline:
@@ -80,7 +90,7 @@ class PixArtPipeline:
     def from_bundle(
         cls, path: str | Path, device: str | torch.device | None = None, *, check: bool = True
     ) -> PixArtPipeline:
-        """Load a bundle; by default on the GPU if there is one, else on the CPU.
+        """Load a bundle; by default each component on the GPU if its backend can use one.
 
         check: compare every file with its hash first (about a second per GB). Raises BundleError
         for a bundle that is damaged or lacks a component, BackendError where it cannot run.
@@ -97,12 +107,13 @@ class PixArtPipeline:
                 f"{path} was built without {', '.join(sorted(lacking))}; images need it: build "
                 "again without --components"
             )
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        components = {
-            name: get_backend(entry.backend).load(path, manifest, name, chosen)
-            for name, entry in manifest.components.items()
-        }
-        return cls(manifest, path, components, chosen)
+        components: dict[str, Component] = {}
+        places: dict[str, torch.device] = {}
+        for name, entry in manifest.components.items():
+            places[name] = torch.device(device or default_device(entry.backend))
+            loaded = get_backend(entry.backend).load(path, manifest, name, places[name])
+            components[name] = _Placed(loaded, places[name])
+        return cls(manifest, path, components, places["transformer"])
 
     def interrupt(self) -> None:
         """Stop the image in work: its call raises Cancelled before the next step."""
@@ -121,7 +132,7 @@ class PixArtPipeline:
         width: int | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
-        scheduler: str | Scheduler = Scheduler.DPM_SOLVER,
+        scheduler: str | Scheduler | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -139,6 +150,7 @@ class PixArtPipeline:
             seed[k]; the same seed gives the same noise on any device and at any batch position.
         prompt_embeds [B, T, C] and prompt_attention_mask [B, T] replace the prompt, and likewise
             the negative ones.
+        scheduler: one of Scheduler; by default the checkpoint's own, DPM-Solver++ or LCM.
         callback_on_step_end(pipe, step, timestep, {"latents": latents}) may return new latents;
             images are made `max_batch` at a time, and each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
@@ -147,14 +159,15 @@ class PixArtPipeline:
         Raises ConfigError for impossible arguments, Cancelled after `interrupt`, NumericsError
         for an image that is not finite.
         """
-        chosen = _enum(scheduler)
+        self._interrupted = False
+        chosen = _enum(scheduler or self.manifest.scheduler)
         if guidance_scale is None:
             guidance_scale = 1.0 if chosen is Scheduler.LCM else 4.5
         sampling = SamplingConfig(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=chosen
         )
         self._check(sampling, output_type)
-        bucket = self._bucket(aspect_ratio, height, width)
+        bucket = choose_bucket(self.resolution, aspect_ratio, height, width)
         texts, encoded, null = self._encode(
             prompt,
             negative_prompt,
@@ -164,7 +177,6 @@ class PixArtPipeline:
             self._given(negative_prompt_embeds, negative_prompt_attention_mask),
         )
         seeds = _seeds(seed, len(texts))
-        self._interrupted = False
         images = []
         for start in range(0, len(texts), self.max_batch):
             rows = slice(start, start + self.max_batch)
@@ -197,15 +209,6 @@ class PixArtPipeline:
         if uses_learned_variance(sampling.scheduler) and not self.config.learned_variance:
             raise ConfigError("iddpm needs a model with learned variance; use ddim")
 
-    def _bucket(self, aspect_ratio: str | None, height: int | None, width: int | None) -> Bucket:
-        if (height is None) != (width is None):
-            raise ConfigError("height and width go together; one was given without the other")
-        if height is None or width is None:
-            return bucket_for_aspect(self.resolution, aspect_ratio or "1:1")
-        if aspect_ratio is not None:
-            raise ConfigError("give aspect_ratio or height and width, not both")
-        return nearest_bucket(self.resolution, height, width)
-
     def _encode(
         self,
         prompt: str | Sequence[str] | None,
@@ -231,6 +234,11 @@ class PixArtPipeline:
         null = None
         if guided and given_null is not None:
             null = given_null
+            if len(null.embeds) != len(encoded.embeds):
+                raise ConfigError(
+                    f"{len(null.embeds)} negative prompt embeddings were given for "
+                    f"{len(encoded.embeds)} prompts; give one each"
+                )
         elif guided:
             null = unconditional(
                 self.config.cfg_null, encoded, negatives, self.prompt_encoder, self.y_embedding

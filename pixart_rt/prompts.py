@@ -70,7 +70,8 @@ class PromptEncoder:
     def _encode(self, prompts: list[str]) -> Encoded:
         tokens = self.tokenizer(prompts)
         ids, mask = (t.to(self.device) for t in (tokens.input_ids, tokens.attention_mask))
-        return Encoded(self.text_encoder(input_ids=ids, attention_mask=mask), mask.bool())
+        embeds = self.text_encoder(input_ids=ids, attention_mask=mask).to(self.device)
+        return Encoded(embeds, mask.bool())
 
 
 def unconditional(

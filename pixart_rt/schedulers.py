@@ -53,6 +53,14 @@ def make_scheduler(name: Scheduler, folder: Path) -> Any:
     return makers[name]()
 
 
+def stored_scheduler(folder: Path) -> Scheduler:
+    """The sampler that a checkpoint's scheduler folder asks for: LCM, or DPM-Solver++."""
+    path = Path(folder) / "scheduler_config.json"
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    is_lcm = stored.get("_class_name") == "LCMScheduler"
+    return Scheduler.LCM if is_lcm else Scheduler.DPM_SOLVER
+
+
 def uses_learned_variance(name: Scheduler) -> bool:
     """Whether the sampler takes the model's variance channels; the others drop them."""
     return name is Scheduler.IDDPM

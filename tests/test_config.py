@@ -76,7 +76,7 @@ def test_engine_config_knows_its_tokens():
     ("changes", "message"),
     [
         ({"resolution": 768}, "resolution 768 is not one of"),
-        ({"max_batch": 0}, "max_batch must be at least 1"),
+        ({"max_batch": 0}, "max_batch must be between 1 and 31"),
         ({"components": ("vae",)}, r"components \['vae'\] are unknown"),
         ({"components": ()}, "components"),
     ],
@@ -100,8 +100,8 @@ def test_guidance_runs_above_one(scale, guided):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_inference_steps": 0}, "between 1 and 1000"),
-        ({"num_inference_steps": 1001}, "between 1 and 1000"),
+        ({"num_inference_steps": 0}, "between 1 and"),
+        ({"num_inference_steps": 1001}, "between 1 and"),
         ({"guidance_scale": -0.1}, "guidance_scale must be >= 0"),
         ({"guidance_scale": math.nan}, "guidance_scale must be >= 0"),
     ],

@@ -102,7 +102,7 @@ def test_a_kernel_file_runs_alone(name: str) -> None:
 @pytest.mark.parametrize("name", ["pipeline", "plan", "prompts"])
 def test_the_pipeline_knows_no_concrete_backend(name: str) -> None:
     seen = {each for each in own_imports(FILES[name]) if each.startswith("backends")}
-    allowed = {"backends.get_backend", "backends.choose_backend"}
+    allowed = {"backends.get_backend", "backends.choose_backend", "backends.default_device"}
     assert {each for each in seen if not each.startswith("backends.base.")} <= allowed
 
 

@@ -114,6 +114,33 @@ def test_embeddings_may_replace_the_prompt(pipe: PixArtPipeline) -> None:
     torch.testing.assert_close(given, latents(pipe))
 
 
+def test_negative_embeddings_need_a_row_per_prompt(pipe: PixArtPipeline) -> None:
+    assert pipe.prompt_encoder is not None
+    null = pipe.prompt_encoder([""])
+    with pytest.raises(ConfigError, match="1 negative prompt embeddings were given for 2 prompts"):
+        pipe(
+            [PROMPT, "a star"],
+            negative_prompt_embeds=null.embeds,
+            negative_prompt_attention_mask=null.mask,
+        )
+
+
+def test_an_interrupt_while_the_prompt_is_read_is_heard(pipe: PixArtPipeline) -> None:
+    assert pipe.prompt_encoder is not None
+    real = pipe.prompt_encoder.text_encoder
+
+    def slow(**inputs: torch.Tensor) -> torch.Tensor:
+        pipe.interrupt()
+        return real(**inputs)
+
+    pipe.prompt_encoder.text_encoder = slow
+    try:
+        with pytest.raises(Cancelled, match="before step 1"):
+            latents(pipe, prompt="a prompt not seen before")
+    finally:
+        pipe.prompt_encoder.text_encoder = real
+
+
 def test_a_negative_prompt_changes_the_image_only_with_guidance(pipe: PixArtPipeline) -> None:
     assert not torch.allclose(latents(pipe), latents(pipe, negative_prompt="a star"), atol=1e-3)
     unguided = latents(pipe, guidance_scale=1.0)
@@ -125,15 +152,24 @@ def test_other_schedulers_match_their_diffusers_loop(
     pipe: PixArtPipeline, pipeline_folder: Callable[..., Path], scheduler: str
 ) -> None:
     """The oracle is a loop over diffusers' own transformer and scheduler, noise from one seed."""
+    import diffusers
     from diffusers import PixArtTransformer2DModel
 
-    from pixart_rt.config import Scheduler
-    from pixart_rt.schedulers import make_scheduler
+    betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    solver = {
+        "sa-solver": lambda: diffusers.SASolverScheduler(
+            **betas, tau_func=lambda t: 1 if 200 <= t <= 800 else 0
+        ),
+        "ddim": lambda: diffusers.DDIMScheduler(**betas, clip_sample=False),
+        "iddpm": lambda: diffusers.DDPMScheduler(
+            **betas, clip_sample=False, variance_type="learned_range"
+        ),
+        "lcm": lambda: diffusers.LCMScheduler(**betas),
+    }[scheduler]()
 
     model = PixArtTransformer2DModel.from_pretrained(pipeline_folder(32), subfolder="transformer")
     assert pipe.prompt_encoder is not None
     text = pipe.prompt_encoder(["", PROMPT] if scheduler != "lcm" else [PROMPT])
-    solver = make_scheduler(Scheduler(scheduler), pipe.folder / "scheduler")
     solver.set_timesteps(4)
     generator = torch.Generator().manual_seed(21)
     x = torch.randn((1, 4, 32, 32), generator=generator)
@@ -190,7 +226,8 @@ def test_interrupt_stops_before_the_next_step(pipe: PixArtPipeline) -> None:
         ({"aspect_ratio": "wide"}, "width:height"),
         ({"aspect_ratio": "0:1"}, "width:height"),
         ({"scheduler": "euler"}, "dpm-solver"),
-        ({"num_inference_steps": 0}, "between 1 and 1000"),
+        ({"num_inference_steps": 0}, "between 1 and 999"),
+        ({"num_inference_steps": 1000}, "between 1 and 999"),
         ({"seed": [1, 2]}, "2 seeds were given for 1 images"),
         ({"scheduler": "lcm", "guidance_scale": 4.5}, "distilled"),
         ({"prompt": []}, "empty"),

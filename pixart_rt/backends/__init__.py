@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING
 from pixart_rt.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from pixart_rt.backends.base import Availability, Backend
 
-BACKENDS = ("onnxruntime", "tensorrt-rtx", "tensorrt", "aoti", "torch", "torch-compile")
+BACKENDS = (
+    "onnxruntime",
+    "onnxruntime-tensorrt",
+    "tensorrt-rtx",
+    "tensorrt",
+    "aoti",
+    "torch",
+    "torch-compile",
+)
 
 # Best first. Ahead-of-time packages are for those who ask: they are tied to one machine.
 _ON_GPU = ("tensorrt-rtx", "tensorrt", "onnxruntime", "torch-compile", "torch")
@@ -24,10 +34,10 @@ def get_backend(name: str) -> Backend:
         from pixart_rt.backends.trt import TensorRTBackend
 
         return TensorRTBackend(name)
-    if name == "onnxruntime":
+    if name.startswith("onnxruntime"):
         from pixart_rt.backends.ort import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend()
+        return OnnxRuntimeBackend(tensorrt=name == "onnxruntime-tensorrt")
     if name == "aoti":
         from pixart_rt.backends.aoti import AotInductorBackend
 
@@ -62,6 +72,27 @@ def choose_backend(target: tuple[str, ...] = ()) -> tuple[str, str]:
     raise BackendError(f"no backend works here: {'; '.join(passed_over)}")
 
 
+def default_device(backend: str) -> torch.device:
+    """The GPU if there is one that this backend can use, else the CPU."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not _only_on_cpu(backend)
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def runs_here(backend: str, targets: tuple[str, ...]) -> bool:
+    """Whether an engine of this backend, compiled for these targets, can run on this machine."""
+    if not get_backend(backend).available().ok:
+        return False
+    if not targets:
+        return True
+    import torch
+
+    from pixart_rt.backends.parts import capability
+
+    return torch.cuda.is_available() and capability(torch.device("cuda")) in targets
+
+
 def available_backends() -> dict[str, Availability]:
     """Every backend with whether it works here."""
     return {name: get_backend(name).available() for name in BACKENDS}
@@ -70,6 +101,7 @@ def available_backends() -> dict[str, Availability]:
 def _builder_of(target: tuple[str, ...]) -> tuple[str, str]:
     from pixart_rt.backends.trt import supported_targets
 
+    target = tuple(name.lower() for name in target)
     known = supported_targets("tensorrt-rtx")  # a BackendError with the fix if not installed
     if unknown := [name for name in target if name not in known]:
         raise ConfigError(

@@ -1,8 +1,9 @@
 """ONNX Runtime: the CPU everywhere, CUDA (and, if asked, TensorRT) on a GPU.
 
-Inputs and outputs are torch tensors bound by their address, on both kinds of device: nothing is
-copied. On a GPU the session runs on a stream of its own, ordered with the caller's by events; the
-host does not wait.
+Inputs and outputs are torch tensors bound by their address, on both kinds of device; only an
+output whose shape the inputs do not name (the VAE's image) is copied once, on the device. On a GPU
+the session runs on a stream of its own, ordered with the caller's by events; the host does not
+wait.
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ class OnnxRuntimeBackend:
     which compiles an engine at the first call of each shape range, on the machine that runs it.
     """
 
-    name = "onnxruntime"
-
     def __init__(self, *, tensorrt: bool = False) -> None:
+        self.name = "onnxruntime-tensorrt" if tensorrt else "onnxruntime"
         self._tensorrt = tensorrt
 
     def available(self) -> Availability:
@@ -53,6 +53,8 @@ class OnnxRuntimeBackend:
         except ImportError as error:
             return Availability(False, one_line(error), "pip install onnxruntime")
         version = f"onnxruntime {onnxruntime.__version__}"
+        if self._tensorrt:
+            return _tensorrt_available(version)
         if not torch.cuda.is_available():
             return Availability(True, f"{version} on the CPU")
         if has_cuda():
@@ -127,7 +129,22 @@ class OnnxRuntimeBackend:
             "device_id": str(stream.device.index),
             "user_compute_stream": str(stream.cuda_stream),
         }
-        return {**{provider: dict(options) for provider in wanted}, CPU: {}}
+        chosen = {provider: dict(options) for provider in wanted}
+        chosen[CUDA]["use_tf32"] = "0"  # float32 means float32: the gate's bounds rely on it
+        return {**chosen, CPU: {}}
+
+
+def _tensorrt_available(version: str) -> Availability:
+    """Whether the TensorRT provider is there, and a GPU for it."""
+    import onnxruntime
+
+    if TENSORRT not in onnxruntime.get_available_providers():
+        fix = "pip uninstall onnxruntime && pip install onnxruntime-gpu tensorrt"
+        return Availability(False, f"{version} has no {TENSORRT}", fix)
+    if not torch.cuda.is_available():
+        reason = f"{version}: PyTorch finds no NVIDIA GPU for its {TENSORRT}"
+        return Availability(False, reason, "run on a machine with an NVIDIA GPU")
+    return Availability(True, f"{version} with TensorRT on {torch.cuda.get_device_name()}")
 
 
 def has_cuda() -> bool:

@@ -7,7 +7,9 @@ exit     0 done, 1 failed, 2 bad use, 130 interrupted
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 
@@ -18,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pixart_rt.cli.failures import INTERRUPTED, exit_code, is_expected, one_line
 
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # so that half-made files are removed
     try:
         with log_to_stderr():
             code = app(arguments or ["--help"], prog_name="pixart-rt", standalone_mode=False)
@@ -33,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("error: interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _take_debug(argv: Sequence[str]) -> tuple[list[str], bool]:

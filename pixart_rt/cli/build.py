@@ -49,8 +49,7 @@ def build(
     components: Annotated[
         str | None,
         typer.Option(
-            help="Comma list of transformer, vae, text_encoder. Default: all; for xl-random "
-            "transformer,vae."
+            help="Comma list of transformer, vae, text_encoder. Default: all that the model has."
         ),
     ] = None,
     text_encoder: Annotated[
@@ -65,6 +64,10 @@ def build(
     ] = None,
     sample_size: Annotated[
         int | None, typer.Option(help="Latent pixels per side of a .pth: resolution / 8.")
+    ] = None,
+    max_text_tokens: Annotated[
+        int | None,
+        typer.Option(help="Prompt length if the checkpoint does not say: 120, 300."),
     ] = None,
     max_memory: Annotated[
         float | None,
@@ -107,6 +110,7 @@ def build(
             max_memory=None if max_memory is None else int(max_memory * _GIB),
             heads=heads,
             sample_size=sample_size,
+            max_text_tokens=max_text_tokens,
             progress=progress,
         )
     _show(result, as_json)
@@ -155,7 +159,10 @@ def _engine_config(
 def _components(asked: str | None, model: str) -> tuple[str, ...]:
     """Component names in the order they are built, from the names users know."""
     if asked is None:
-        return _WITHOUT_TEXT if model == "xl-random" else COMPONENTS
+        if model == "xl-random":
+            return _WITHOUT_TEXT
+        lone = (Path(model) / "config.json").is_file() or model.endswith(".pth")
+        return ("transformer",) if lone else COMPONENTS
     names = _split([asked])
     unknown = [name for name in names if name not in _NAMES]
     if unknown or not names:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pixart_rt.buckets import Bucket, bucket_for_aspect, nearest_bucket
+from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, print_json
 from pixart_rt.config import SamplingConfig, Scheduler
@@ -48,7 +48,9 @@ def generate(
         int, typer.Option(min=0, max=_LARGEST_SEED, help="Image k draws from seed + k.")
     ] = 0,
     negative: Annotated[str, typer.Option(help="What the image should not show.")] = "",
-    scheduler: Annotated[Scheduler, typer.Option(help="The sampler.")] = Scheduler.DPM_SOLVER,
+    scheduler: Annotated[
+        Scheduler | None, typer.Option(help="The sampler. Default: the checkpoint's own.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -64,16 +66,15 @@ def generate(
     """
     from pixart_rt.images import refuse_existing
 
-    if guidance is None:
-        guidance = 1.0 if scheduler is Scheduler.LCM else SamplingConfig().guidance_scale
-    sampling = SamplingConfig(
-        num_inference_steps=steps, guidance_scale=guidance, scheduler=scheduler
-    )
     _check_text(prompt, negative)
     paths = _output_paths(output, num, grid)
     refuse_existing(paths, force=force)
     manifest = Manifest.read(bundle)
-    _bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
+    sampler = scheduler or Scheduler(manifest.scheduler)
+    if guidance is None:
+        guidance = 1.0 if sampler is Scheduler.LCM else SamplingConfig().guidance_scale
+    sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, scheduler=sampler)
+    choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
     size = {"aspect_ratio": aspect, "height": height, "width": width}
     result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, size)
     facts = _facts(result, manifest, negative, sampling)
@@ -101,17 +102,6 @@ def _output_paths(output: Path, num: int, grid: bool) -> list[Path]:
     if num == 1 or grid:
         return [output]
     return [output.with_name(f"{output.stem}-{index}{output.suffix}") for index in range(num)]
-
-
-def _bucket(resolution: int, aspect: str | None, height: int | None, width: int | None) -> Bucket:
-    """The trained size that will be made; refuses what the pipeline would, before it is loaded."""
-    if (height is None) != (width is None):
-        raise ConfigError("--height and --width go together; one was given without the other")
-    if height is None or width is None:
-        return bucket_for_aspect(resolution, aspect or "1:1")
-    if aspect is not None:
-        raise ConfigError("give --aspect or --height and --width, not both")
-    return nearest_bucket(resolution, height, width)
 
 
 def _run(

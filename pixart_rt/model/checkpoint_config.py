@@ -75,6 +75,14 @@ def config_from_json(
         flags.settle("heads", heads, source)
         flags.settle("sample_size", sample_size, source)
         tokens = values.get("_pixart_rt_max_text_tokens", text_tokens)
+        tokens = flags.settle("max_text_tokens", tokens, source)
+        plain = not (sample_size == 128 if micro is None else micro)
+        if tokens is None and sample_size == 128 and plain:
+            raise ConfigError(
+                f"{source} does not say how long its prompts are, and without micro-conditioning "
+                "at 1024 px it may be PixArt-Sigma; give --max-text-tokens (120, or 300 for Sigma) "
+                "or the whole pipeline folder"
+            )
         return ModelConfig(
             num_layers=values["num_layers"],
             num_heads=heads,
@@ -83,7 +91,7 @@ def config_from_json(
             out_channels=values.get("out_channels") or values["in_channels"],
             patch_size=values["patch_size"],
             caption_channels=values["caption_channels"],
-            max_text_tokens=flags.settle("max_text_tokens", tokens, source) or DEFAULT_TEXT_TOKENS,
+            max_text_tokens=tokens or DEFAULT_TEXT_TOKENS,
             sample_size=sample_size,
             interpolation_scale=flags.interpolation_scale or scale or max(sample_size // 64, 1),
             micro_conditioning=sample_size == 128 if micro is None else micro,

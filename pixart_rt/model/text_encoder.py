@@ -46,13 +46,18 @@ class T5Config:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise CheckpointError(f"{folder} has no config.json; it is not a text encoder folder")
-        values = json.loads(path.read_text())
+        try:
+            values = json.loads(path.read_text())
+            found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+            config = cls(**found)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is no T5 configuration ({error})") from error
         if values.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
             raise CheckpointError(
                 f"{path} is a T5 with {values['feed_forward_proj']} feed-forward; PixArt uses "
                 "T5 v1.1 (gated-gelu)"
             )
-        return cls(**{key: values[key] for key in cls.__dataclass_fields__ if key in values})
+        return config
 
 
 T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24)

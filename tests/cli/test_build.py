@@ -78,7 +78,8 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
         "build", "--model", "a/b.pth", "--res", 512, "--out", "o", "--backend", "tensorrt-rtx",
         "--target", "sm80,sm89", "--target", "sm80", "--precision", "bf16", "--text-precision",
         "fp32", "--components", "vae,t5", "--text-encoder", "torch", "--max-batch", 3,
-        "--cfg-null", "y-embedding", "--heads", 4, "--sample-size", 64, "--max-memory", 1.5,
+        "--cfg-null", "y-embedding", "--heads", 4, "--sample-size", 64,
+        "--max-text-tokens", 300, "--max-memory", 1.5,
     )  # fmt: skip
     assert (outcome.code, outcome.out) == (0, "o\n")
     assert "transformer: export" in outcome.err
@@ -86,6 +87,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
     call.pop("progress")
     assert call == {
         "model": "a/b.pth", "out": Path("o"), "cfg_null": CfgNull.Y_EMBEDDING, "heads": 4,
+        "max_text_tokens": 300,
         "sample_size": 64, "max_memory": 3 * 2**29,
         "config": EngineConfig(
             resolution=512, backend="tensorrt-rtx", precision=Precision.BF16,
@@ -101,7 +103,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
         ([], "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArt-XL-2-1024-MS-1024", COMPONENTS),
         (["--res", 256], "PixArt-alpha/PixArt-XL-2-256x256", "PixArt-XL-2-256x256-256", COMPONENTS),
         (["--model", "tiny"], "tiny", "tiny-1024", COMPONENTS),
-        (["--model", "x/my.pth"], "x/my.pth", "my-1024", COMPONENTS),
+        (["--model", "x/my.pth"], "x/my.pth", "my-1024", ("transformer",)),
         (["--model", "xl-random"], "xl-random", "xl-random-1024", ("transformer", "vae_decoder")),
     ],
 )

@@ -20,7 +20,7 @@ CASES: list[tuple[BaseException, int, str]] = [
     (MemoryError(), 1, "--max-batch"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 1, "Tried 2 GiB"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory;"),
-    (ModuleNotFoundError("No module named 'onnx'", name="onnx.helper"), 1, "'pixart_rt[export]'"),
+    (ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot"), 1, "[train]'"),
     (ModuleNotFoundError("No module named 'abc1'", name="abc1"), 1, "pip install abc1"),
 ]
 

@@ -248,9 +248,34 @@ def test_y_embedding_convention_needs_the_tensor(folder: Path, tmp_path: Path) -
         build(str(folder), tmp_path / "b", TORCH_256, cfg_null=CfgNull.Y_EMBEDDING)
 
 
-def test_the_key_needs_no_precision_default_to_be_valid() -> None:
+def test_default_precisions_are_known_to_the_exporter() -> None:
     assert default_precision("tensorrt-rtx") == (Precision.FP16, Precision.BF16)
     assert set(DTYPES) == {str(p) for p in Precision}
+
+
+def test_components_of_different_models_are_refused(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "text_encoder" / "config.json").read_text())
+    (folder / "text_encoder" / "config.json").write_text(json.dumps({**config, "d_model": 48}))
+    with pytest.raises(CheckpointError, match="48 channels, its transformer takes 32"):
+        build(str(folder), tmp_path / "b", TORCH_256)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        build(str(folder), tmp_path / "b", TORCH_256)
+
+
+def test_an_lcm_checkpoint_is_sampled_with_lcm(folder: Path, tmp_path: Path) -> None:
+    from pixart_rt import PixArtPipeline
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "LCMScheduler"}))
+    bundle = build(str(folder), tmp_path / "b", TORCH_256)
+    assert bundle.manifest.scheduler == "lcm"
+    pipe = PixArtPipeline.from_bundle(bundle.path, "cpu")
+    arguments = {"num_inference_steps": 2, "output_type": "latent"}
+    default = pipe("a star", **arguments).images
+    assert torch.equal(default, pipe("a star", scheduler="lcm", **arguments).images)
+    with pytest.raises(ConfigError, match="between 1 and 50"):
+        pipe("a star", num_inference_steps=51)
 
 
 def test_random_weights_keep_activations_finite_in_half() -> None:

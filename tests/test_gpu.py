@@ -1,0 +1,51 @@
+"""On a GPU: every backend builds, passes its gate and draws the image that the CPU draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pixart_rt import PixArtPipeline
+from pixart_rt.backends import get_backend
+from pixart_rt.config import EngineConfig, Precision
+from pixart_rt.errors import ConfigError
+from pixart_rt.export.build import build, default_precision
+from pixart_rt.export.verify import verify_bundle
+
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "backend",
+    ["torch", "torch-compile", "aoti", "onnxruntime", "onnxruntime-tensorrt", "tensorrt",
+     "tensorrt-rtx"],
+)  # fmt: skip
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "half"])
+def test_a_bundle_draws_on_the_gpu_what_the_cpu_draws(
+    pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str, half: bool
+) -> None:
+    """The oracle is the eager float32 pipeline on the CPU, 20 steps."""
+    state = get_backend(backend).available()
+    if not state.ok:
+        pytest.fail(f"{backend} does not run here: {state.reason}. {state.fix}")
+    folder = str(pipeline_folder(32))
+    reference = build(folder, tmp_path / "cpu", EngineConfig(resolution=256, backend="torch")).path
+    expected = PixArtPipeline.from_bundle(reference, "cpu")(PROMPT, output_type="np").images
+    precision, text = default_precision(backend) if half else (Precision.FP32, Precision.FP32)
+    config = EngineConfig(
+        resolution=256, backend=backend, precision=precision, text_precision=text, max_batch=2
+    )
+    try:
+        bundle = build(folder, tmp_path / "gpu", config).path
+    except ConfigError as error:  # TensorRT-RTX knows no such GPU: the message must say so
+        assert backend == "tensorrt-rtx" and "not supported" in str(error)
+        return
+    assert all(check.ok for check in verify_bundle(bundle))
+    pipe = PixArtPipeline.from_bundle(bundle)
+    assert pipe.device.type == "cuda"
+    actual = pipe([PROMPT, "a star"], seed=[0, 5], output_type="np").images[:1]
+    assert np.abs(actual - expected).mean() <= (3 / 255 if half else 1 / 255)

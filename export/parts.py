@@ -168,8 +168,8 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
     )
 
 
-# Memory of a text encoder's build. Measured with TensorRT-RTX 1.7: 4.4 GiB for an engine of
-# 1.26 GB, 3.1 GiB for one of 1.04 GB; the factor covers both.
+# Memory of a text encoder's build. TensorRT-RTX 1.7 took 3.55 GB for XL/2's engine of 1.24 GB
+# (benchmarks/results/build_xl.json), which is the only point; the factor leaves a fifth to spare.
 PEAK_PER_WEIGHT_BYTE = 3.4
 PEAK_BASE = 1 << 29
 

@@ -1,0 +1,1 @@
+"""The tiny PixArt-alpha that ships with the package: scenes, scorer, tokenizer and training."""

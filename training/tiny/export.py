@@ -1,0 +1,90 @@
+"""Gather the trained parts into one diffusers folder, weights in float16.
+
+    python -m pixart_rt.training.tiny.export --root runs/tiny --out pixart_rt/assets/tiny
+
+`PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the 256-pixel transformer lies
+beside it in `transformer_256`.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
+from safetensors.torch import load_file, save_file
+from transformers import T5EncoderModel, T5Tokenizer
+
+
+def build_pipeline(
+    root: Path, transformer: PixArtTransformer2DModel, vae: AutoencoderKL | None = None
+) -> PixArtAlphaPipeline:
+    """The parts under `root` around a transformer."""
+    return PixArtAlphaPipeline(
+        tokenizer=T5Tokenizer.from_pretrained(root / "tokenizer"),
+        text_encoder=T5EncoderModel.from_pretrained(root / "text_encoder").eval(),
+        vae=vae or AutoencoderKL.from_pretrained(root / "vae").eval(),
+        transformer=transformer.eval(),
+        scheduler=build_scheduler(),
+    )
+
+
+def build_scheduler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ of order 2 over DiT's linear betas, PixArt-alpha's sampler."""
+    return DPMSolverMultistepScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", num_train_timesteps=1000
+    )
+
+
+def export(root: Path, multiscale: Path, square: Path, out: Path) -> int:
+    """Write the folder and return its size in bytes."""
+    if out.exists():
+        shutil.rmtree(out)
+    pipeline = build_pipeline(root, PixArtTransformer2DModel.from_pretrained(multiscale))
+    pipeline.save_pretrained(out)
+    PixArtTransformer2DModel.from_pretrained(square).save_pretrained(out / "transformer_256")
+    for folder in ("transformer", "transformer_256", "vae", "text_encoder"):
+        for path in (out / folder).glob("*.safetensors"):
+            halve(path)
+        forget_origin(out / folder / "config.json")
+    shutil.copy(root / "tokenizer" / "spiece.model", out / "tokenizer" / "spiece.model")
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def halve(path: Path) -> None:
+    """Rewrite a safetensors file with its float32 tensors as float16."""
+    tensors = {
+        name: tensor.half() if tensor.dtype == torch.float32 else tensor
+        for name, tensor in load_file(path).items()
+    }
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
+def forget_origin(path: Path) -> None:
+    """Drop the folder a config was loaded from: it means nothing to others."""
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--multiscale", type=Path, default=Path("runs/tiny/ms1024"))
+    parser.add_argument("--square", type=Path, default=Path("runs/tiny/256"))
+    parser.add_argument("--out", type=Path, default=Path("pixart_rt/assets/tiny"))
+    args = parser.parse_args()
+    size = export(args.root, args.multiscale, args.square, args.out)
+    print(f"{size / 1e6:.1f} MB in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -130,7 +130,8 @@ def test_a_provider_that_is_not_installed_names_the_package(monkeypatch, tensorr
     )
     providers = backend._providers(stream.device, stream)
     assert next(iter(providers)) == missing
-    assert providers[missing] == {"device_id": "1", "user_compute_stream": "7"}
+    assert providers[missing].items() >= {"device_id": "1", "user_compute_stream": "7"}.items()
+    assert providers["CUDAExecutionProvider"]["use_tf32"] == "0"
 
 
 @pytest.mark.gpu

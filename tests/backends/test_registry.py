@@ -24,7 +24,7 @@ def test_every_name_gives_its_backend(name):
 
 
 def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ConfigError, match="'cuda' is not one of onnxruntime, .*tensorrt-rtx"):
+    with pytest.raises(ConfigError, match=r"'cuda' is not one of onnxruntime, .*tensorrt-rtx"):
         get_backend("cuda")
 
 

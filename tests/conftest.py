@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton reads this once, when it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CAPTIONS = [
     "a red circle above a blue square",

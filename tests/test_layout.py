@@ -94,9 +94,10 @@ def test_imports_point_inwards(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("kernels.")])
-def test_a_kernel_file_runs_alone(name: str) -> None:
+def test_kernels_need_torch_and_triton_only(name: str) -> None:
     packages = {imported.partition(".")[0] for imported in imports(FILES[name])}
-    assert packages - set(sys.stdlib_module_names) <= {"torch", "triton"}
+    assert packages - set(sys.stdlib_module_names) <= {"torch", "triton", "pixart_rt"}
+    assert all(each.startswith("kernels.") for each in own_imports(FILES[name]))
 
 
 @pytest.mark.parametrize("name", ["pipeline", "plan", "prompts"])

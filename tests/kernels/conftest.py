@@ -1,0 +1,49 @@
+"""Kernels run on a GPU if there is one, else in Triton's interpreter, on poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixart_rt.kernels.launch import interpreting
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run here. Without a GPU and without the interpreter nothing would be tested."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    assert interpreting(), "triton was imported before tests/conftest.py set TRITON_INTERPRET"
+    return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so an element that a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)  # with it, torch.empty fills with NaN
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def error() -> Callable[[Tensor, Tensor], float]:
+    """error(actual, expected): relative, in the Frobenius norm; NaN if an element is missing."""
+
+    def measure(actual: Tensor, expected: Tensor) -> float:
+        difference = actual.double().cpu() - expected.double().cpu()
+        return float(difference.norm() / expected.double().norm())
+
+    return measure
+
+
+# Largest relative error of a result that is right up to rounding of inputs and outputs.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture
+def tolerance() -> dict[torch.dtype, float]:
+    return TOLERANCE

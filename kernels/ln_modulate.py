@@ -31,6 +31,7 @@ from pixart_rt.kernels.launch import (
     SM70,
     SM89,
     Operator,
+    capability,
     config,
     launch,
     runs_triton,
@@ -84,10 +85,8 @@ def ln_modulate_backward_ref(
     dnormed = dy * (1 + table[row + 1].to(wide) + shared[:, row + 1, None].to(wide))
     along = normed * (dnormed * normed).mean(-1, keepdim=True)
     dx = (dnormed - dnormed.mean(-1, keepdim=True) - along) * rstd[..., None]
-    dshared = torch.zeros(shared.shape, dtype=wide, device=x.device)
-    dshared[:, row] = dy.sum(1)
-    dshared[:, row + 1] = (dy * normed).sum(1)
-    return dx.to(x.dtype), dshared
+    sums = torch.stack([dy.sum(1), (dy * normed).sum(1)], 1)
+    return dx.to(x.dtype), spread(sums, shared, row)
 
 
 @triton.jit
@@ -99,7 +98,10 @@ def rounded(value, DTYPE: tl.constexpr, ROUND: tl.constexpr):
 
 
 @triton.jit
-def modulation(table_ptr, shared_ptr, row, cols, mask, D: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr):  # fmt: skip
+def modulation(
+    table_ptr, shared_ptr, row, cols, mask,
+    D: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
     """One row of the table plus the image's own vector, float32."""
     entry = tl.load(table_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
     vector = tl.load(shared_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
@@ -141,11 +143,12 @@ def _ln_modulate_kernel(
 
 @triton.jit
 def _ln_modulate_backward_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, table_ptr, shared_ptr, dresidual_ptr, branch_ptr,
+    dy_ptr, x_ptr, mean_ptr, rstd_ptr, table_ptr, shared_ptr,
+    dresidual_ptr, branch_ptr, gate_table_ptr, gate_shared_ptr,
     num_tokens, row, gate_row,
     dx_ptr, dbranch_ptr, partial_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATED: tl.constexpr, SUMS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, GATE_R: tl.constexpr,
+    ROWS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """dx of one program's rows and its sums over them: dshift, dscale and, GATED, dgate.
 
@@ -159,11 +162,15 @@ def _ln_modulate_backward_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     mine = shared_ptr + image * R * D
     scale = 1.0 + modulation(table_ptr, mine, row + 1, cols, mask, D, DTYPE, False)
+    SUMS: tl.constexpr = 3 if GATED else 2
+    if GATED:
+        gate = modulation(
+            gate_table_ptr, gate_shared_ptr + image * GATE_R * D, gate_row, cols, mask,
+            D, DTYPE, False,
+        )  # fmt: skip
+        dgate_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
     dshift_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
     dscale_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-    if GATED:
-        gate = modulation(table_ptr, mine, gate_row, cols, mask, D, DTYPE, False)
-        dgate_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
     for i in range(ROWS):
         inside = first + i < num_tokens
         token = image * num_tokens + first + i
@@ -212,33 +219,44 @@ def ln_modulate_triton(
 
 
 def ln_modulate_backward_triton(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, shared: Tensor, row: int,
-    dresidual: Tensor | None = None, branch: Tensor | None = None, gate_row: int = -1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dbranch (empty without a gate), dshared [B, R, D] float32)."""
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int,
+    dresidual: Tensor | None = None,
+    branch: tuple[Tensor, Tensor, Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dbranch (empty without a branch), sums [B, 2 or 3, D]: dshift, dscale, dgate).
+
+    `branch` is (branch [B, N, D], its gate's table, shared and row).
+    """
     dy, table, shared = dy.contiguous(), table.contiguous(), shared.contiguous()
     B, N, D = x.shape
-    R, gated = table.shape[0], branch is not None
-    sums = 3 if gated else 2
     tuned = config("ln_modulate_backward", x, B * N, BACKWARD)
     programs = triton.cdiv(N, tuned["ROWS"])
     dx = torch.empty_like(x)
-    dbranch = torch.empty_like(x) if gated else x.new_empty(0)
-    partial = x.new_empty(B, programs, sums, D, dtype=torch.float32)
+    dbranch = x.new_empty(0) if branch is None else torch.empty_like(branch[0])
+    partial = x.new_empty(B, programs, 2 if branch is None else 3, D, dtype=torch.float32)
+    y, gate_table, gate_shared, gate_row = branch or (x, table, shared, 0)
     launch(
         _ln_modulate_backward_kernel, (programs, B),
-        dy, x, mean, rstd, table, shared,
-        dy if dresidual is None else dresidual.contiguous(), x if branch is None else branch,
-        N, row, gate_row, dx, dbranch, partial,
-        D=D, BLOCK_D=triton.next_power_of_2(D), R=R,
-        RESIDUAL=dresidual is not None, GATED=gated, SUMS=sums, **tuned,
+        dy, x, mean, rstd, table, shared, dy if dresidual is None else dresidual.contiguous(),
+        y.contiguous(), gate_table.contiguous(), gate_shared.contiguous(), N, row, gate_row,
+        dx, dbranch, partial,
+        D=D, BLOCK_D=triton.next_power_of_2(D), R=table.shape[0], GATE_R=gate_table.shape[0],
+        RESIDUAL=dresidual is not None, GATED=branch is not None, **tuned,
     )  # fmt: skip
-    total = partial.sum(1)
-    dshared = x.new_zeros(B, R, D, dtype=torch.float32)
-    dshared[:, row : row + 2] = total[:, :2]
-    if gated:
-        dshared[:, gate_row] += total[:, 2]
-    return dx, dbranch, dshared
+    return dx, dbranch, partial.sum(1)
+
+
+def spread(sums: Tensor, like: Tensor, row: int) -> Tensor:
+    """Gradients [B, k, D] of rows row..row+k-1 as the gradient of the whole `like` [B, R, D]."""
+    whole = sums.new_zeros(like.shape)
+    whole[:, row : row + sums.shape[1]] = sums
+    return whole
 
 
 @torch.library.custom_op("pixart_rt::ln_modulate", mutates_args=())
@@ -270,8 +288,8 @@ def ln_modulate_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dshared [B, R, D] in float32 or wider)."""
     if runs_triton("ln_modulate", x, SM70):
-        dx, _, dshared = ln_modulate_backward_triton(dy, x, mean, rstd, table, shared, row)
-        return dx, dshared
+        dx, _, sums = ln_modulate_backward_triton(dy, x, mean, rstd, table, shared, row)
+        return dx, spread(sums, shared, row)
     return ln_modulate_backward_ref(dy, x, mean, rstd, table, shared, row)
 
 
@@ -329,6 +347,17 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     table = torch.randn(6, 1152, generator=random)
     shared = torch.randn(3, 6, 1152, generator=random)
     return x.to(device, dtype), table.to(device, dtype), shared.to(device), 3
+
+
+def compile_example(dtype: torch.dtype) -> None:
+    """Every launch of this file at 1024 pixels, for `launch.record`."""
+    x = torch.empty(2, 4096, 1152, dtype=dtype)
+    table, shared = torch.empty(6, 1152, dtype=dtype), torch.empty(2, 6, 1152)
+    stats = torch.empty(2, 4096)
+    ln_modulate_triton(x, table, shared, 0)
+    if capability(x) >= SM89:
+        ln_modulate_triton(x, table, shared, 0, fp8=True)
+    ln_modulate_backward_triton(x, x, stats, stats, table, shared, 0)
 
 
 OPERATORS = (

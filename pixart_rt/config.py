@@ -20,6 +20,26 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+class Kernels(StrEnum):
+    """Which operators a PyTorch module calls."""
+
+    REFERENCE = "reference"
+    """Plain PyTorch."""
+    FUSED = "fused"
+    """The Triton kernels; the reference of each wherever its kernel does not run."""
+
+
+class Quality(StrEnum):
+    """How the transformer rounds, from most faithful to fastest."""
+
+    LOSSLESS = "lossless"
+    """Every rounding where the unfused model in this precision has it."""
+    HIGH = "high"
+    """The same mathematics with fewer roundings. The default."""
+    FAST = "fast"
+    """The blocks' linears in fp8 (e4m3), with a scale for each row."""
+
+
 class CfgNull(StrEnum):
     """What the unconditional branch of guidance sees. Three conventions were published."""
 

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
+from torch import Tensor
 
 from pixart_rt.config import Scheduler
+from pixart_rt.errors import ConfigError
 
 TRAINING_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": 1000,
@@ -64,3 +67,41 @@ def stored_scheduler(folder: Path) -> Scheduler:
 def uses_learned_variance(name: Scheduler) -> bool:
     """Whether the sampler takes the model's variance channels; the others drop them."""
     return name is Scheduler.IDDPM
+
+
+def dpmpp_coefficients(scheduler: Any, guidance_scale: float) -> Tensor:
+    """The rows [S, 8] of kernels/solver.py, float32, for a scheduler with its timesteps set.
+
+    From the noise levels of the scheduler, in float64; the last step, and with fewer than
+    15 the first, are of first order, as in diffusers. Raises ConfigError for another solver than
+    DPM-Solver++ 2M with midpoint that predicts noise.
+    """
+    config = scheduler.config
+    expected = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+                "prediction_type": "epsilon", "thresholding": False}  # fmt: skip
+    other = {key: config[key] for key in expected if config[key] != expected[key]}
+    if other:
+        raise ConfigError(f"the fused solver is DPM-Solver++ 2M midpoint, asked was {other}")
+    sigmas = scheduler.sigmas.double()  # in units of the signal: alpha = 1 / sqrt(1 + sigma^2)
+    alpha = 1 / (1 + sigmas**2).sqrt()
+    sigma = sigmas * alpha
+    lam = alpha.log() - sigma.log()  # inf at the end, where no noise is left
+    steps = len(scheduler.timesteps)
+    rows = torch.zeros(steps, 8, dtype=torch.float64)
+    for i in range(steps):
+        shrink = torch.expm1(-(lam[i + 1] - lam[i]))
+        last = i == steps - 1 and (
+            config.euler_at_final
+            or (config.lower_order_final and steps < 15)
+            or config.final_sigmas_type == "zero"
+        )
+        half = 0.0
+        if i > 0 and not last:
+            half = 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1])  # 1 / (2 r0)
+        rows[i, 0] = 1 / alpha[i]
+        rows[i, 1] = -sigma[i] / alpha[i]
+        rows[i, 2] = sigma[i + 1] / sigma[i]
+        rows[i, 3] = -alpha[i + 1] * shrink * (1 + half)
+        rows[i, 4] = alpha[i + 1] * shrink * half
+        rows[i, 5] = guidance_scale
+    return rows.float()

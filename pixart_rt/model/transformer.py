@@ -10,15 +10,20 @@ B images, N tokens, T text tokens, D width, H heads, K head width, C caption cha
 B and N are the only dynamic sizes. Parameters have the names of the original checkpoints.
 """
 
+from __future__ import annotations
+
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixart_rt import ops
-from pixart_rt.config import ModelConfig
+from pixart_rt.config import Kernels, ModelConfig, Quality
 from pixart_rt.model.conditioning import FREQUENCY_CHANNELS, sinusoid
+from pixart_rt.ops import Normed, Operators, Rows, operators
 
 MODULATION_ROWS = 7  # shift, scale, gate of attention; of the MLP; the embedding of the last layer
+SHIFT_MSA, GATE_MSA, SHIFT_MLP, GATE_MLP = 0, 2, 3, 5  # rows; each scale follows its shift
 
 
 class Mlp(nn.Module):
@@ -34,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention among image tokens, with packed query, key and value."""
+    """Attention among image tokens, with packed query, key and value; `proj` is the block's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,9 +47,8 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, *self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(ops.attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, ops: Operators, y: Normed) -> Tensor:
+        return ops.self_attention(ops.linear(y, self.qkv).unflatten(-1, (3, *self.heads)))
 
 
 class CrossAttention(nn.Module):
@@ -57,14 +61,18 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor, prompt_mask: Tensor) -> Tensor:
-        q = self.q_linear(x).unflatten(-1, self.heads).transpose(1, 2)
-        k, v = self.kv_linear(text).unflatten(-1, (2, *self.heads)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(ops.attention(q, k, v, prompt_mask).transpose(1, 2).flatten(2))
+    def forward(self, ops: Operators, x: Tensor, text: Tensor, prompt_mask: Tensor) -> Tensor:
+        q = ops.linear(x, self.q_linear).unflatten(-1, self.heads)
+        kv = self.kv_linear(text).unflatten(-1, (2, *self.heads))
+        return ops.cross_attention(q, kv, prompt_mask)
 
 
 class Block(nn.Module):
-    """One transformer block; see the formula at the top of the file."""
+    """One transformer block; see the formula at the top of the file.
+
+    It takes x already normalized and modulated for its attention, and gives x so for the next
+    block's: the end of one block and the beginning of the next are one operator.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,12 +82,29 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.mlp = Mlp(width, 4 * width, width)
 
-    def forward(self, x: Tensor, modulation: Tensor, text: Tensor, prompt_mask: Tensor) -> Tensor:
-        table = self.scale_shift_table.to(modulation.dtype) + modulation[:, :6]  # [B, 6, D]
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
-        x = ops.gate_residual(x, self.attn(ops.ln_modulate(x, shift_msa, scale_msa)), gate_msa)
-        x = x + self.cross_attn(x, text, prompt_mask)
-        return ops.gate_residual(x, self.mlp(ops.ln_modulate(x, shift_mlp, scale_mlp)), gate_mlp)
+    def forward(
+        self,
+        ops: Operators,
+        x: Tensor,
+        y: Normed,
+        shared: Tensor,
+        text: Tensor,
+        prompt_mask: Tensor,
+        following: Tensor | None,
+    ) -> tuple[Tensor, Normed | None]:
+        """x [B, N, D], y its norm, shared [B, 6, D], `following` the next block's table [6, D].
+
+        Returns x and, unless this is the last block, its norm for the next.
+        """
+        rows = partial(Rows, self.scale_shift_table, shared)
+        x = ops.linear_residual(self.attn(ops, y), self.attn.proj, x, rows(GATE_MSA))
+        attended = self.cross_attn(ops, x, text, prompt_mask)
+        x, y = ops.linear_residual_norm(attended, self.cross_attn.proj, x, None, rows(SHIFT_MLP))
+        hidden = ops.linear_gelu(y, self.mlp.fc1)
+        if following is None:
+            return ops.linear_residual(hidden, self.mlp.fc2, x, rows(GATE_MLP)), None
+        norm = Rows(following, shared, SHIFT_MSA)
+        return ops.linear_residual_norm(hidden, self.mlp.fc2, x, rows(GATE_MLP), norm)
 
 
 class ScalarEmbedder(nn.Module):
@@ -140,10 +165,10 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
 
-    def forward(self, x: Tensor, embedded: Tensor) -> Tensor:
-        table = self.scale_shift_table.to(embedded.dtype) + embedded[:, None]
-        shift, scale = table.unbind(1)
-        return self.linear(ops.ln_modulate(x, shift, scale))
+    def forward(self, ops: Operators, x: Tensor, embedded: Tensor) -> Tensor:
+        """x [B, N, D] and the embedding [B, 1, D] of the timestep, the same for both rows."""
+        shared = embedded.expand(-1, 2, -1).contiguous()
+        return self.linear(ops.ln_modulate(x, Rows(self.scale_shift_table, shared, 0)))
 
 
 class PixArtTransformer(nn.Module):
@@ -158,6 +183,17 @@ class PixArtTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_layer = FinalLayer(config)
         self.modulator = Modulator(config)
+        self.operators: Operators = operators()
+
+    def use(self, kernels: Kernels, quality: Quality = Quality.HIGH) -> PixArtTransformer:
+        """Switch all blocks between the reference and the fused operators; returns self.
+
+        FAST quantizes the weights of the blocks' linears to fp8 here, once; do it after the last
+        change of dtype. Raises ConfigError where `quality` needs other kernels.
+        """
+        self.operators = operators(kernels, quality)
+        self.operators.prepare(self.blocks)
+        return self
 
     def forward(
         self,
@@ -177,6 +213,9 @@ class PixArtTransformer(nn.Module):
         modulation = modulation.to(wide)
         x = (self.x_embedder(tokens.to(dtype)).to(wide) + pos_embed.to(wide)).to(dtype)
         text = self.y_proj(prompt_embeds.to(dtype))
-        for block in self.blocks:
-            x = block(x, modulation, text, prompt_mask)
-        return self.final_layer(x, modulation[:, 6])
+        ops, shared = self.operators, modulation[:, :6].contiguous()
+        tables = [block.scale_shift_table for block in self.blocks]
+        y = ops.norm(x, Rows(tables[0], shared, SHIFT_MSA))
+        for block, following in zip(self.blocks, [*tables[1:], None], strict=True):
+            x, y = block(ops, x, y, shared, text, prompt_mask, following)
+        return self.final_layer(ops, x, modulation[:, 6:])

@@ -101,7 +101,8 @@ def test_fp8(shape, device, error):
         scale.cpu().double(), expected.abs().amax(-1) / op.E4M3_MAX, rtol=1e-5, atol=0
     )
     assert y.float().abs().amax() == op.E4M3_MAX
-    assert error(y.float() * scale[..., None], expected) < 0.05
+    # e4m3 keeps 3 bits: half a step when rounded, a whole one in the interpreter, which truncates.
+    assert error(y.float() * scale[..., None], expected) < (0.04 if y.is_cuda else 0.09)
 
 
 @pytest.mark.parametrize("name", ["ln_modulate", "ln_modulate_backward", "ln_modulate_fp8"])

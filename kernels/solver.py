@@ -1,0 +1,130 @@
+"""Guidance and one DPM-Solver++ step in one pass, in float32, on patch tokens.
+
+    eps    = null + g·(cond - null)            classifier-free guidance; without it eps = cond
+    x0     = p·x + q·eps                       p = 1/alpha_s, q = -sigma_s/alpha_s
+    x_next = a·x + b·x0 + c·x0_last            2M multistep update (arXiv:2211.01095, Algorithm 2)
+
+The six numbers of a step are one row [8] of a table on the device (pixart_rt/schedulers.py fills
+it), so that a captured graph serves every schedule and guidance scale.
+
+B images, N tokens, C latent channels, P = p·p pixels of a patch. x, x0, x0_last and x_next are
+float32 [B, N, C·P] in the order of the model's input; output is the model's [B or 2B, N, P·O], the
+unconditional half first, O = C or, with a learned variance, which is dropped, 2C. The order of the
+two differs, and the kernel reads one while it writes the other: no unpatchify, no chunk, no copy.
+
+Traffic: reads x, x0_last and the C noise channels of both halves, writes x0 and x_next.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixart_rt.kernels.launch import SM70, Operator, launch, runs_triton
+
+BLOCK = 1024
+COEFFICIENTS = ("p", "q", "a", "b", "c", "guidance")  # then two spare, for 32-byte rows
+
+
+def cfg_dpmpp_step_ref(
+    output: Tensor, x: Tensor, x0_last: Tensor, coefficients: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """(x_next, x0), the formulas in plain PyTorch, in x's dtype."""
+    p, q, a, b, c, guidance = coefficients[: len(COEFFICIENTS)].to(x.dtype).unbind()
+    pixels = x.shape[-1] // channels
+    noise = output.to(x.dtype).unflatten(-1, (pixels, -1))[..., :channels]
+    noise = noise.transpose(-1, -2).flatten(-2)  # channel first, as the model's input
+    if len(noise) != len(x):
+        null, cond = noise.chunk(2)
+        noise = null + guidance * (cond - null)
+    x0 = p * x + q * noise
+    return a * x + b * x0 + c * x0_last, x0
+
+
+@triton.jit
+def _cfg_dpmpp_step_kernel(
+    output_ptr, x_ptr, x0_last_ptr, coefficients_ptr, num_images, per_image,
+    x_next_ptr, x0_ptr,
+    C: tl.constexpr, P: tl.constexpr, O: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < per_image
+    token, channel, pixel = at // (C * P), at // P % C, at % P
+    inside = token * (P * O) + pixel * O + channel  # of one image's output
+    output_size = per_image // C * O
+    if GUIDED:
+        null = tl.load(output_ptr + image * output_size + inside, mask=mask).to(tl.float32)
+        cond = output_ptr + (num_images + image) * output_size + inside
+        cond = tl.load(cond, mask=mask).to(tl.float32)
+        noise = null + tl.load(coefficients_ptr + 5) * (cond - null)
+    else:
+        noise = tl.load(output_ptr + image * output_size + inside, mask=mask).to(tl.float32)
+    here = image * per_image + at
+    x = tl.load(x_ptr + here, mask=mask)
+    x0 = tl.load(coefficients_ptr) * x + tl.load(coefficients_ptr + 1) * noise
+    x_next = tl.load(coefficients_ptr + 2) * x + tl.load(coefficients_ptr + 3) * x0
+    x_next += tl.load(coefficients_ptr + 4) * tl.load(x0_last_ptr + here, mask=mask)
+    tl.store(x_next_ptr + here, x_next, mask=mask)
+    tl.store(x0_ptr + here, x0, mask=mask)
+
+
+def cfg_dpmpp_step_triton(
+    output: Tensor, x: Tensor, x0_last: Tensor, coefficients: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """(x_next, x0)."""
+    output, x, x0_last = output.contiguous(), x.contiguous(), x0_last.contiguous()
+    pixels = x.shape[2] // channels
+    x_next, x0 = torch.empty_like(x), torch.empty_like(x)
+    per_image = x.shape[1] * x.shape[2]
+    launch(
+        _cfg_dpmpp_step_kernel, (triton.cdiv(per_image, BLOCK), len(x)),
+        output, x, x0_last, coefficients.contiguous(), len(x), per_image, x_next, x0,
+        C=channels, P=pixels, O=output.shape[2] // pixels, GUIDED=len(output) != len(x),
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return x_next, x0
+
+
+@torch.library.custom_op("pixart_rt::cfg_dpmpp_step", mutates_args=())
+def cfg_dpmpp_step(
+    output: Tensor, x: Tensor, x0_last: Tensor, coefficients: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """(x_next, x0) of the formulas above; shapes at the top of the file. No gradients.
+
+    x0_last is not used where c is 0, but must be finite: pass x at the first step.
+    """
+    if runs_triton("cfg_dpmpp_step", x, SM70):
+        return cfg_dpmpp_step_triton(output, x, x0_last, coefficients, channels)
+    x_next, x0 = cfg_dpmpp_step_ref(output, x, x0_last, coefficients, channels)
+    return x_next.contiguous(), x0.contiguous()
+
+
+@cfg_dpmpp_step.register_fake
+def _(
+    output: Tensor, x: Tensor, x0_last: Tensor, coefficients: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    """Three guided images with a learned variance, at a ragged size."""
+    random = torch.Generator().manual_seed(seed)
+    output = torch.randn(6, 37, 32, generator=random).to(device, dtype)
+    x, x0_last = torch.randn(2, 3, 37, 16, generator=random).to(device).unbind()
+    coefficients = torch.randn(8, generator=random).to(device)
+    return output, x, x0_last, coefficients, 4
+
+
+def compile_example(dtype: torch.dtype) -> None:
+    """The launch at 1024 pixels, for `launch.record`."""
+    x = torch.empty(1, 4096, 16)
+    output = torch.empty(2, 4096, 32, dtype=dtype)
+    cfg_dpmpp_step_triton(output, x, x, torch.empty(8), 4)
+
+
+OPERATORS = (Operator("cfg_dpmpp_step", SM70, cfg_dpmpp_step, cfg_dpmpp_step_ref, _example),)

@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
 CHECKED := pixart_rt examples
-BENCHES := $(filter-out benchmarks/provenance.py, $(wildcard benchmarks/*.py))
+BENCHES := $(filter-out provenance, $(basename $(notdir $(wildcard benchmarks/*.py))))
 ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: help demo test test-fast test-gpu check bench dist clean
@@ -42,7 +42,7 @@ check: $(STAMP) ## formatting, lint, types
 	$(BIN)/mypy $(CHECKED)
 
 bench: $(STAMP) ## run every benchmark; results go to benchmarks/results
-	set -e; for bench in $(BENCHES); do echo "$$bench"; $(BIN)/python "$$bench"; done
+	set -e; for bench in $(BENCHES); do echo "$$bench"; $(BIN)/python -m "benchmarks.$$bench"; done
 
 dist: $(STAMP) ## a wheel in dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .

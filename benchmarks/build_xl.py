@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 import psutil
-from provenance import write_result
+
+from benchmarks.provenance import write_result
 
 SAMPLE_SECONDS = 0.25
 

@@ -1,7 +1,7 @@
 """How far our transformer is from diffusers' with the same weights, float32, on the CPU.
 
-    python benchmarks/parity.py         writes benchmarks/results/parity.json and docs/parity.md
-    python benchmarks/parity.py --xl    also one image through all of XL/2 at 256 px: 5 GiB, minutes
+    python -m benchmarks.parity         writes benchmarks/results/parity.json and docs/parity.md
+    python -m benchmarks.parity --xl    also one image through all of XL/2 at 256 px: 5 GiB, minutes
 
 Random models with the published head width, 72, every parameter random and not zero; one forward
 per distinct token count of each resolution, text masks of 1 to 120 tokens; and the position tables
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from provenance import ROOT, write_result
 from torch import Tensor
 
+from benchmarks.provenance import ROOT, write_result
 from pixart_rt.buckets import RESOLUTIONS, Bucket, buckets
 from pixart_rt.config import RANDOM_XL, SIGMA_XL_2_1024, XL_2_256, ModelConfig
 from pixart_rt.model import keys

@@ -35,7 +35,7 @@ def provenance() -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else ""),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "versions": {
             "python": platform.python_version(),
             **{name: version for name, version in sorted(versions.items()) if name in NAMED},

@@ -1,8 +1,8 @@
 """Does the tiny checkpoint draw what held-out captions ask for? Generate, read back, count.
 
-    python benchmarks/score_tiny.py --resolution 256 --captions 200
-    python benchmarks/score_tiny.py --resolution 1024 --captions 50
-    python benchmarks/score_tiny.py --resolution 256 --pipeline bundle --bundle out/tiny-256
+    python -m benchmarks.score_tiny --resolution 256 --captions 200
+    python -m benchmarks.score_tiny --resolution 1024 --captions 50
+    python -m benchmarks.score_tiny --resolution 256 --pipeline bundle --bundle out/tiny-256
 
 Captions come from the side of the split that training never sees, phrasing and all. At 1024 the
 sizes cycle through eight aspect ratios. The result is one JSON file with its provenance, and on
@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from provenance import write_result
 
+from benchmarks.provenance import write_result
 from pixart_rt.training.tiny.scenes import Scene, caption, random_scene
 from pixart_rt.training.tiny.scorer import Score, score
 

@@ -157,7 +157,9 @@ def _code_sha256() -> str:
     root = Path(pixart_rt.__file__).parent
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(
-        p for room in ("model", "kernels", "export") for p in root.glob(f"{room}/*.py")
+        p
+        for part in ("model/*.py", "kernels/*.py", "export/*.py", "ops.py")
+        for p in root.glob(part)
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -74,7 +74,7 @@ def compile_component(
     files = [path for path in (folder / plan.component).rglob("*") if path.is_file()]
     entry = ComponentEntry(
         backend=backend,
-        precision=plan.precision,
+        precision=plan.label,
         parts=tuple(item.engine.relative_to(folder).as_posix() for item in compiled),
         files=hash_files(folder, files),
         targets=targets if profiled else (),
@@ -172,7 +172,7 @@ def _gate(
     worst: tuple[Difference, Tensors] | None = None
     for inputs, reference in checked:
         layer = partial(locate, plan, compiled, inputs)
-        found = require_parity(plan.component, plan.precision, run(inputs), reference, layer)
+        found = require_parity(plan.component, plan.label, run(inputs), reference, layer)
         if worst is None or found.maximum > worst[0].maximum:
             worst = (found, inputs)
     assert worst is not None
@@ -230,7 +230,7 @@ def locate(plan: Plan, compiled: list[Compiled], inputs: Tensors) -> str:
         with torch.no_grad():
             previous = reference.module(**feed)
         graph = item.part.make(DTYPES[plan.precision])
-        bad = first_bad_layer(plan.precision, _actual_layers(item, graph, feed, plan), expected)
+        bad = first_bad_layer(plan.label, _actual_layers(item, graph, feed, plan), expected)
         if bad is not None:
             return f"{item.part.name}: {bad}" if len(compiled) > 1 else bad
     return "none alone: the engine differs from its own graph, or the error gathers over layers"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.buckets import buckets
-from pixart_rt.config import EngineConfig
+from pixart_rt.config import EngineConfig, Quality
 from pixart_rt.errors import BuildError
 from pixart_rt.export.graph import (
     Graph,
@@ -56,6 +56,12 @@ class Plan:
     cases: list[dict[str, Tensor]]  # small shapes, for the gate of what accepts any
     profile_cases: list[dict[str, Tensor]]  # a shape inside each profile; the first for `verify`
     predicted_peak: int | None = None  # bytes to build its largest engine, where predicted
+    fp8: bool = False  # the transformer's linears, quantized when it is loaded
+
+    @property
+    def label(self) -> str:
+        """The precision of its arithmetic: what the numerics gate and the manifest call it."""
+        return "fp8" if self.fp8 else self.precision
 
 
 def plan_component(component: str, source: Source, config: EngineConfig, memory: int) -> Plan:
@@ -87,6 +93,7 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
         [{"batch": [1, 2, batch], "num_tokens": [low, high, high]}],
         [inputs(2, 35), inputs(1, 64), inputs(3, 17)],
         [inputs(1, low), inputs(batch, high)],
+        fp8=config.quality is Quality.FAST,
     )
 
 

@@ -104,7 +104,7 @@ def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, param in enumerate(params):
-        value = values[param.name] if param.name in values else param.default
+        value = values.get(param.name, param.default)
         if param.is_constexpr or value is None:
             signature[param.name] = "constexpr"
             constants[index,] = value

@@ -5,8 +5,8 @@
 
 PixArt-alpha (arXiv:2310.00426), Section 2.3 and Figure 4. B images, N tokens, D width, R rows of a
 table. x, branch, x' and y are [B, N, D]. gate = gate_table[gate_row] + gate_shared[:, gate_row];
-shift and scale come from rows row and row + 1 of table [R, D] and shared [B, R, D] (ln_modulate.py);
-the gate has its own, for the next half may belong to the next block.
+shift and scale come from rows row and row + 1 of table [R, D] and shared [B, R, D], as in
+ln_modulate.py; the gate has its own, for the next half may belong to the next block.
 
 Traffic: reads x and branch, writes x' and y: 4·B·N·D elements where the two operators apart move
 5·B·N·D. The backward is ln_modulate's kernel, which adds the gradient of x' and goes on through the

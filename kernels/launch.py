@@ -39,6 +39,7 @@ class Launch:
 
 _recorder: list[Launch] | None = None
 _target: tuple[int, int] | None = None  # the GPU that `record` pretends to be
+_forced: dict[str, dict[str, int]] = {}  # operator -> configuration, while it is tuned
 _refused: dict[tuple[str, int], str] = {}  # (operator, device index) -> why its kernel is not used
 
 
@@ -102,6 +103,8 @@ def config(op: str, like: Tensor, tokens: int, default: dict[str, int]) -> dict[
     Tables map operator -> dtype -> token bucket -> configuration; the nearest smaller bucket, else
     the smallest, is taken, so that every count has one and nothing is tuned at run time.
     """
+    if op in _forced:
+        return {**default, **_forced[op]}
     if interpreting():
         return default
     name = _gpu_name(like.device.index or 0) if like.is_cuda and _target is None else ""
@@ -112,6 +115,16 @@ def config(op: str, like: Tensor, tokens: int, default: dict[str, int]) -> dict[
             fits = [size for size in sizes if size <= tokens]
             return {**default, **buckets[str(fits[-1] if fits else sizes[0])]}
     return default
+
+
+@contextmanager
+def forcing(op: str, configuration: dict[str, int]) -> Iterator[None]:
+    """Launch `op` with this configuration inside, whatever the tables say."""
+    _forced[op] = configuration
+    try:
+        yield
+    finally:
+        del _forced[op]
 
 
 def user_table_path(gpu: str) -> Path:

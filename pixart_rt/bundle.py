@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pixart_rt.config import ModelConfig, Scheduler
+from pixart_rt.config import ModelConfig, Quality, Scheduler
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
 
@@ -65,6 +65,10 @@ class Manifest:
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.model_config)
 
+    @property
+    def quality(self) -> Quality:
+        return Quality(self.engine_config.get("quality", Quality.HIGH))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
@@ -95,7 +99,11 @@ class Manifest:
                 for name, entry in values.pop("components").items()
             }
             manifest = cls(components=entries, **values)
-            _ = manifest.config, Scheduler(manifest.scheduler)  # refuse what cannot be, here
+            _ = (
+                manifest.config,
+                manifest.quality,
+                Scheduler(manifest.scheduler),
+            )  # refuse what cannot be, here
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error

@@ -153,8 +153,14 @@ class EngineConfig:
     targets: tuple[str, ...] = ()  # such as ("sm80", "sm89"); empty: the present machine
     components: tuple[str, ...] = COMPONENTS
     text_encoder_backend: str | None = None  # None: the same as the others; or "torch"
+    quality: Quality = Quality.HIGH  # other ones with the backends torch and torch-compile
 
     def __post_init__(self) -> None:
+        if self.quality is not Quality.HIGH and self.backend not in ("torch", "torch-compile"):
+            raise ConfigError(
+                f"quality {self.quality} was asked with backend {self.backend}, whose compiler "
+                "chooses its roundings itself; use torch or torch-compile"
+            )
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
         if not 1 <= self.max_batch <= LARGEST_BATCH:

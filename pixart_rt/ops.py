@@ -11,13 +11,24 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixart_rt.config import Kernels, Quality
-from pixart_rt.kernels.attention import attention_ref
-from pixart_rt.kernels.gate_residual import gate_residual_ref
-from pixart_rt.kernels.ln_modulate import ln_modulate_ref
+from pixart_rt.errors import ConfigError
+from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
+from pixart_rt.kernels.cross_attention import cross_attention
+from pixart_rt.kernels.fp8_linear import (
+    fp8_linear,
+    fp8_linear_gelu,
+    fp8_linear_residual,
+    quantize_rows,
+)
+from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate, gate_residual_ref
+from pixart_rt.kernels.launch import SM80
+from pixart_rt.kernels.linear import linear_gate_residual, linear_gelu, linear_residual
+from pixart_rt.kernels.ln_modulate import ln_modulate, ln_modulate_fp8, ln_modulate_ref
 
 Normed = Any  # what `norm` gives and `linear` takes: [B, N, D], or its fp8 values and row scales
 
@@ -78,6 +89,117 @@ class Operators:
         return x, self.norm(x, rows)
 
 
+class FusedOperators(Operators):
+    """The operators of kernels/: forward and backward, eager, compiled and exported.
+
+    Under autocast the residual stream stays float32 and the linears' inputs are cast, as
+    nn.Linear's are; the residual is then added by the kernel that normalizes.
+    """
+
+    def __init__(self, lossless: bool = False) -> None:
+        super().__init__(lossless)
+        self.gemm_epilogue = True  # gate and residual in the GEMM, from sm_80 on
+
+    def prepare(self, blocks: nn.Module) -> None:
+        device = next(blocks.parameters()).device
+        if device.type == "cuda":
+            self.gemm_epilogue = torch.cuda.get_device_capability(device) >= SM80
+
+    def ln_modulate(self, x: Tensor, rows: Rows) -> Tensor:
+        return ln_modulate(x, *rows, self.lossless)
+
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+        return linear_gelu(*_autocast(y, layer), self.lossless)
+
+    def self_attention(self, qkv: Tensor) -> Tensor:
+        return attention_qkv_packed(qkv)
+
+    def cross_attention(self, q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
+        return cross_attention(q, kv, key_mask)
+
+    def linear_residual(
+        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
+    ) -> Tensor:
+        x, weight, bias = _autocast(x, layer)
+        if not self.gemm_epilogue or x.dtype != residual.dtype:
+            branch = F.linear(x, weight, bias)
+            return gate_residual_ref(residual, branch, *(gate or (None, None, 0)), self.lossless)
+        if gate is None:
+            return linear_residual(x, weight, bias, residual, self.lossless)
+        return linear_gate_residual(x, weight, bias, *gate, residual, self.lossless)
+
+    def linear_residual_norm(
+        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
+    ) -> tuple[Tensor, Normed]:
+        x, weight, bias = _autocast(x, layer)
+        if self.gemm_epilogue and x.dtype == residual.dtype:
+            return super().linear_residual_norm(x, layer, residual, gate, rows)
+        branch = F.linear(x, weight, bias)
+        gates = gate or (None, None, 0)
+        return gate_residual_ln_modulate(residual, branch, *gates, *rows, self.lossless)
+
+
+class Fp8Operators(FusedOperators):
+    """The blocks' linears in fp8, but the text's keys and values; inference only.
+
+    Weights have a scale for each output, activations one for each token, chosen as they are made.
+    """
+
+    def prepare(self, blocks: nn.Module) -> None:
+        super().prepare(blocks)
+        for name, layer in blocks.named_modules():
+            if isinstance(layer, nn.Linear) and not name.endswith("kv_linear"):
+                weight, scale = quantize_rows(layer.weight.detach())
+                layer.register_buffer("weight_fp8", weight, persistent=False)
+                layer.register_buffer("weight_scale", scale, persistent=False)
+
+    def norm(self, x: Tensor, rows: Rows) -> Normed:
+        return (*ln_modulate_fp8(x, *rows), x.dtype)
+
+    def linear(self, y: Normed, layer: nn.Linear) -> Tensor:
+        return fp8_linear(*_quantized(y, layer))
+
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+        return fp8_linear_gelu(*_quantized(y, layer))
+
+    def linear_residual(
+        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
+    ) -> Tensor:
+        inputs = _quantized(x, layer)[:-1]
+        return fp8_linear_residual(*inputs, *(gate or (None, None, 0)), residual)
+
+    def linear_residual_norm(
+        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
+    ) -> tuple[Tensor, Normed]:
+        x = self.linear_residual(x, layer, residual, gate)
+        return x, self.norm(x, rows)
+
+
+def _quantized(
+    y: Normed, layer: nn.Linear
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype]:
+    """A linear's input and weight in fp8 with their scales, its bias, and the output's dtype."""
+    x, scale, dtype = (*quantize_rows(y), y.dtype) if isinstance(y, Tensor) else y
+    return x, scale, layer.weight_fp8, layer.weight_scale, layer.bias, dtype
+
+
+def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear's input, weight and bias in autocast's dtype, if autocast is on."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, layer.weight, layer.bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)
+
+
 def operators(kernels: Kernels = Kernels.REFERENCE, quality: Quality = Quality.HIGH) -> Operators:
     """The set of operators for a model. Raises ConfigError for fp8 without the kernels."""
-    return Operators(lossless=quality is Quality.LOSSLESS)
+    if quality is Quality.FAST and kernels is not Kernels.FUSED:
+        raise ConfigError(
+            f"quality {quality} was asked with {kernels} kernels, which have no fp8; use "
+            f"{Kernels.FUSED} kernels or quality {Quality.HIGH}"
+        )
+    if quality is Quality.FAST:
+        return Fp8Operators()
+    lossless = quality is Quality.LOSSLESS
+    return FusedOperators(lossless) if kernels is Kernels.FUSED else Operators(lossless)

@@ -20,7 +20,7 @@ from pixart_rt.backends import default_device, get_backend
 from pixart_rt.backends.base import Component
 from pixart_rt.buckets import Bucket, choose_bucket
 from pixart_rt.bundle import Manifest, damaged_files
-from pixart_rt.config import CfgNull, SamplingConfig, Scheduler
+from pixart_rt.config import CfgNull, Precision, Quality, SamplingConfig, Scheduler
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.conditioning import patchify, unpatchify
@@ -29,6 +29,11 @@ from pixart_rt.prompts import Encoded, PromptEncoder, unconditional
 from pixart_rt.schedulers import make_scheduler, uses_learned_variance
 
 VAE_SCALE_FACTOR = 8  # pixels per latent pixel
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
 StepCallback = Callable[
     ["PixArtPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None
 ]
@@ -68,6 +73,10 @@ class PixArtPipeline:
         self.config = manifest.config
         self.resolution = int(manifest.engine_config["resolution"])
         self.max_batch = int(manifest.engine_config["max_batch"])
+        self.quality = manifest.quality
+        self._lossless = None
+        if self.quality is Quality.LOSSLESS:
+            self._lossless = DTYPES[Precision(manifest.components["transformer"].precision)]
         self.transformer = components["transformer"]
         self.vae_decoder = components["vae_decoder"]
         self.modulator = load_modulator(self.folder / "modulator.safetensors", self.config)
@@ -282,7 +291,9 @@ class PixArtPipeline:
         solver.set_timesteps(sampling.num_inference_steps, device="cpu")
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents = self._noise(generators, bucket) * float(solver.init_noise_sigma)
-        plan = make_plan(self.modulator, self.config, bucket, solver.timesteps, self.device)
+        plan = make_plan(
+            self.modulator, self.config, bucket, solver.timesteps, self.device, self._lossless
+        )
         text = encoded if null is None else Encoded.cat([null, encoded])
         stochastic = sampling.scheduler is not Scheduler.DPM_SOLVER
         extra = {"generator": generators} if stochastic else {}

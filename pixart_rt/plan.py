@@ -45,16 +45,22 @@ def make_plan(
     bucket: Bucket,
     timesteps: Tensor,
     device: torch.device,
+    lossless: torch.dtype | None = None,
 ) -> Plan:
     """Positions of the bucket's grid and modulation of all timesteps [S].
 
     Micro-conditioning is the bucket's size in pixels and its height / width, float32, as in
-    diffusers. Computed on the CPU in float32, whatever the engines' precision.
+    diffusers. Computed on the CPU in float32, whatever the engines' precision; for quality
+    lossless in the dtype given, whose roundings are diffusers' then. So is the position table of
+    the model's own square, which diffusers keeps as a buffer of its dtype.
     """
     steps = timesteps.float().cpu()
     size = torch.tensor([[bucket.height, bucket.width]], dtype=torch.float32)
     aspect_ratio = torch.tensor([bucket.height / bucket.width])
+    modulator = modulator.to(lossless or torch.float32)
     with torch.inference_mode():
         modulation = modulator(steps, size.expand(len(steps), 2), aspect_ratio.expand(len(steps)))
     positions = position_table(config, bucket.grid)
-    return Plan(positions.to(device), modulation.to(device))
+    if lossless and bucket.grid == (config.base_size, config.base_size):
+        positions = positions.to(lossless)
+    return Plan(positions.float().to(device), modulation.float().to(device))

@@ -12,6 +12,7 @@ import torch
 from pixart_rt.backends.base import Availability, Component
 from pixart_rt.backends.parts import Chain, FunctionPart, check_device, entry_of, part_inputs
 from pixart_rt.bundle import Manifest
+from pixart_rt.config import Kernels, Quality
 
 
 class EagerBackend:
@@ -29,9 +30,17 @@ class EagerBackend:
 
 
 def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -> torch.nn.Module:
-    """The module of a component on `device`, in the precision it was written with."""
-    from pixart_rt.model.load import load_module  # diffusers: seconds to import
+    """The module of a component on `device`, in the precision it was written with.
+
+    A transformer runs the fused operators on a GPU, and in fp8 anywhere.
+    """
+    from pixart_rt.model.load import DenoiserModule, load_module  # diffusers: seconds to import
 
     check_device(device)
     entry_of(bundle, manifest, name)
-    return load_module(Path(bundle) / name, name).to(device)
+    module = load_module(Path(bundle) / name, name).to(device)
+    if isinstance(module, DenoiserModule):
+        quality = manifest.quality
+        fused = device.type == "cuda" or quality is Quality.FAST
+        module.core.use(Kernels.FUSED if fused else Kernels.REFERENCE, quality)
+    return module

@@ -11,6 +11,7 @@ from pixart_rt.cli.convert import convert
 from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
+from pixart_rt.cli.tune import tune
 from pixart_rt.cli.verify import verify
 from pixart_rt.version import __version__
 
@@ -46,5 +47,5 @@ def root(
     """
 
 
-for verb in (build, generate, convert, inspect, verify, doctor):
+for verb in (build, generate, convert, inspect, verify, tune, doctor):
     app.command()(verb)

@@ -10,7 +10,7 @@ import typer
 from pixart_rt.backends import BACKENDS
 from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.cli.console import Steps, note, print_json
-from pixart_rt.config import COMPONENTS, PUBLISHED, CfgNull, EngineConfig, Precision
+from pixart_rt.config import COMPONENTS, PUBLISHED, CfgNull, EngineConfig, Precision, Quality
 from pixart_rt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ def build(
             help="Comma list of transformer, vae, text_encoder. Default: all that the model has."
         ),
     ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="Roundings of the transformer; not high: torch backends only.")
+    ] = Quality.HIGH,
     text_encoder: Annotated[
         str, typer.Option(help="engine: as the others; torch: kept in PyTorch.")
     ] = "engine",
@@ -97,7 +100,7 @@ def build(
     parts = _components(components, model)
     config = _engine_config(
         res, backend, _split(target or []), precision, text_precision, parts, text_encoder,
-        max_batch,
+        max_batch, quality,
     )  # fmt: skip
     from pixart_rt.export.build import build as build_bundle  # torch, onnx: seconds to import
 
@@ -125,6 +128,7 @@ def _engine_config(
     components: tuple[str, ...],
     text_encoder: str,
     max_batch: int,
+    quality: Quality,
 ) -> EngineConfig:
     """The options as a checked config; what was left out becomes the chosen backend's default."""
     if text_encoder not in ("engine", "torch"):
@@ -153,6 +157,7 @@ def _engine_config(
         targets=asked.targets,
         components=components,
         text_encoder_backend=text_backend,
+        quality=quality,
     )
 
 

@@ -1,6 +1,6 @@
 """The shipped checkpoint loads unchanged in diffusers, and the scripts that made it still run."""
 
-import importlib.util
+import importlib
 import os
 import subprocess
 import sys
@@ -83,9 +83,6 @@ def test_the_training_scripts_run(tmp_path):
 
 
 def test_the_benchmark_covers_five_aspect_ratios(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it imports its neighbour, provenance
-    spec = importlib.util.spec_from_file_location("score_tiny", ROOT / "benchmarks/score_tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["score_tiny"] = module
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("benchmarks.score_tiny")
     assert len({h / w for h, w in module.SIZES[1024]}) >= 5

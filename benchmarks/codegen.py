@@ -1,0 +1,182 @@
+"""Compile every kernel for GPUs that are not there; the tables of docs/kernels.md.
+
+    python -m benchmarks.codegen                  writes results/codegen.json and the page
+    python -m benchmarks.codegen --json OUT.json  only the JSON, at OUT.json
+
+Needs no GPU: Triton carries NVIDIA's assembler. Shapes are those of one 1024 px image with
+guidance. Registers, spills, shared memory and instructions are facts; they are not speed. Traffic
+is counted while one block of XL/2 runs on tensors without data: what every operator reads and
+writes, each tensor once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: compile, do not interpret
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.provenance import ROOT, provenance, write_result
+from pixart_rt.config import XL_2_1024_MS, Kernels
+from pixart_rt.kernels import launch
+from pixart_rt.kernels.catalog import FILES
+from pixart_rt.kernels.codegen import Resources, compile_launch
+from pixart_rt.model.transformer import Block
+from pixart_rt.ops import operators
+
+TARGETS = {  # compute capability -> dtypes; sm_70 has no tensor cores in Triton, nor bfloat16
+    (7, 0): (torch.float16,),
+    (8, 0): (torch.float16, torch.bfloat16),
+    (9, 0): (torch.float16, torch.bfloat16),
+    (12, 0): (torch.bfloat16,),
+}
+ELEMENTWISE = ("ln_modulate", "gate_residual", "solver")
+SHARED_LIMIT = {"sm_70": 98304, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376}  # per block
+DOC = ROOT / "docs" / "kernels.md"
+SECTIONS = ("resources", "traffic")  # of the page: <!-- name:begin --> ... <!-- name:end -->
+
+
+def compile_all() -> list[dict[str, Any]]:
+    """One entry a kernel, configuration, GPU and dtype, in a fixed order."""
+    done, rows = set(), []
+    for arch, dtypes in TARGETS.items():
+        for file in FILES:
+            name = file.__name__.rpartition(".")[2]
+            if arch < launch.SM80 and name not in ELEMENTWISE:
+                continue
+            for dtype in dtypes:
+                with launch.record(arch) as recorded:
+                    file.compile_example(dtype)
+                for each in recorded:
+                    key = (arch, str(dtype), each.kernel.__name__, str(sorted(
+                        (k, str(v)) for k, v in each.kwargs.items()
+                    )))  # fmt: skip
+                    if key in done:
+                        continue
+                    done.add(key)
+                    print(f"{name} {arch} {dtype} {each.kernel.__name__}", flush=True)
+                    rows.append(_row(name, dtype, compile_launch(each, arch)))
+    return rows
+
+
+def _row(file: str, dtype: torch.dtype, found: Resources) -> dict[str, Any]:
+    counts = {kind: found.count(kind) for kind in ("tensor_core", "async_copy", "local_memory")}
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {"file": file, "dtype": dtype_name, **found.to_dict(), **counts}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row a kernel and GPU, in bfloat16 where there is one."""
+    lines = [
+        "| kernel | GPU | dtype | tiles | warps | registers | spilled | shared KB | tensor core | "
+        "asynchronous loads |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["dtype"] == "float16" and row["arch"] != "sm_70":
+            continue
+        tiles = "x".join(str(v) for k, v in row["constexprs"].items()
+                         if k.startswith("BLOCK") or k == "ROWS")  # fmt: skip
+        used = _names(row, ("HMMA", "HGMMA", "QGMMA", "QMMA", "OMMA"))
+        copies = _names(row, ("LDGSTS", "UTMALDG", "UBLKCP"))
+        lines.append(
+            f"| {row['kernel'].strip('_').removesuffix('_kernel')} | {row['arch']} | "
+            f"{row['dtype']} | {tiles} | {row['num_warps']} | {row['registers']} | "
+            f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.0f} | {used} | {copies} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that every operator reads and writes; views and what returns its input cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata: t for t in tree_leaves((args, kwargs)) if _is(t)}
+        made = {t.untyped_storage()._cdata: t for t in tree_leaves(output) if _is(t)}
+        new = [t for key, t in made.items() if key not in given]
+        if new:
+            self.rows.append({
+                "operator": str(func).removeprefix("aten.").removesuffix(".default"),
+                "read": sum(map(_bytes, given.values())),
+                "written": sum(map(_bytes, new)),
+            })  # fmt: skip
+        return output
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 0
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def block_traffic(kernels: Kernels) -> list[dict[str, Any]]:
+    """One block of XL/2 forward in bfloat16: B = 2, N = 4096, 120 text tokens."""
+    config = XL_2_1024_MS
+    with torch.device("meta"):
+        block = Block(config).to(torch.bfloat16)
+        x, y = torch.empty(2, 2, 4096, config.hidden_size, dtype=torch.bfloat16).unbind()
+        shared = torch.empty(2, 6, config.hidden_size)
+        text = torch.empty(2, 120, config.hidden_size, dtype=torch.bfloat16)
+        mask = torch.empty(2, 120, dtype=torch.bool)
+    following = block.scale_shift_table.detach().clone()
+    with torch.no_grad(), Traffic() as traffic:
+        block(operators(kernels), x, y, shared, text, mask, following)
+    return traffic.rows
+
+
+def traffic_table(traffic: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown: both lists of operators in the order they run, and their sums."""
+    text = ""
+    for name, rows in traffic.items():
+        total = sum(row["read"] + row["written"] for row in rows) / 1e6
+        text += f"\n{name}: {len(rows)} operators, {total:.0f} MB.\n\n"
+        text += "| operator | reads MB | writes MB |\n|---|---|---|\n"
+        for row in rows:
+            text += (
+                f"| `{row['operator']}` | {row['read'] / 1e6:.1f} | {row['written'] / 1e6:.1f} |\n"
+            )
+    return text
+
+
+def _names(row: dict[str, Any], names: tuple[str, ...]) -> str:
+    found = [f"{row['instructions'][n]} {n}" for n in names if row["instructions"].get(n)]
+    return ", ".join(found) or "-"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write only this file")
+    chosen = parser.parse_args().json
+    rows = compile_all()
+    traffic = {kernels.value: block_traffic(kernels) for kernels in Kernels}
+    values = {"shared_limit": SHARED_LIMIT, "kernels": rows, "traffic": traffic}
+    if chosen is not None:
+        chosen.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
+        return 0
+    path = write_result("codegen", values)
+    text = DOC.read_text()
+    for section, body in zip(SECTIONS, (table(rows), traffic_table(traffic)), strict=True):
+        begin, end = f"<!-- {section}:begin -->\n", f"<!-- {section}:end -->\n"
+        head, rest = text.split(begin)
+        text = head + begin + body + end + rest.split(end)[1]
+    DOC.write_text(text)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

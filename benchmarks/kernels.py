@@ -1,0 +1,240 @@
+"""Every kernel at PixArt XL/2's shapes, beside PyTorch eager, torch.compile and SDPA's backends.
+
+    python -m benchmarks.kernels                    writes benchmarks/results/kernels.json
+    python -m benchmarks.kernels --json OUT.json    at OUT.json; --minutes 4.5 is the time limit
+
+256, 512 and 1024 px (256, 1024 and 4096 tokens) with batches of 2 and 32, bfloat16, random data.
+Forward times are replays of a CUDA graph over inputs that pass the L2 cache twice; forward with
+backward is timed without a graph, so small sizes show launches. Bytes count each tensor once,
+operations those of the formula. What the time limit leaves out is listed as not run; peers are
+compiled last. Without a GPU tiny shapes are run, to try the script; nothing is measured then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.provenance import provenance, write_result
+from benchmarks.timing import ceilings, nbytes, rotations, seconds_per_call
+from pixart_rt.kernels import launch
+from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
+from pixart_rt.kernels.catalog import flat, relative_error
+from pixart_rt.kernels.cross_attention import cross_attention, cross_attention_ref
+from pixart_rt.kernels.fp8_linear import fp8_linear, fp8_linear_ref, quantize_rows
+from pixart_rt.kernels.gate_residual import (
+    gate_residual_ln_modulate,
+    gate_residual_ln_modulate_ref,
+)
+from pixart_rt.kernels.linear import (
+    linear_gate_residual,
+    linear_gate_residual_ref,
+    linear_gelu,
+    linear_gelu_ref,
+)
+from pixart_rt.kernels.ln_modulate import ln_modulate, ln_modulate_ref
+from pixart_rt.kernels.solver import cfg_dpmpp_step, cfg_dpmpp_step_ref
+
+HEADS, HEAD_DIM, TEXT = 16, 72, 120
+WIDTH, HIDDEN = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape: inputs of a seed, ours, the plain one, and what it must do."""
+
+    operator: str
+    shape: str
+    make: Callable[[int], tuple[Any, ...]]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    flops: float = 0.0
+    trains: bool = True
+    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+def attention_plain(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if backend is None:
+        return attention_ref(q, k, v).transpose(1, 2).flatten(2)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+SDPA = {
+    f"sdpa {name}": partial(attention_plain, backend=backend)
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    )
+}
+
+
+def cases(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """All operators for B images of N tokens."""
+    shape = f"{B}x{N}"
+
+    def normal(seed: int, *sizes: tuple[int, ...], kind: torch.dtype = dtype) -> list[Tensor]:
+        random = torch.Generator(device).manual_seed(seed)
+        return [torch.randn(s, generator=random, device=device, dtype=kind) for s in sizes]
+
+    def modulation(seed: int) -> tuple[Tensor, Tensor]:
+        table = normal(seed + 100, (6, WIDTH))[0]
+        return table, normal(seed + 200, (B, 6, WIDTH), kind=torch.float32)[0]
+
+    token = (B, N, WIDTH)
+    yield Case("ln_modulate", shape, lambda s: (*normal(s, token), *modulation(s), 3),
+               ln_modulate, ln_modulate_ref)  # fmt: skip
+    yield Case(
+        "gate_residual_ln_modulate", shape,
+        lambda s: (*normal(s, token, token), *modulation(s), 5, *modulation(s + 1), 3),
+        gate_residual_ln_modulate, gate_residual_ln_modulate_ref,
+    )  # fmt: skip
+    yield Case(
+        "attention_qkv_packed", shape, lambda s: (*normal(s, (B, N, 3, HEADS, HEAD_DIM)),),
+        attention_qkv_packed, attention_plain, 4.0 * B * N * N * WIDTH, peers=SDPA,
+    )  # fmt: skip
+    mask = torch.zeros(B, TEXT, dtype=torch.bool, device=device)
+    mask[:, :30] = True
+    yield Case(
+        "cross_attention", shape,
+        lambda s: (*normal(s, (B, N, HEADS, HEAD_DIM), (B, TEXT, 2, HEADS, HEAD_DIM)), mask),
+        cross_attention, cross_attention_ref, 4.0 * B * N * TEXT * WIDTH,
+    )  # fmt: skip
+    for inner in (WIDTH, HIDDEN):
+
+        def residual(s: int, inner: int = inner) -> tuple[Any, ...]:
+            x, w, b, r = normal(s, (B, N, inner), (WIDTH, inner), (WIDTH,), token)
+            return x, w / inner**0.5, b, *modulation(s), 5, r
+
+        yield Case(f"linear_gate_residual {inner}", shape, residual, linear_gate_residual,
+                   linear_gate_residual_ref, 2.0 * B * N * inner * WIDTH)  # fmt: skip
+
+    def gelu(s: int) -> tuple[Any, ...]:
+        x, w, b = normal(s, token, (HIDDEN, WIDTH), (HIDDEN,))
+        return x, w / WIDTH**0.5, b
+
+    yield Case("linear_gelu", shape, gelu, linear_gelu, linear_gelu_ref,
+               2.0 * B * N * WIDTH * HIDDEN)  # fmt: skip
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= launch.SM89:
+
+        def fp8(s: int) -> tuple[Any, ...]:
+            x, w, b = gelu(s)
+            return *quantize_rows(x), *quantize_rows(w), b, dtype
+
+        yield Case("fp8_linear", shape, fp8, fp8_linear, fp8_linear_ref,
+                   2.0 * B * N * WIDTH * HIDDEN, trains=False)  # fmt: skip
+    half = max(B // 2, 1)
+
+    def step(s: int) -> tuple[Any, ...]:
+        x, last, c = normal(s, (half, N, 16), (half, N, 16), (8,), kind=torch.float32)
+        return *normal(s + 1, (2 * half, N, 32)), x, last, c, 4
+
+    yield Case("cfg_dpmpp_step", shape, step, cfg_dpmpp_step, cfg_dpmpp_step_ref, trains=False)
+
+
+def train(function: Callable[..., Any], *inputs: Any) -> None:
+    """Forward and backward for every floating-point input."""
+    leaves = [each.detach().requires_grad_() if _trainable(each) else each for each in inputs]
+    outputs = flat(function(*leaves))
+    wanted = [each for each in leaves if _trainable(each)]
+    torch.autograd.grad(outputs, wanted, [torch.ones_like(each) for each in outputs])
+
+
+def _trainable(each: Any) -> bool:
+    return isinstance(each, Tensor) and each.dtype.is_floating_point
+
+
+def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
+    """The row of a case: error against the plain form, and seconds of every form."""
+    first = case.make(0)
+    sets = [first, *(case.make(seed) for seed in range(1, rotations(device, first)))]
+    with torch.no_grad():
+        ours, plain = flat(case.ours(*first)), flat(case.plain(*first))
+        error = max(relative_error(a, b) for a, b in zip(ours, plain, strict=True))
+        moved = nbytes(first) + nbytes(ours)
+        forms: dict[str, Callable[..., Any]] = {"ours": case.ours, "eager": case.plain}
+        forms |= case.peers
+        if compiled and device.type == "cuda":
+            forms["compiled"] = torch.compile(case.plain, mode="max-autotune-no-cudagraphs")
+        seconds: dict[str, float | str] = {}
+        for name, form in forms.items():
+            try:
+                seconds[name] = seconds_per_call(form, sets)
+            except RuntimeError as refusal:  # a backend of SDPA that does not take this shape
+                if name in ("ours", "eager"):
+                    raise
+                seconds[name] = f"refused: {str(refusal).splitlines()[0]}"
+    row = {"operator": case.operator, "shape": case.shape, "error": error, "bytes": moved,
+           "flops": case.flops, "seconds": seconds}  # fmt: skip
+    if case.trains:
+        row["forward_backward_seconds"] = {
+            name: seconds_per_call(partial(train, form), sets[:2], graph=False)
+            for name, form in forms.items()
+            if not isinstance(seconds[name], str)
+        }
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """One line: the operator, our time and rate, and each peer's time."""
+    ours = row["seconds"]["ours"]
+    rate = (f"{row['flops'] / ours / 1e12:7.1f} TFLOP/s" if row["flops"]
+            else f"{row['bytes'] / ours / 1e12:7.2f} TB/s   ")  # fmt: skip
+    peers = [f"{name} {1e6 * value:.1f}" for name, value in row["seconds"].items()
+             if name != "ours" and not isinstance(value, str)]  # fmt: skip
+    both = row.get("forward_backward_seconds", {})
+    training = [f"{name} {1e6 * value:.0f}" for name, value in both.items()]
+    return (
+        f"{row['operator']:26}{row['shape']:9}{1e6 * ours:9.1f} us {rate}  {'  '.join(peers)}"
+        + (f"  | with backward: {'  '.join(training)}" if training else "")
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write here instead of benchmarks/results")
+    parser.add_argument("--minutes", type=float, default=4.5, help="start nothing after this")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes = [(2, 4096), (2, 256), (2, 1024), (32, 4096), (32, 256), (32, 1024)]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    if device.type == "cpu":
+        shapes = [(2, 37)]
+    started, rows, left_out = time.monotonic(), [], []
+    limits = ceilings(device)
+    for compiled in (False, True):  # the peers that take long come last
+        for B, N in shapes if not compiled else shapes[:3]:
+            if device.type == "cpu" and compiled:
+                continue
+            for case in cases(B, N, device, dtype):
+                if time.monotonic() - started > 60 * args.minutes:
+                    left_out.append(f"{case.operator} {case.shape}" + " compiled" * compiled)
+                    continue
+                row = {**measure(case, device, compiled), "with_compiled": compiled}
+                rows.append(row)
+                print(line(row), flush=True)
+    values = {"measured": device.type == "cuda", "dtype": str(dtype), "ceilings": limits,
+              "refused_kernels": [f"{op}: {why}" for (op, _), why in launch.refused().items()],
+              "rows": rows, "not_run_for_time": left_out}  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
+    elif device.type == "cuda":
+        print(write_result("kernels", values))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

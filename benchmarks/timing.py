@@ -1,0 +1,93 @@
+"""Timing on a GPU: captured graphs over rotated buffers, medians, and the card's own ceilings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REPLAYS = 15
+WARMUP = 3
+
+
+def nbytes(inputs: Sequence[Any]) -> int:
+    """Bytes of the tensors among the inputs."""
+    return sum(each.numel() * each.element_size() for each in inputs if isinstance(each, Tensor))
+
+
+def rotations(device: torch.device, inputs: Sequence[Any]) -> int:
+    """How many sets of inputs pass the L2 cache twice, so that no call finds its own in it."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, min(32, -(-2 * cache // max(nbytes(inputs), 1))))
+
+
+def seconds_per_call(
+    function: Callable[..., Any], sets: Sequence[Sequence[Any]], *, graph: bool = True
+) -> float:
+    """Median seconds of one call, over replays of a graph that calls it once on every set.
+
+    Without a GPU: the median of three plain calls, to try a benchmark, not to measure.
+    """
+    device = next(each.device for each in sets[0] if isinstance(each, Tensor))
+    if device.type != "cuda":
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            function(*sets[0])
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    def run() -> None:
+        for inputs in sets:
+            function(*inputs)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    replay: Callable[[], Any] = run
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        replay = captured.replay
+    replay()
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(sets))
+    return statistics.median(times)
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """The card's own limits: a large copy in TB/s (read plus written), products in TFLOP/s."""
+    if device.type != "cuda":
+        return {}
+    source = torch.randn(1 << 28, device=device)  # 1 GiB
+    target = torch.empty_like(source)
+    found = {
+        "copy_tb_per_s": 2 * nbytes([source])
+        / seconds_per_call(lambda a, b: b.copy_(a), [(source, target)]) / 1e12
+    }  # fmt: skip
+    del source, target
+    size = 8192
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+            continue
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+        name = str(dtype).removeprefix("torch.")
+        seconds = seconds_per_call(torch.mm, [(a, b)])
+        found[f"matmul_{name}_tflop_per_s"] = 2 * size**3 / seconds / 1e12
+    return found

@@ -1,0 +1,494 @@
+"""The linears of a block with what follows them in the same kernel: gate and residual, or GELU.
+
+    linear_gate_residual   out = residual + gate·(x·Wᵀ + b)    ends a half of a block; with gate 1
+                                                               (linear_residual) cross-attention
+    linear_gelu            y = gelu(x·Wᵀ + b), tanh form       the first linear of the MLP
+
+PixArt-alpha (arXiv:2310.00426), Section 2.3 and Figure 4. B images, N tokens, I inputs, O outputs,
+R rows of a table. x is [B, N, I], weight [O, I], bias [O], residual and out [B, N, O]; gate =
+table[row] + shared[:, row] with table [R, O] and shared [B, R, O] (float32), an image its own.
+
+Traffic of the first: reads x, W and residual, writes out, where the operators apart also write the
+product, read it, and write it gated: 4·B·N·O elements more. In training the product (for the gate's
+gradient) or the value before GELU is written too. The epilogue works on the float32 accumulator;
+`lossless` rounds where the operators apart do: the product, the gate, gate·product.
+
+In inference GELU is cuBLASLt's own epilogue. The backward is one elementwise kernel, with sums over
+the rows of a program that a second step adds in a fixed order, and two plain matrix products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pixart_rt.kernels.gate_residual import gate_residual_ref
+from pixart_rt.kernels.launch import (
+    SM80,
+    SM90,
+    Operator,
+    capability,
+    config,
+    interpreting,
+    launch,
+    runs_triton,
+)
+from pixart_rt.kernels.ln_modulate import modulation, rounded, spread
+
+# By compute capability; chosen from the compiler's report (docs/kernels.md), not from timings.
+# GROUP_M rows of tiles share their columns of W in the L2 cache.
+_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8}
+TILES: dict[tuple[int, int], dict[str, int]] = {
+    (8, 0): {**_SQUARE, "num_stages": 3},
+    (9, 0): {**_SQUARE, "num_stages": 3},
+    (12, 0): {**_SQUARE, "num_stages": 2},  # 99 KB of shared memory
+}
+FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4,
+           "num_stages": 2}  # fmt: skip
+BACKWARD = {"ROWS": 32, "BLOCK_D": 1024, "num_warps": 4}
+GATE, GELU, PLAIN = 0, 1, 2  # what follows the product
+SQRT_2_OVER_PI, CUBIC = 0.7978845608028654, 0.044715
+
+
+def linear_gate_residual_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    table: Tensor | None,
+    shared: Tensor | None,
+    row: int,
+    residual: Tensor,
+    lossless: bool = False,
+) -> Tensor:
+    """The first formula in plain PyTorch; without table and shared the gate is 1."""
+    return gate_residual_ref(residual, F.linear(x, weight, bias), table, shared, row, lossless)
+
+
+def linear_gelu_ref(x: Tensor, weight: Tensor, bias: Tensor, lossless: bool = False) -> Tensor:
+    """The second formula in plain PyTorch. It rounds before GELU either way."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+@triton.jit
+def gelu_sigmoid(z):
+    """s with gelu(z) = z·s in the tanh form: (1 + tanh u) / 2 = sigmoid(2 u)."""
+    twice = 2 * 0.7978845608028654 * (z + 0.044715 * z * z * z)
+    return tl.sigmoid(tl.maximum(twice, -80.0))  # exp overflows at 88
+
+
+@triton.jit
+def _tile(
+    num_tokens,
+    O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """This program's tile of rows and of columns: GROUP_M row tiles go through all columns."""
+    tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(O, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * tiles_n)
+    size = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % size, within // size
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, table_ptr, shared_ptr,
+    residual_ptr, num_tokens, row,
+    y_ptr, product_ptr,
+    I: tl.constexpr, O: tl.constexpr, R: tl.constexpr, EPILOGUE: tl.constexpr,
+    GATED: tl.constexpr, ROUND: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr,
+    UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
+    tile_m, tile_n = _tile(num_tokens, O, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = image * num_tokens + rows
+    row_mask, col_mask = rows < num_tokens, cols < O
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    first = (image * num_tokens + tile_m * BLOCK_M).to(tl.int32)
+    inner = tl.arange(0, BLOCK_K)
+    # Rows past the image are read where they exist and never stored: no mask in the loop.
+    x_rows = tl.where(row_mask, token, image * num_tokens)[:, None] * I
+    w_rows = tl.where(col_mask, cols, 0)[:, None].to(tl.int64) * I
+    for k in range(0, I, BLOCK_K):
+        if DESCRIPTORS:  # zeros past the last row and column
+            x = x_ptr.load([first, k])
+            w = weight_ptr.load([tile_n * BLOCK_N, k])
+        elif I % BLOCK_K == 0:
+            x = tl.load(x_ptr + x_rows + (k + inner)[None, :])
+            w = tl.load(weight_ptr + w_rows + (k + inner)[None, :])
+        else:
+            inside = ((k + inner) < I)[None, :]
+            x = tl.load(x_ptr + x_rows + (k + inner)[None, :], mask=inside, other=0.0)
+            w = tl.load(weight_ptr + w_rows + (k + inner)[None, :], mask=inside, other=0.0)
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        # fp8 products of Hopper lose digits over a long sum: add up in float32 at every step.
+        acc = tl.dot(x, w.T, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
+    if SCALED:
+        acc *= tl.load(x_scale_ptr + token, mask=row_mask, other=0.0)[:, None]
+        acc *= tl.load(weight_scale_ptr + cols, mask=col_mask, other=0.0)[None, :]
+    acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+    acc = rounded(acc, DTYPE, ROUND)
+    at = token[:, None] * O + cols[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    if STORE:
+        tl.store(product_ptr + at, acc.to(DTYPE), mask=mask)
+    if EPILOGUE == 0:
+        if GATED:
+            gate = modulation(
+                table_ptr, shared_ptr + image * R * O, row, cols, col_mask, O, DTYPE, ROUND
+            )
+            acc = rounded(acc * gate[None, :], DTYPE, ROUND)
+        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    elif EPILOGUE == 1:
+        acc *= gelu_sigmoid(acc)
+    tl.store(y_ptr + at, acc.to(DTYPE), mask=mask)
+
+
+@triton.jit
+def _linear_backward_kernel(
+    dy_ptr, product_ptr, table_ptr, shared_ptr, num_tokens, row,
+    dproduct_ptr, partial_ptr,
+    D: tl.constexpr, R: tl.constexpr, EPILOGUE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The product's gradient on ROWS rows, and over them the sums of dbias and, GATE, dgate."""
+    image = tl.program_id(2).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = cols < D
+    DTYPE: tl.constexpr = product_ptr.dtype.element_ty
+    dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if EPILOGUE == 0:
+        gate = modulation(table_ptr, shared_ptr + image * R * D, row, cols, mask, D, DTYPE, False)
+    for i in range(ROWS):
+        number = tl.program_id(1) * ROWS + i
+        at = (image * num_tokens + number) * D + cols
+        here = mask & (number < num_tokens)
+        dy = tl.load(dy_ptr + at, mask=here, other=0.0).to(tl.float32)
+        product = tl.load(product_ptr + at, mask=here, other=0.0).to(tl.float32)
+        if EPILOGUE == 0:
+            dgate += dy * product
+            dproduct = dy * gate
+        else:
+            s = gelu_sigmoid(product)
+            slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * product * product)
+            dproduct = dy * (s + product * s * (1 - s) * slope)
+        dbias += dproduct
+        tl.store(dproduct_ptr + at, dproduct.to(dproduct_ptr.dtype.element_ty), mask=here)
+    out = partial_ptr + (image * tl.num_programs(1) + tl.program_id(1)) * 2 * D + cols
+    tl.store(out, dbias, mask=mask)
+    tl.store(out + D, dgate, mask=mask)
+
+
+def linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    gate: tuple[Tensor, Tensor, int] | None = None,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    lossless: bool = False,
+    store: bool = False,
+    op: str = "linear",
+) -> tuple[Tensor, Tensor]:
+    """(y, product [B, N, O] before what follows it; empty unless `store`).
+
+    What follows is a residual, with or without a gate, GELU, or nothing. `scales` are those of fp8
+    rows of x [B, N] and weight [O]; `dtype` is then y's.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    (B, N, I), O = x.shape, weight.shape[0]
+    y = x.new_empty(B, N, O, dtype=dtype or x.dtype)
+    product = torch.empty_like(y) if store else y.new_empty(0)
+    default = TILES[max(least for least in TILES if least <= max(capability(x), SM80))]
+    tuned = config(op, x, B * N, FLOAT32 if x.dtype == torch.float32 else default)
+    blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    descriptors = capability(x) >= SM90 and x.stride(1) * x.element_size() % 16 == 0
+    sources: tuple[Any, Any] = (x, weight)
+    if descriptors:
+        sources = tuple(
+            TensorDescriptor(matrix, list(matrix.shape), [I, 1], [blocks[side], blocks["BLOCK_K"]])
+            for matrix, side in ((x.view(B * N, I), "BLOCK_M"), (weight, "BLOCK_N"))
+        )
+    table, shared, row = gate or (bias, bias, 0)
+    x_scale, weight_scale = scales or (bias, bias)
+    grid = (triton.cdiv(N, blocks["BLOCK_M"]) * triton.cdiv(O, blocks["BLOCK_N"]), B)
+    launch(
+        _linear_kernel, grid,
+        *sources, x_scale.contiguous(), weight_scale.contiguous(), bias.contiguous(),
+        table.contiguous(), shared.contiguous(), y if residual is None else residual.contiguous(),
+        N, row, y, product,
+        I=I, O=O, R=table.shape[0], EPILOGUE=GELU if gelu else PLAIN if residual is None else GATE,
+        GATED=gate is not None, ROUND=lossless, STORE=store, SCALED=scales is not None,
+        UPCAST=scales is not None and interpreting(),  # the interpreter multiplies no fp8
+        DESCRIPTORS=descriptors, **tuned,
+    )  # fmt: skip
+    return y, product
+
+
+def linear_backward_triton(
+    dy: Tensor, product: Tensor, gate: tuple[Tensor, Tensor, int] | None
+) -> tuple[Tensor, Tensor]:
+    """(dproduct [B, N, O], sums [B, 2, O]: dbias, dgate). Without a gate the epilogue was GELU."""
+    dy = dy.contiguous()
+    B, N, O = product.shape
+    dproduct = torch.empty_like(product)
+    programs = triton.cdiv(N, BACKWARD["ROWS"])
+    partial = product.new_empty(B, programs, 2, O, dtype=torch.float32)
+    table, shared, row = gate or (product, product, 0)
+    launch(
+        _linear_backward_kernel, (triton.cdiv(O, BACKWARD["BLOCK_D"]), programs, B),
+        dy, product, table.contiguous(), shared.contiguous(), N, row, dproduct, partial,
+        D=O, R=table.shape[0], EPILOGUE=GELU if gate is None else GATE, **BACKWARD,
+    )  # fmt: skip
+    return dproduct, partial.sum(1)
+
+
+def gate_backward_ref(
+    dy: Tensor, product: Tensor, table: Tensor, shared: Tensor, row: int
+) -> tuple[Tensor, Tensor]:
+    """(dproduct, sums [B, 2, O]: dbias, dgate) of residual + gate·product."""
+    wide = torch.promote_types(product.dtype, torch.float32)
+    dy = dy.to(wide)
+    dproduct = dy * (table[row].to(wide) + shared[:, row, None].to(wide))
+    sums = torch.stack([dproduct.sum(1), (dy * product.to(wide)).sum(1)], 1)
+    return dproduct.to(product.dtype), sums
+
+
+def gelu_backward_ref(dy: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """(dproduct, sums [B, 2, O]: dbias, zeros) of gelu(product), tanh form."""
+    wide = torch.promote_types(product.dtype, torch.float32)
+    z = product.to(wide)
+    s = torch.sigmoid(2 * SQRT_2_OVER_PI * (z + CUBIC * z**3))
+    slope = 2 * SQRT_2_OVER_PI * (1 + 3 * CUBIC * z**2)
+    dproduct = dy.to(wide) * (s + z * s * (1 - s) * slope)
+    sums = dproduct.sum(1)
+    return dproduct.to(product.dtype), torch.stack([sums, torch.zeros_like(sums)], 1)
+
+
+@torch.library.custom_op("pixart_rt::linear_gate_residual", mutates_args=())
+def linear_gate_residual_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    table: Tensor | None,
+    shared: Tensor | None,
+    row: int,
+    residual: Tensor,
+    lossless: bool,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    """(out, product [B, N, O] for the backward; empty unless `store`)."""
+    gated = table is not None and shared is not None
+    if runs_triton("linear_gate_residual", x, SM80) and x.dtype != torch.float64:
+        gate = (table, shared, row) if gated else None
+        return linear_triton(
+            x, weight, bias, gate=gate, residual=residual, lossless=lossless, store=store,
+            op="linear_gate_residual",
+        )  # fmt: skip
+    product = F.linear(x, weight, bias)
+    out = gate_residual_ref(residual, product, table, shared, row, lossless).contiguous()
+    return out, product if store else product.new_empty(0)
+
+
+@linear_gate_residual_op.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    table: Tensor | None,
+    shared: Tensor | None,
+    row: int,
+    residual: Tensor,
+    lossless: bool,
+    store: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return residual.new_empty(shape), x.new_empty(shape if store else (0,))
+
+
+@torch.library.custom_op("pixart_rt::linear_gelu", mutates_args=())
+def linear_gelu_op(
+    x: Tensor, weight: Tensor, bias: Tensor, lossless: bool, store: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, product [B, N, O] for the backward; empty unless `store`)."""
+    if runs_triton("linear_gelu", x, SM80) and x.dtype != torch.float64 and not lossless:
+        if store or not x.is_cuda or x.dtype == torch.float32:
+            return linear_triton(x, weight, bias, gelu=True, store=store, op="linear_gelu")
+        flat = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return flat.view(*x.shape[:-1], -1), x.new_empty(0)
+    product = F.linear(x, weight, bias)
+    y = F.gelu(product, approximate="tanh")
+    return y, product if store else product.new_empty(0)
+
+
+@linear_gelu_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, lossless: bool, store: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if store else (0,))
+
+
+@torch.library.custom_op("pixart_rt::linear_backward", mutates_args=())
+def linear_backward_op(
+    dy: Tensor, product: Tensor, table: Tensor | None, shared: Tensor | None, row: int
+) -> tuple[Tensor, Tensor]:
+    """(dproduct, sums [B, 2, O]: dbias, dgate) through the gate, or through GELU without one."""
+    gated = table is not None and shared is not None
+    if runs_triton("linear_gate_residual", product, SM80) and product.dtype != torch.float64:
+        return linear_backward_triton(dy, product, (table, shared, row) if gated else None)
+    if gated:
+        return gate_backward_ref(dy, product, table, shared, row)
+    return gelu_backward_ref(dy, product)
+
+
+@linear_backward_op.register_fake
+def _(
+    dy: Tensor, product: Tensor, table: Tensor | None, shared: Tensor | None, row: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(product.dtype, torch.float32)
+    B, _, O = product.shape
+    return product.new_empty(product.shape), product.new_empty((B, 2, O), dtype=wide)
+
+
+def _products(dproduct: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight: two plain matrix products."""
+    flat = dproduct.flatten(0, -2)
+    return (flat @ weight).view(x.shape), flat.t() @ x.flatten(0, -2)
+
+
+def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, table, shared, row, _, _, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, output[1], table, shared)
+    ctx.row = row
+
+
+def _gate_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, weight, product, table, shared = ctx.saved_tensors
+    if table is None:
+        dx, dweight = _products(dy, x, weight)
+        return dx, dweight, dy.sum((0, 1)), None, None, None, dy, None, None
+    dproduct, sums = linear_backward_op(dy, product, table, shared, ctx.row)
+    dx, dweight = _products(dproduct, x, weight)
+    whole = spread(sums[:, 1:], shared, ctx.row)
+    dtable, dbias = whole.sum(0).to(table.dtype), sums[:, 0].sum(0).to(weight.dtype)
+    return dx, dweight, dbias, dtable, whole.to(shared.dtype), None, dy, None, None
+
+
+def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _gelu_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, weight, product = ctx.saved_tensors
+    dproduct, sums = linear_backward_op(dy, product, None, None, 0)
+    dx, dweight = _products(dproduct, x, weight)
+    return dx, dweight, sums[:, 0].sum(0).to(weight.dtype), None, None
+
+
+linear_gate_residual_op.register_autograd(_gate_backward, setup_context=_gate_setup)
+linear_gelu_op.register_autograd(_gelu_backward, setup_context=_gelu_setup)
+
+
+def _trains(*inputs: Tensor | None) -> bool:
+    """Whether a backward may follow, so that the product must be kept."""
+    wanted = any(each is not None and each.requires_grad for each in inputs)
+    return torch.is_grad_enabled() and wanted
+
+
+def linear_gate_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int,
+    residual: Tensor,
+    lossless: bool = False,
+) -> Tensor:
+    """residual + gate·(x·Wᵀ + b), [B, N, O]. Differentiable in every tensor."""
+    store = _trains(x, weight, bias, table, shared, residual)
+    out: Tensor = linear_gate_residual_op(
+        x, weight, bias, table, shared, row, residual, lossless, store
+    )[0]
+    return out
+
+
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, lossless: bool = False
+) -> Tensor:
+    """residual + x·Wᵀ + b, [B, N, O]. Differentiable in every tensor."""
+    out: Tensor = linear_gate_residual_op(
+        x, weight, bias, None, None, 0, residual, lossless, False
+    )[0]
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, lossless: bool = False) -> Tensor:
+    """gelu(x·Wᵀ + b), tanh form, [B, N, O]. Differentiable in every tensor."""
+    y: Tensor = linear_gelu_op(x, weight, bias, lossless, _trains(x, weight, bias))[0]
+    return y
+
+
+PRODUCTS = (torch.ops.pixart_rt.linear_gate_residual, torch.ops.pixart_rt.linear_gelu)
+
+
+def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    """Three images of a ragged size, each with its own gate, and an outlier channel."""
+    random = torch.Generator().manual_seed(seed)
+    x, residual = (
+        torch.randn(3, 37, 144, generator=random),
+        torch.randn(3, 37, 200, generator=random),
+    )
+    x[..., 5] *= 30
+    weight, bias = torch.randn(200, 144, generator=random) / 12, torch.randn(200, generator=random)
+    table, shared = torch.randn(6, 200, generator=random), torch.randn(3, 6, 200, generator=random)
+    half = [each.to(device, dtype) for each in (x, weight, bias, table)]
+    return *half, shared.to(device), 5, residual.to(device, dtype)
+
+
+def _gelu_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    return _example(device, dtype, seed)[:3]
+
+
+def compile_example(dtype: torch.dtype) -> None:
+    """Every launch of this file at 1024 pixels, for `launch.record`."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    table, shared = empty(6, 1152), torch.empty(2, 6, 1152)
+    x, y, hidden = empty(2, 4096, 1152), empty(2, 4096, 1152), empty(2, 4096, 4608)
+    for inner, source in ((1152, x), (4608, hidden)):
+        weight = empty(1152, inner)
+        for store in (False, True):
+            linear_triton(source, weight, empty(1152), gate=(table, shared, 5), residual=y,
+                          store=store, op="linear_gate_residual")  # fmt: skip
+    linear_triton(x, empty(1152, 1152), empty(1152), residual=y, op="linear_gate_residual")
+    linear_triton(x, empty(4608, 1152), empty(4608), gelu=True, store=True, op="linear_gelu")
+    linear_backward_triton(y, y, (table, shared, 5))
+    linear_backward_triton(hidden, hidden, None)
+
+
+OPERATORS = (
+    Operator(
+        "linear_gate_residual", SM80, linear_gate_residual, linear_gate_residual_ref, _example
+    ),
+    Operator("linear_gelu", SM80, linear_gelu, linear_gelu_ref, _gelu_example),
+)

@@ -1,0 +1,57 @@
+"""`pixart-rt tune`: measure the kernels' launch configurations on this GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixart_rt.cli.console import note
+from pixart_rt.config import Precision
+from pixart_rt.errors import BackendError, ConfigError
+
+
+def tune(
+    precision: Annotated[
+        Precision, typer.Option(help="Of the model that will be run: fp16 or bf16.")
+    ] = Precision.BF16,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the table goes. Default: the user's cache, where it is found."),
+    ] = None,
+) -> None:
+    """Find the fastest configuration of every kernel on this GPU.
+
+    Takes minutes. From then on the fused operators of every model on a GPU of this name use the
+    table. Prints its path.
+
+    \b
+    Examples:
+      pixart-rt tune
+      pixart-rt tune --precision fp16 --out tuned.json
+    """
+    if precision is Precision.FP32:
+        raise ConfigError("--precision fp32 was asked; tuning is for fp16 and bf16")
+    import torch
+
+    from pixart_rt.files import replacing
+    from pixart_rt.kernels.launch import user_table_path
+    from pixart_rt.kernels.tuning import tune as measure
+
+    if not torch.cuda.is_available():
+        raise BackendError(
+            "tuning was asked, but this machine has no CUDA GPU; run it on the one that will serve"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
+    path = out or user_table_path(torch.cuda.get_device_name(device))
+    table = measure(device, dtype, report=note)
+    if path.is_file():  # the other precision's entries stay
+        earlier = json.loads(path.read_text())["operators"]
+        for op, entries in earlier.items():
+            table["operators"][op] = {**entries, **table["operators"].get(op, {})}
+    with replacing(path) as new:
+        new.write_text(json.dumps(table, indent=1) + "\n")
+    print(path)

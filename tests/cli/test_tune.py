@@ -1,0 +1,51 @@
+"""`pixart-rt tune` where it cannot measure, and where it can."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pixart_rt.kernels import tuning
+
+
+def test_without_a_gpu_it_says_so(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    outcome = run("tune", "--out", tmp_path / "t.json")
+    assert outcome.code == 1
+    assert "no CUDA GPU" in outcome.error
+    assert not list(tmp_path.iterdir())
+
+
+def test_float32_is_refused(run):
+    outcome = run("tune", "--precision", "fp32")
+    assert outcome.code == 2
+    assert "fp16 and bf16" in outcome.error
+
+
+def test_a_second_precision_keeps_the_first(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def measure(device, dtype, report):
+        name = str(dtype).removeprefix("torch.")
+        return {"gpu": "x", "operators": {"op": {name: {"512": {"ROWS": 2}}}}}
+
+    monkeypatch.setattr(tuning, "tune", measure)
+    path = tmp_path / "t.json"
+    for precision in ("bf16", "fp16"):
+        outcome = run("tune", "--precision", precision, "--out", path)
+        assert outcome.code == 0
+        assert outcome.out.strip() == str(path)
+    assert json.loads(path.read_text())["operators"]["op"].keys() == {"bfloat16", "float16"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TOKENS", (256,))
+    monkeypatch.setattr(tuning, "BATCHES", (2,))
+    outcome = run("tune", "--out", tmp_path / "t.json")
+    assert outcome.code == 0
+    table = json.loads((tmp_path / "t.json").read_text())
+    assert table["operators"].keys() == {subject.op for subject in tuning.SUBJECTS}

@@ -1,0 +1,203 @@
+"""Self-attention over packed qkv against softmax(q·kᵀ/√K)·v in float64, by both ways to read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixart_rt.kernels import attention as op
+from pixart_rt.kernels import launch
+
+# One token; less than a tile; two tiles of keys and a rest, distinct images, two heads.
+SHAPES = [(1, 1, 1), (2, 37, 1), (3, 70, 2)]
+# Triton's interpreter multiplies the bit patterns of bf16, so products in it need a GPU.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+SMALL = {"BLOCK_M": 32, "BLOCK_N": 32}  # so that a few tokens are several tiles
+# Beyond rounding the output: weights are rounded before the second product, in the backward their
+# gradients as well, and a rounded score's error grows with the score.
+FACTOR = {torch.float32: 1, torch.float16: 1, torch.bfloat16: 1.5}
+
+
+def packed(shape: tuple[int, int, int], seed: int = 0) -> Tensor:
+    """qkv with scores of some size, and an outlier channel in q and in k."""
+    random = torch.Generator().manual_seed(seed)
+    B, N, H = shape
+    qkv = torch.randn(B, N, 3, H, op.HEAD, generator=random, dtype=torch.float64)
+    qkv[:, :, 0, :, 5] *= 8
+    qkv[:, :, 1, :, 70] *= 8  # the narrow part of a head
+    return qkv
+
+
+def exact(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) spelled out."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT / math.sqrt(qkv.shape[-1])
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores.logsumexp(-1)
+
+
+def descriptors_work(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward(shape, dtype, descriptors, device, error, tolerance):
+    if descriptors and not descriptors_work(device):
+        pytest.skip("descriptors need compute capability 9.0")
+    qkv = packed(shape).to(dtype)
+    tuned = SMALL | {"DESCRIPTORS": descriptors}
+    out, lse = op.attention_triton(*qkv.to(device).unbind(2), tuned=tuned)
+    assert out.dtype == dtype
+    expected, expected_lse = exact(qkv.double())
+    assert error(out, expected) < FACTOR[dtype] * tolerance[dtype]
+    torch.testing.assert_close(lse.cpu().double(), expected_lse, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward(shape, dtype, descriptors, device, error, tolerance):
+    if descriptors and not descriptors_work(device):
+        pytest.skip("descriptors need compute capability 9.0")
+    qkv = packed(shape, seed=1).to(dtype)
+    wide = qkv.double().requires_grad_()
+    reference = exact(wide)[0]
+    dout = torch.randn(reference.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    (expected,) = torch.autograd.grad(reference, wide, dout.double())
+    tuned = SMALL | {"DESCRIPTORS": descriptors}
+    q, k, v = qkv.to(device).unbind(2)
+    out, lse = op.attention_triton(q, k, v, tuned=tuned)
+    gradients = []
+    for _ in range(2):
+        dqkv = torch.empty(qkv.shape, dtype=dtype, device=device)
+        op.attention_backward_triton(
+            dout.to(device), q, k, v, out, lse, *dqkv.unbind(2), tuned=tuned
+        )
+        gradients.append(dqkv)
+    if shape[1] == 1:  # one weight, always 1: nothing reaches q and k
+        assert error(gradients[0][:, :, 2], expected[:, :, 2]) < tolerance[dtype]
+        assert gradients[0][:, :, :2].abs().max() < 10 * tolerance[dtype]
+    else:
+        for part in range(3):
+            bound = 2 * FACTOR[dtype] * tolerance[dtype]
+            assert error(gradients[0][:, :, part], expected[:, :, part]) < bound
+    assert torch.equal(*gradients)  # no atomics
+
+
+def test_the_operator_and_its_gradient_with_the_shipped_configuration(device, error, tolerance):
+    qkv = packed((2, 150, 1)).half()
+    leaf = qkv.to(device).requires_grad_()
+    out = op.attention_qkv_packed(leaf)
+    wide = qkv.double().requires_grad_()
+    expected = exact(wide)[0]
+    dout = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3)).half()
+    (actual,) = torch.autograd.grad(out, leaf, dout.to(device))
+    assert error(out.detach(), expected.detach()) < tolerance[torch.float16]
+    (gradient,) = torch.autograd.grad(expected, wide, dout.double())
+    assert error(actual, gradient) < 2 * tolerance[torch.float16]
+
+
+def test_images_and_heads_do_not_mix(device):
+    """Spare lanes and rows past an image are another's; large ones there must change nothing."""
+    qkv = packed((2, 37, 2)).half().to(device)
+    first, _ = op.attention_triton(*qkv.unbind(2), tuned=SMALL)
+    qkv[:, :, :, 1] = 1000.0
+    qkv[1] = -1000.0
+    second, _ = op.attention_triton(*qkv.unbind(2), tuned=SMALL)
+    assert torch.equal(first[0, :, : op.HEAD], second[0, :, : op.HEAD])
+
+
+@pytest.mark.parametrize("descriptors", [0, 1])
+def test_nothing_past_the_tensor_is_used(descriptors, device):
+    """The last head's spare lanes lie past the end; an unaligned size leaves rows there, too."""
+    if descriptors and not descriptors_work(device):
+        pytest.skip("descriptors need compute capability 9.0")
+    qkv = packed((2, 37, 2)).half()
+    memory = torch.full((qkv.numel() + 2**16,), torch.nan, dtype=torch.half, device=device)
+    inner = memory[2**15 :][: qkv.numel()].view(qkv.shape)
+    inner.copy_(qkv)
+    tuned = SMALL | {"DESCRIPTORS": descriptors}
+    q, k, v = inner.unbind(2)
+    out, lse = op.attention_triton(q, k, v, tuned=tuned)
+    assert out.isfinite().all()
+    memory = torch.full((qkv.numel() + 2**16,), torch.nan, dtype=torch.half, device=device)
+    dout = memory[2**15 :][: out.numel()].view(out.shape)
+    dout.copy_(out)
+    dqkv = torch.empty_like(inner)
+    op.attention_backward_triton(dout, q, k, v, out, lse, *dqkv.unbind(2), tuned=tuned)
+    assert dqkv.isfinite().all()
+
+
+def test_the_formulas_without_a_kernel():
+    """What runs where no kernel does, against autograd in float64; no image fits one chunk."""
+    qkv = packed((2, op.REF_QUERIES + 5, 1)).requires_grad_()
+    out, lse = exact(qkv)
+    torch.testing.assert_close(op.attention_qkv_packed_ref(qkv), out)
+    torch.testing.assert_close(op.lse_ref(*qkv.permute(2, 0, 3, 1, 4)[:2]), lse)
+    dout = torch.randn_like(out)
+    (expected,) = torch.autograd.grad(out, qkv, dout)
+    actual = op.attention_qkv_packed_backward_ref(dout, qkv, out, lse)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_another_head_width_runs_the_reference(device):
+    qkv = torch.randn(2, 5, 3, 2, 40, dtype=torch.float64, device=device, requires_grad=True)
+    torch.testing.assert_close(op.attention_qkv_packed(qkv), exact(qkv)[0])
+    out, lse = op.attention_qkv_packed_op(qkv)
+    torch.testing.assert_close(lse, exact(qkv)[1])
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
+    torch.testing.assert_close(gradient, torch.autograd.grad(exact(qkv)[0].sum(), qkv)[0])
+
+
+def test_the_mask_of_the_plain_attention():
+    q, k, v = torch.randn(3, 2, 1, 7, 8, dtype=torch.float64)
+    key_mask = torch.arange(7) < torch.tensor([[3], [7]])
+    out = op.attention_ref(q, k, v, key_mask)
+    torch.testing.assert_close(out[:1], op.attention_ref(q[:1], k[:1, :, :3], v[:1, :, :3]))
+    torch.testing.assert_close(out[1:], op.attention_ref(q[1:], k[1:], v[1:]))
+
+
+@pytest.mark.parametrize(
+    "target, tables",
+    [((8, 6), op.SM80), ((9, 0), op.SM90), ((10, 0), op.SM90), ((12, 1), op.SM120)],
+)
+def test_each_gpu_takes_the_configuration_of_its_family(target, tables):
+    qkv = torch.zeros(1, 40, 3, 2, op.HEAD, dtype=torch.half)
+    with launch.record(target) as recorded:
+        out, lse = op.attention_triton(*qkv.unbind(2))
+        op.attention_backward_triton(
+            out, *qkv.unbind(2), out, lse, *torch.zeros_like(qkv).unbind(2)
+        )
+    forward, _, backward_kv, backward_q = (each.kwargs for each in recorded)
+    for kwargs, table in (
+        (forward, op.FORWARD),
+        (backward_kv, op.BACKWARD_KV),
+        (backward_q, op.BACKWARD_Q),
+    ):
+        assert table[tables].items() <= kwargs.items()
+    assert all(op.SPLIT % entry["BLOCK_M"] == 0 for entry in op.BACKWARD_KV.values())
+
+
+def test_descriptors_are_not_made_where_they_cannot_be():
+    qkv = torch.zeros(2 * 3 * 40 * 72 + 1, dtype=torch.half)[1:].view(2, 40, 3, 1, op.HEAD)
+    with launch.record((9, 0)) as recorded:
+        op.attention_triton(*qkv.unbind(2))
+    assert recorded[0].kwargs["DESCRIPTORS"] == 0  # the address is no multiple of 16 bytes
+    with launch.record((8, 0)) as recorded:
+        op.attention_triton(*qkv.clone().unbind(2), tuned={"DESCRIPTORS": 1})
+    assert recorded[0].kwargs["DESCRIPTORS"] == 0
+
+
+@pytest.mark.parametrize("name", ["attention_qkv_packed", "attention_qkv_packed_backward"])
+def test_registration(name, device):
+    qkv = packed((2, 5, 2)).float().to(device)
+    if name == "attention_qkv_packed":
+        arguments = (qkv.requires_grad_(),)
+    else:
+        out, lse = op.attention_qkv_packed_op(qkv)
+        arguments = (out.clone(), qkv, out, lse)
+    torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments)

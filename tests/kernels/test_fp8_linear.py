@@ -1,0 +1,78 @@
+"""fp8 linears against their formulas in float32, and quantization by rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixart_rt.kernels import fp8_linear as op
+from pixart_rt.kernels.ln_modulate import E4M3_MAX, quantize_rows_ref
+
+SHAPES = [(1, 1, 72, 40), (3, 37, 144, 200), (1, 37, 1152, 1152)]  # B, N, I, O
+DTYPES = [torch.float16, torch.float32]
+
+
+def inputs(shape, dtype):
+    """Quantized x and weight, bias, table, shared, residual; the references take the same fp8."""
+    random = torch.Generator().manual_seed(0)
+    B, N, I, O = shape
+    x, weight = torch.randn(B, N, I, generator=random), torch.randn(O, I, generator=random)
+    x[..., 5] *= 30
+    bias, table = torch.randn(O, generator=random), torch.randn(6, O, generator=random)
+    shared, residual = (
+        torch.randn(B, 6, O, generator=random),
+        torch.randn(B, N, O, generator=random),
+    )
+    quantized = (*quantize_rows_ref(x), *quantize_rows_ref(weight / I**0.5))
+    return *quantized, bias.to(dtype), table.to(dtype), shared, residual.to(dtype)
+
+
+def moved(tensors, device):
+    return [each.to(device) for each in tensors]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_the_same_fp8_are_the_same(shape, dtype, device, error, tolerance):
+    *quantized, bias, table, shared, residual = inputs(shape, dtype)
+    bound = 5 * tolerance[dtype]
+    here = moved(quantized, device)
+    for ours, reference in (
+        (op.fp8_linear, op.fp8_linear_ref),
+        (op.fp8_linear_gelu, op.fp8_linear_gelu_ref),
+    ):
+        actual = ours(*here, bias.to(device), dtype)
+        assert actual.dtype == dtype
+        assert error(actual, reference(*quantized, bias, torch.float32)) < bound
+    for gate in ((table, shared, 5), (None, None, 0)):
+        there = [each.to(device) if isinstance(each, torch.Tensor) else each for each in gate]
+        actual = op.fp8_linear_residual(*here, bias.to(device), *there, residual.to(device))
+        expected = op.fp8_linear_residual_ref(*quantized, bias, *gate, residual)
+        assert error(actual, expected) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [40, 1152, 4608])
+def test_quantize_rows(width, dtype, device, error):
+    x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0] = 0  # a row of zeros has a scale, and no NaN
+    y, scale = op.quantize_rows(x.to(device))
+    assert y.dtype == torch.float8_e4m3fn
+    expected = x.double().abs().amax(-1).clamp(min=1e-12) / E4M3_MAX
+    torch.testing.assert_close(scale.cpu().double(), expected, rtol=1e-6, atol=0)
+    # Half a step of 3 bits when rounded, a whole one in the interpreter, which truncates.
+    assert error(y.float() * scale[..., None], x) < (0.04 if y.is_cuda else 0.08)
+
+
+@pytest.mark.parametrize("name", ["quantize_rows", "fp8_linear", "fp8_linear_residual"])
+def test_registration(name, device):
+    *quantized, bias, table, shared, residual = moved(inputs((2, 5, 72, 40), torch.float32), device)
+    arguments = {
+        "quantize_rows": (residual,),
+        "fp8_linear": (*quantized, bias, True, torch.float32),
+        "fp8_linear_residual": (*quantized, bias, table, shared, 5, residual),
+    }[name]
+    checks = ["test_autograd_registration", "test_faketensor"]
+    if name == "quantize_rows":  # the others of opcheck do arithmetic on inputs, which e4m3 has not
+        checks.append("test_schema")
+    torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments, test_utils=checks)

@@ -1,0 +1,195 @@
+"""Linears with gate and residual or GELU against their formulas in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixart_rt.kernels import linear as op
+
+SHAPES = [(1, 1, 72, 40), (3, 37, 144, 200), (1, 37, 1152, 1152)]  # B, N, I, O
+DTYPES = [torch.float32, torch.float16]
+LOOSE = {torch.float32: 5e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def dtypes(device):
+    """Triton's interpreter multiplies bfloat16 wrongly; a GPU is tested with it too."""
+    return [*DTYPES, torch.bfloat16] if device.type == "cuda" else DTYPES
+
+
+def inputs(shape, dtype, gated=True):
+    """x, weight, bias, table, shared, residual; an outlier channel, every image its own gate."""
+    random = torch.Generator().manual_seed(0)
+    B, N, I, O = shape
+    x = torch.randn(B, N, I, generator=random)
+    x[..., 5] *= 30
+    half = [x, torch.randn(O, I, generator=random) / I**0.5, torch.randn(O, generator=random)]
+    table, shared = torch.randn(6, O, generator=random), torch.randn(B, 6, O, generator=random)
+    residual = torch.randn(B, N, O, generator=random).to(dtype)
+    half = [each.to(dtype) for each in half]
+    return [*half, table.to(dtype), shared, residual] if gated else [*half, residual]
+
+
+def gated(function, tensors, *extra):
+    x, weight, bias, table, shared, residual = tensors
+    return function(x, weight, bias, table, shared, 5, residual, *extra)
+
+
+def plain(function, tensors, *extra):
+    return function(*tensors, *extra)
+
+
+def residual_ref(x, weight, bias, residual):
+    return op.linear_gate_residual_ref(x, weight, bias, None, None, 0, residual)
+
+
+CASES = {  # name -> how to call, ours, reference, how many of the inputs it takes
+    "gate": (gated, op.linear_gate_residual, op.linear_gate_residual_ref),
+    "residual": (plain, op.linear_residual, residual_ref),
+    "gelu": (plain, op.linear_gelu, op.linear_gelu_ref),
+}
+
+
+def tensors_of(name, shape, dtype):
+    tensors = inputs(shape, dtype, gated=name == "gate")
+    return tensors[:3] if name == "gelu" else tensors
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(name, shape, dtypes, device, error):
+    call, ours, reference = CASES[name]
+    for dtype in dtypes:
+        tensors = tensors_of(name, shape, dtype)
+        actual = call(ours, [each.to(device) for each in tensors])
+        expected = call(reference, [each.double() for each in tensors])
+        assert actual.dtype == dtype
+        assert error(actual, expected) < LOOSE[dtype]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_backward(name, shape, dtypes, device, error):
+    call, ours, reference = CASES[name]
+    for dtype in dtypes:
+        tensors = tensors_of(name, shape, dtype)
+        leaves = [each.to(device).requires_grad_() for each in tensors]
+        random = torch.Generator().manual_seed(3)
+        out = call(ours, leaves)
+        dout = torch.randn(out.shape, generator=random).to(dtype)
+        actual = torch.autograd.grad(out, leaves, dout.to(device))
+        wide = [each.double().requires_grad_() for each in tensors]
+        expected = torch.autograd.grad(call(reference, wide), wide, dout.double())
+        for gradient, exact, leaf in zip(actual, expected, leaves, strict=True):
+            assert gradient.dtype == leaf.dtype
+            assert error(gradient, exact) < 2 * LOOSE[dtype]
+        again = torch.autograd.grad(call(ours, leaves), leaves, dout.to(device))
+        assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))  # no atomics
+
+
+def test_every_image_has_its_own_gate(device, error):
+    tensors = inputs((3, 37, 144, 200), torch.float32)
+    tensors[0] = tensors[0][:1].expand(3, -1, -1)  # equal images: the gates make the difference
+    tensors[5] = tensors[5][:1].expand(3, -1, -1)
+    out = gated(op.linear_gate_residual, [each.to(device) for each in tensors]).cpu()
+    expected = gated(op.linear_gate_residual_ref, tensors)
+    assert error(out, expected) < 5e-6
+    assert error(out[1], out[0]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["gate", "residual"])
+def test_lossless_repeats_the_roundings_of_the_unfused_model(name, device):
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    call, ours, _ = CASES[name]
+    tensors = tensors_of(name, (3, 37, 144, 200), dtype)
+    if name == "gate":
+        tensors[4] = tensors[4].to(dtype).float()
+    product = torch.nn.functional.linear(*(each.to(device) for each in tensors[:3]))
+    if name == "gate":
+        product = (tensors[3][5] + tensors[4][:, 5, None].to(dtype)).to(device) * product
+    expected = (tensors[-1].to(device) + product).cpu()
+    actual = call(ours, [each.to(device) for each in tensors], True).cpu()
+    # Another order of summation moves a product across a rounding border now and then.
+    assert (actual == expected).float().mean() > 0.98
+    exact = call(ours, [each.to(device) for each in tensors], False).cpu()
+    assert (exact == expected).float().mean() < (actual == expected).float().mean()
+
+
+def test_the_backward_formulas_without_a_kernel():
+    """What runs where no kernel does, against autograd of the references in float64."""
+    random = torch.Generator().manual_seed(0)
+    product = torch.randn(3, 7, 24, generator=random, dtype=torch.float64).requires_grad_()
+    dy = torch.randn(3, 7, 24, generator=random, dtype=torch.float64)
+    table = torch.randn(6, 24, generator=random, dtype=torch.float64)
+    shared = torch.randn(3, 6, 24, generator=random, dtype=torch.float64).requires_grad_()
+    out = op.gate_residual_ref(torch.zeros_like(product), product, table, shared, 5)
+    expected = torch.autograd.grad(out, (product, shared), dy)
+    dproduct, sums = op.gate_backward_ref(dy, product, table, shared, 5)
+    torch.testing.assert_close(dproduct, expected[0])
+    torch.testing.assert_close(sums[:, 0], expected[0].sum(1))
+    torch.testing.assert_close(sums[:, 1], expected[1][:, 5])
+    wanted = torch.nn.functional.gelu(product, approximate="tanh")
+    expected = torch.autograd.grad(wanted, product, dy)
+    dproduct, sums = op.gelu_backward_ref(dy, product)
+    torch.testing.assert_close(dproduct, expected[0])
+    torch.testing.assert_close(sums[:, 0], expected[0].sum(1))
+
+
+def test_descriptors_and_pointers_agree(device):
+    """Both ways to read tiles; an odd width has no descriptors, so the case forces them off."""
+    from pixart_rt.kernels import launch
+
+    x, weight, bias, *_ = (each.to(device) for each in inputs((3, 37, 144, 200), torch.float16))
+    before = launch.capability
+    results = []
+    for capability in ((8, 0), (9, 0)):
+        if device.type == "cuda" and before(x) < capability:
+            pytest.fail("this GPU has no descriptors; run the test elsewhere")
+        op.capability = lambda _, capability=capability: capability
+        try:
+            results.append(op.linear_triton(x, weight, bias)[0])
+        finally:
+            op.capability = before
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["gate", "residual", "gelu", "backward gate", "backward gelu"])
+def test_registration(name, device):
+    x, weight, bias, table, shared, residual = (
+        each.to(device) for each in inputs((2, 5, 72, 40), torch.float32)
+    )
+    ours = torch.ops.pixart_rt
+    product = residual.clone()
+    operator, arguments = {
+        "gate": (ours.linear_gate_residual,
+                 (x, weight, bias, table, shared, 5, residual, False, True)),
+        "residual": (ours.linear_gate_residual,
+                     (x, weight, bias, None, None, 0, residual, False, False)),
+        "gelu": (ours.linear_gelu, (x, weight, bias, False, True)),
+        "backward gate": (ours.linear_backward, (residual, product, table, shared, 5)),
+        "backward gelu": (ours.linear_backward, (residual, product, None, None, 0)),
+    }[name]  # fmt: skip
+    if "backward" not in name:
+        for each in arguments:
+            if isinstance(each, torch.Tensor):
+                each.requires_grad_()
+    torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_whole_with_any_number_of_tokens(name, device):
+    call, ours, reference = CASES[name]
+    compiled = torch.compile(
+        lambda tensors: call(ours, tensors), backend="aot_eager", fullgraph=True
+    )
+    for N in (5, 9):
+        tensors = [each.to(device) for each in tensors_of(name, (2, N, 72, 40), torch.float32)]
+        for each in (tensors[0], tensors[-1]):
+            if each.dim() == 3:
+                torch._dynamo.mark_dynamic(each, 1)
+        leaves = [each.requires_grad_() for each in tensors]
+        out = compiled(leaves)
+        torch.testing.assert_close(out, call(reference, leaves), atol=1e-4, rtol=1e-4)
+        out.sum().backward()
+        assert all(each.grad is not None for each in leaves)

@@ -6,7 +6,7 @@
 Needs no GPU: Triton carries NVIDIA's assembler. Shapes are those of one 1024 px image with
 guidance. Registers, spills, shared memory and instructions are facts; they are not speed. Traffic
 is counted while one block of XL/2 runs on tensors without data: what every operator reads and
-writes, each tensor once.
+writes, each tensor once; operators that move less than 0.1 MB are left out.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: compile, do not interpret
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,11 +35,12 @@ from pixart_rt.ops import operators
 
 TARGETS = {  # compute capability -> dtypes; sm_70 has no tensor cores in Triton, nor bfloat16
     (7, 0): (torch.float16,),
-    (8, 0): (torch.float16, torch.bfloat16),
-    (9, 0): (torch.float16, torch.bfloat16),
+    (8, 0): (torch.float16, torch.bfloat16, torch.float32),
+    (9, 0): (torch.float16, torch.bfloat16, torch.float32),
     (12, 0): (torch.bfloat16,),
 }
 ELEMENTWISE = ("ln_modulate", "gate_residual", "solver")
+FLOAT32 = ("ln_modulate", "gate_residual", "linear")  # attention in float32 is PyTorch's
 SHARED_LIMIT = {"sm_70": 98304, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376}  # per block
 DOC = ROOT / "docs" / "kernels.md"
 SECTIONS = ("resources", "traffic")  # of the page: <!-- name:begin --> ... <!-- name:end -->
@@ -52,6 +55,8 @@ def compile_all() -> list[dict[str, Any]]:
             if arch < launch.SM80 and name not in ELEMENTWISE:
                 continue
             for dtype in dtypes:
+                if dtype == torch.float32 and name not in FLOAT32:
+                    continue
                 with launch.record(arch) as recorded:
                     file.compile_example(dtype)
                 for each in recorded:
@@ -80,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["dtype"] == "float16" and row["arch"] != "sm_70":
+        if row["dtype"] != ("float16" if row["arch"] == "sm_70" else "bfloat16"):
             continue
         tiles = "x".join(str(v) for k, v in row["constexprs"].items()
                          if k.startswith("BLOCK") or k == "ROWS")  # fmt: skip
@@ -103,9 +108,10 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata: t for t in tree_leaves((args, kwargs)) if _is(t)}
-        made = {t.untyped_storage()._cdata: t for t in tree_leaves(output) if _is(t)}
-        new = [t for key, t in made.items() if key not in given]
+        given = {_place(t): t for t in tree_leaves((args, kwargs)) if _is(t)}
+        made = {_place(t): t for t in tree_leaves(output) if _is(t)}
+        known = {storage for storage, _ in given}
+        new = [t for (storage, _), t in made.items() if storage not in known]
         if new:
             self.rows.append({
                 "operator": str(func).removeprefix("aten.").removesuffix(".default"),
@@ -113,6 +119,10 @@ class Traffic(TorchDispatchMode):
                 "written": sum(map(_bytes, new)),
             })  # fmt: skip
         return output
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _is(value: Any) -> bool:
@@ -126,16 +136,18 @@ def _bytes(tensor: torch.Tensor) -> int:
 def block_traffic(kernels: Kernels) -> list[dict[str, Any]]:
     """One block of XL/2 forward in bfloat16: B = 2, N = 4096, 120 text tokens."""
     config = XL_2_1024_MS
-    with torch.device("meta"):
-        block = Block(config).to(torch.bfloat16)
+    with FakeTensorMode(), mock.patch.object(launch, "interpreting", lambda: True):
+        torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be converted
+        block = Block(config)
+        torch.set_default_dtype(torch.float32)
         x, y = torch.empty(2, 2, 4096, config.hidden_size, dtype=torch.bfloat16).unbind()
         shared = torch.empty(2, 6, config.hidden_size)
         text = torch.empty(2, 120, config.hidden_size, dtype=torch.bfloat16)
         mask = torch.empty(2, 120, dtype=torch.bool)
-    following = block.scale_shift_table.detach().clone()
-    with torch.no_grad(), Traffic() as traffic:
-        block(operators(kernels), x, y, shared, text, mask, following)
-    return traffic.rows
+        following = block.scale_shift_table.detach().clone()
+        with torch.no_grad(), Traffic() as traffic:
+            block(operators(kernels), x, y, shared, text, mask, following)
+    return [row for row in traffic.rows if row["read"] + row["written"] > 1e5]
 
 
 def traffic_table(traffic: dict[str, list[dict[str, Any]]]) -> str:

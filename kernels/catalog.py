@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,17 +46,43 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def worst_error(operator: Operator, device: torch.device, dtype: torch.dtype, seed: int) -> float:
-    """The largest relative error of an operator's outputs, in units of its tolerance."""
+    """The largest relative error of an operator's outputs, in units of its tolerance.
+
+    With gradients, if it has them: the training form of the forward, and the backward.
+    """
     inputs = operator.example(device, dtype, seed)
-    actual, expected = flat(operator.run(*inputs)), flat(operator.reference(*inputs))
-    assert len(actual) == len(expected), operator.name
+    with torch.no_grad():
+        pairs = list(
+            zip(flat(operator.run(*inputs)), flat(operator.reference(*inputs)), strict=True)
+        )
+    if operator.trains:
+        with torch.enable_grad():
+            actual, expected = _train(operator.run, inputs), _train(operator.reference, inputs)
+        pairs += zip(actual, expected, strict=True)
     errors = []
-    for one, other in zip(actual, expected, strict=True):
+    for one, other in pairs:
         allowed = max(TOLERANCE[dtype], TOLERANCE[one.dtype])
         if one.dtype == torch.float8_e4m3fn and interpreting():
             allowed = INTERPRETED_FP8
         errors.append(relative_error(one, other) / allowed)
     return max(errors, key=lambda error: float("inf") if error != error else error)
+
+
+def _train(function: Callable[..., Any], inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Outputs, and gradients of every floating-point input for the same gradient of the outputs."""
+    leaves = [
+        each.detach().requires_grad_()
+        if isinstance(each, Tensor) and each.is_floating_point()
+        else each
+        for each in inputs
+    ]
+    outputs = flat(function(*leaves))
+    seeds = [
+        torch.linspace(-1, 1, each.numel(), device=each.device).view(each.shape).to(each.dtype)
+        for each in outputs
+    ]
+    wanted = [each for each in leaves if isinstance(each, Tensor) and each.requires_grad]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, seeds)]
 
 
 @functools.cache

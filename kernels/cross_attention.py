@@ -387,7 +387,7 @@ OPERATORS = (
     Operator("cross_attention", SM80, cross_attention, cross_attention_ref, _example),
     Operator(
         "cross_attention_absorbed", SM80,
-        cross_attention_absorbed, cross_attention_absorbed_ref, _absorbed_example,
+        cross_attention_absorbed, cross_attention_absorbed_ref, _absorbed_example, trains=False,
     ),
 )  # fmt: skip
 PRODUCTS = (torch.ops.pixart_rt.cross_attention,)  # what activation checkpointing keeps

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.gate_residual import gate_residual_ref
-from pixart_rt.kernels.launch import SM89, Operator, launch, runs_triton
+from pixart_rt.kernels.launch import SM89, Operator, capability, launch, runs_triton
 from pixart_rt.kernels.linear import linear_triton
 from pixart_rt.kernels.ln_modulate import quantize_rows_ref
 
@@ -106,7 +106,7 @@ def fp8_linear_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """y [B, N, O], or its GELU, in `dtype`."""
-    if runs_triton("fp8_linear", x, SM89):
+    if runs_triton("fp8_linear_gelu" if gelu else "fp8_linear", x, SM89):
         scales = (x_scale, weight_scale)
         return linear_triton(
             x, weight, bias, gelu=gelu, scales=scales, dtype=dtype, op="fp8_linear"
@@ -207,14 +207,16 @@ def _rows_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[
 
 
 def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`."""
+    """Every launch of this file at 1024 pixels, for `launch.record`; none before sm_89."""
+    x_scale = torch.empty(2, 4096)
+    if capability(x_scale) < SM89:
+        return
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float8_e4m3fn)
 
     table, shared = torch.empty(6, 1152, dtype=dtype), torch.empty(2, 6, 1152)
     residual = torch.empty(2, 4096, 1152, dtype=dtype)
-    x_scale = torch.empty(2, 4096)
     for inner in (1152, 4608):
         scales = (x_scale, torch.empty(1152))
         bias = torch.empty(1152, dtype=dtype)
@@ -228,10 +230,12 @@ def compile_example(dtype: torch.dtype) -> None:
         quantize_rows_triton(torch.empty(2, 4096, width, dtype=dtype))
 
 
-OPERATORS = (
-    Operator("quantize_rows", SM89, quantize_rows, quantize_rows_ref, _rows_example),
-    Operator("fp8_linear", SM89, fp8_linear, fp8_linear_ref, _example),
-    Operator("fp8_linear_gelu", SM89, fp8_linear_gelu, fp8_linear_gelu_ref, _example),
-    Operator("fp8_linear_residual", SM89, fp8_linear_residual, fp8_linear_residual_ref,
-             _residual_example),
-)  # fmt: skip
+OPERATORS = tuple(
+    Operator(name, SM89, run, reference, example, trains=False)
+    for name, run, reference, example in (
+        ("quantize_rows", quantize_rows, quantize_rows_ref, _rows_example),
+        ("fp8_linear", fp8_linear, fp8_linear_ref, _example),
+        ("fp8_linear_gelu", fp8_linear_gelu, fp8_linear_gelu_ref, _example),
+        ("fp8_linear_residual", fp8_linear_residual, fp8_linear_residual_ref, _residual_example),
+    )
+)

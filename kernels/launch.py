@@ -171,3 +171,4 @@ class Operator:
     reference: Callable[..., Any]
     example: Callable[[torch.device, torch.dtype, int], tuple[Any, ...]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    trains: bool = True  # has gradients for every floating-point tensor

@@ -47,10 +47,11 @@ _SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_war
 TILES: dict[tuple[int, int], dict[str, int]] = {
     (8, 0): {**_SQUARE, "num_stages": 3},
     (9, 0): {**_SQUARE, "num_stages": 3},
-    (12, 0): {**_SQUARE, "num_stages": 2},  # 99 KB of shared memory
+    (12, 0): {**_SQUARE, "num_stages": 3},  # 64 of its 99 KB of shared memory
 }
 FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4,
            "num_stages": 2}  # fmt: skip
+FP8 = {"BLOCK_K": 128}  # 128 bytes a row, as in 16 bits: the widest swizzle of shared memory
 BACKWARD = {"ROWS": 32, "BLOCK_D": 1024, "num_warps": 4}
 GATE, GELU, PLAIN = 0, 1, 2  # what follows the product
 SQRT_2_OVER_PI, CUBIC = 0.7978845608028654, 0.044715
@@ -102,56 +103,61 @@ def _linear_kernel(
     y_ptr, product_ptr,
     I: tl.constexpr, O: tl.constexpr, R: tl.constexpr, EPILOGUE: tl.constexpr,
     GATED: tl.constexpr, ROUND: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr,
-    UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr, TMA_RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
     tile_m, tile_n = _tile(num_tokens, O, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # One int64 offset for the tile, int32 inside it: GELU takes 106 registers, not 136, on sm_90.
+    start = image * num_tokens + tile_m * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = image * num_tokens + rows
-    row_mask, col_mask = rows < num_tokens, cols < O
+    row_mask, col_mask = rows < num_tokens - tile_m * BLOCK_M, cols < O
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    first = (image * num_tokens + tile_m * BLOCK_M).to(tl.int32)
+    first = start.to(tl.int32)
     inner = tl.arange(0, BLOCK_K)
-    # Rows past the image are read where they exist and never stored: no mask in the loop.
-    x_rows = tl.where(row_mask, token, image * num_tokens)[:, None] * I
-    w_rows = tl.where(col_mask, cols, 0)[:, None].to(tl.int64) * I
+    if not DESCRIPTORS:
+        # Past the last row or column another one is read again and never stored: no mask for it.
+        x_rows = x_ptr + start * I + (tl.where(row_mask, rows, 0) * I)[:, None]
+        w_rows = weight_ptr + (tl.where(col_mask, cols, 0) * I)[:, None]  # weights: under 2**31
     for k in range(0, I, BLOCK_K):
         if DESCRIPTORS:  # zeros past the last row and column
             x = x_ptr.load([first, k])
             w = weight_ptr.load([tile_n * BLOCK_N, k])
         elif I % BLOCK_K == 0:
-            x = tl.load(x_ptr + x_rows + (k + inner)[None, :])
-            w = tl.load(weight_ptr + w_rows + (k + inner)[None, :])
+            x = tl.load(x_rows + (k + inner)[None, :])
+            w = tl.load(w_rows + (k + inner)[None, :])
         else:
             inside = ((k + inner) < I)[None, :]
-            x = tl.load(x_ptr + x_rows + (k + inner)[None, :], mask=inside, other=0.0)
-            w = tl.load(weight_ptr + w_rows + (k + inner)[None, :], mask=inside, other=0.0)
+            x = tl.load(x_rows + (k + inner)[None, :], mask=inside, other=0.0)
+            w = tl.load(w_rows + (k + inner)[None, :], mask=inside, other=0.0)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         # fp8 products of Hopper lose digits over a long sum: add up in float32 at every step.
         acc = tl.dot(x, w.T, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
     if SCALED:
-        acc *= tl.load(x_scale_ptr + token, mask=row_mask, other=0.0)[:, None]
+        acc *= tl.load(x_scale_ptr + start + rows, mask=row_mask, other=0.0)[:, None]
         acc *= tl.load(weight_scale_ptr + cols, mask=col_mask, other=0.0)[None, :]
     acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     acc = rounded(acc, DTYPE, ROUND)
-    at = token[:, None] * O + cols[None, :]
+    at = rows[:, None] * O + cols[None, :]
     mask = row_mask[:, None] & col_mask[None, :]
     if STORE:
-        tl.store(product_ptr + at, acc.to(DTYPE), mask=mask)
+        tl.store(product_ptr + start * O + at, acc.to(DTYPE), mask=mask)
     if EPILOGUE == 0:
         if GATED:
             gate = modulation(
                 table_ptr, shared_ptr + image * R * O, row, cols, col_mask, O, DTYPE, ROUND
             )
             acc = rounded(acc * gate[None, :], DTYPE, ROUND)
-        acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if TMA_RESIDUAL:
+            acc += residual_ptr.load([first, tile_n * BLOCK_N]).to(tl.float32)
+        else:
+            acc += tl.load(residual_ptr + start * O + at, mask=mask, other=0.0).to(tl.float32)
     elif EPILOGUE == 1:
         acc *= gelu_sigmoid(acc)
-    tl.store(y_ptr + at, acc.to(DTYPE), mask=mask)
+    tl.store(y_ptr + start * O + at, acc.to(DTYPE), mask=mask)
 
 
 @triton.jit
@@ -190,6 +196,12 @@ def _linear_backward_kernel(
     tl.store(out + D, dgate, mask=mask)
 
 
+def _describable(matrix: Tensor) -> bool:
+    """Whether a contiguous tensor's rows begin where a tensor descriptor can: at 16 bytes."""
+    row = matrix.shape[-1] * matrix.element_size()
+    return row % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
 def linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -214,14 +226,28 @@ def linear_triton(
     y = x.new_empty(B, N, O, dtype=dtype or x.dtype)
     product = torch.empty_like(y) if store else y.new_empty(0)
     default = TILES[max(least for least in TILES if least <= max(capability(x), SM80))]
+    if scales is not None:
+        default = {**default, **FP8}
     tuned = config(op, x, B * N, FLOAT32 if x.dtype == torch.float32 else default)
     blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
-    descriptors = capability(x) >= SM90 and x.stride(1) * x.element_size() % 16 == 0
+    # In float32, without tensor cores, tiles that come by descriptor make the product spill.
+    descriptors = (
+        capability(x) >= SM90
+        and x.dtype != torch.float32
+        and _describable(x)
+        and _describable(weight)
+    )
     sources: tuple[Any, Any] = (x, weight)
     if descriptors:
         sources = tuple(
             TensorDescriptor(matrix, list(matrix.shape), [I, 1], [blocks[side], blocks["BLOCK_K"]])
             for matrix, side in ((x.view(B * N, I), "BLOCK_M"), (weight, "BLOCK_N"))
+        )
+    added: Any = y if residual is None else residual.contiguous()
+    tma_residual = descriptors and residual is not None and _describable(added)
+    if tma_residual:
+        added = TensorDescriptor(
+            added.view(B * N, O), [B * N, O], [O, 1], [blocks["BLOCK_M"], blocks["BLOCK_N"]]
         )
     table, shared, row = gate or (bias, bias, 0)
     x_scale, weight_scale = scales or (bias, bias)
@@ -229,12 +255,12 @@ def linear_triton(
     launch(
         _linear_kernel, grid,
         *sources, x_scale.contiguous(), weight_scale.contiguous(), bias.contiguous(),
-        table.contiguous(), shared.contiguous(), y if residual is None else residual.contiguous(),
+        table.contiguous(), shared.contiguous(), added,
         N, row, y, product,
         I=I, O=O, R=table.shape[0], EPILOGUE=GELU if gelu else PLAIN if residual is None else GATE,
         GATED=gate is not None, ROUND=lossless, STORE=store, SCALED=scales is not None,
         UPCAST=scales is not None and interpreting(),  # the interpreter multiplies no fp8
-        DESCRIPTORS=descriptors, **tuned,
+        DESCRIPTORS=descriptors, TMA_RESIDUAL=tma_residual, **tuned,
     )  # fmt: skip
     return y, product
 
@@ -349,7 +375,8 @@ def linear_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """(dproduct, sums [B, 2, O]: dbias, dgate) through the gate, or through GELU without one."""
     gated = table is not None and shared is not None
-    if runs_triton("linear_gate_residual", product, SM80) and product.dtype != torch.float64:
+    name = "linear_gate_residual" if gated else "linear_gelu"
+    if runs_triton(name, product, SM80) and product.dtype != torch.float64:
         return linear_backward_triton(dy, product, (table, shared, row) if gated else None)
     if gated:
         return gate_backward_ref(dy, product, table, shared, row)
@@ -365,10 +392,13 @@ def _(
     return product.new_empty(product.shape), product.new_empty((B, 2, O), dtype=wide)
 
 
-def _products(dproduct: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight: two plain matrix products."""
+def _products(
+    ctx: Any, dproduct: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight, the first two inputs: a plain matrix product each, if wanted."""
     flat = dproduct.flatten(0, -2)
-    return (flat @ weight).view(x.shape), flat.t() @ x.flatten(0, -2)
+    dx = (flat @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+    return dx, flat.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 
 def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -381,10 +411,10 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _gate_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, product, table, shared = ctx.saved_tensors
     if table is None:
-        dx, dweight = _products(dy, x, weight)
+        dx, dweight = _products(ctx, dy, x, weight)
         return dx, dweight, dy.sum((0, 1)), None, None, None, dy, None, None
     dproduct, sums = linear_backward_op(dy, product, table, shared, ctx.row)
-    dx, dweight = _products(dproduct, x, weight)
+    dx, dweight = _products(ctx, dproduct, x, weight)
     whole = spread(sums[:, 1:], shared, ctx.row)
     dtable, dbias = whole.sum(0).to(table.dtype), sums[:, 0].sum(0).to(weight.dtype)
     return dx, dweight, dbias, dtable, whole.to(shared.dtype), None, dy, None, None
@@ -398,7 +428,7 @@ def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _gelu_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, product = ctx.saved_tensors
     dproduct, sums = linear_backward_op(dy, product, None, None, 0)
-    dx, dweight = _products(dproduct, x, weight)
+    dx, dweight = _products(ctx, dproduct, x, weight)
     return dx, dweight, sums[:, 0].sum(0).to(weight.dtype), None, None
 
 

@@ -127,4 +127,6 @@ def compile_example(dtype: torch.dtype) -> None:
     cfg_dpmpp_step_triton(output, x, x, torch.empty(8), 4)
 
 
-OPERATORS = (Operator("cfg_dpmpp_step", SM70, cfg_dpmpp_step, cfg_dpmpp_step_ref, _example),)
+OPERATORS = (
+    Operator("cfg_dpmpp_step", SM70, cfg_dpmpp_step, cfg_dpmpp_step_ref, _example, trains=False),
+)

@@ -185,7 +185,7 @@ def _quantized(
 
 def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     """A linear's input, weight and bias in autocast's dtype, if autocast is on."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else "cpu"
     if not torch.is_autocast_enabled(kind):
         return x, layer.weight, layer.bias
     dtype = torch.get_autocast_dtype(kind)

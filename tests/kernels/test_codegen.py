@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = ("attention", "cross_attention", "linear", "fp8_linear")  # files with matrix products
 ELEMENTWISE = {"ln_modulate", "gate_residual", "solver"}
-NO_PRODUCT = ("backward_gate", "delta", "gelu_backward", "quantize", "preprocess")
+PRODUCTS = {
+    "_attention_kernel", "_attention_backward_kv_kernel", "_attention_backward_q_kernel",
+    "_absorbed_scores_kernel", "_linear_kernel",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,17 +53,19 @@ def test_everything_fits_in_shared_memory(rows):
 
 def products(rows, arch):
     """The kernels of an architecture whose work is matrix products."""
-    found = [row for row in rows if row["arch"] == arch and row["file"] in MATRIX
-             and not any(name in row["kernel"] for name in NO_PRODUCT)]  # fmt: skip
-    assert found
+    found = [row for row in rows if row["arch"] == arch and row["kernel"] in PRODUCTS
+             and row["dtype"] != "float32"]  # fmt: skip
+    assert {row["kernel"] for row in found} == PRODUCTS
     return found
 
 
 def test_tensor_cores_are_used(rows):
     for row in products(rows, "sm_80"):
         assert row["instructions"].get("HMMA", 0) > 0, row["kernel"]
+        assert row["instructions"].get("LDGSTS", 0) > 0, row["kernel"]
     for row in products(rows, "sm_90"):
         names = row["instructions"]
         assert names.get("HGMMA", 0) + names.get("QGMMA", 0) > 0, row["kernel"]
+        assert names.get("UTMALDG", 0) > 0, row["kernel"]
     for row in products(rows, "sm_120"):
         assert row["tensor_core"] > 0, row["kernel"]

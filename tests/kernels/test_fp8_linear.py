@@ -64,6 +64,32 @@ def test_quantize_rows(width, dtype, device, error):
     assert error(y.float() * scale[..., None], x) < (0.04 if y.is_cuda else 0.08)
 
 
+def test_every_operator_asks_by_the_name_that_the_self_test_refuses(device, monkeypatch):
+    asked = set()
+    monkeypatch.setattr(op, "runs_triton", lambda name, *_: bool(asked.add(name)))
+    for each in op.OPERATORS:
+        each.run(*each.example(device, torch.float16, 0))
+    assert asked == {each.name for each in op.OPERATORS}
+
+
+def test_compiles_whole_with_any_number_of_tokens(device):
+    def step(x, weight, weight_scale, bias, table, shared, residual):
+        x8, scale = op.quantize_rows(x)
+        y = op.fp8_linear_gelu(x8, scale, weight, weight_scale, bias, x.dtype)
+        gate = (table, shared, 5)
+        out = op.fp8_linear_residual(x8, scale, weight, weight_scale, bias, *gate, residual)
+        return y + out + op.fp8_linear(x8, scale, weight, weight_scale, bias, x.dtype)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for N in (5, 9):
+        _, _, weight, weight_scale, *rest = moved(inputs((2, N, 72, 40), torch.float32), device)
+        x = torch.randn(2, N, 72, generator=torch.Generator().manual_seed(1)).to(device)
+        for each in (x, rest[-1]):
+            torch._dynamo.mark_dynamic(each, 1)
+        arguments = (x, weight, weight_scale, *rest)
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
 @pytest.mark.parametrize("name", ["quantize_rows", "fp8_linear", "fp8_linear_residual"])
 def test_registration(name, device):
     *quantized, bias, table, shared, residual = moved(inputs((2, 5, 72, 40), torch.float32), device)

@@ -140,7 +140,9 @@ def test_descriptors_and_pointers_agree(device):
     """Both ways to read tiles; an odd width has no descriptors, so the case forces them off."""
     from pixart_rt.kernels import launch
 
-    x, weight, bias, *_ = (each.to(device) for each in inputs((3, 37, 144, 200), torch.float16))
+    x, weight, bias, table, shared, residual = (
+        each.to(device) for each in inputs((3, 37, 144, 200), torch.float16)
+    )
     before = launch.capability
     results = []
     for capability in ((8, 0), (9, 0)):
@@ -148,10 +150,51 @@ def test_descriptors_and_pointers_agree(device):
             pytest.fail("this GPU has no descriptors; run the test elsewhere")
         op.capability = lambda _, capability=capability: capability
         try:
-            results.append(op.linear_triton(x, weight, bias)[0])
+            gate = (table, shared, 5)
+            results.append(op.linear_triton(x, weight, bias, gate=gate, residual=residual)[0])
         finally:
             op.capability = before
     assert torch.equal(*results)
+
+
+def test_takes_views(device):
+    """Not contiguous, and contiguous from an address that a descriptor cannot begin at."""
+    x, weight, bias, residual = (
+        each.to(device) for each in inputs((3, 37, 144, 200), torch.float16, gated=False)
+    )
+    expected = op.linear_residual(x, weight, bias, residual)
+    swapped = [each.transpose(0, 1).contiguous().transpose(0, 1) for each in (x, residual)]
+    assert torch.equal(op.linear_residual(swapped[0], weight, bias, swapped[1]), expected)
+    shifted = []
+    for each in (x, weight, residual):
+        flat = each.new_empty(each.numel() + 1)
+        shifted.append(flat[1:].view(each.shape).copy_(each))
+    assert all(each.is_contiguous() and each.data_ptr() % 16 for each in shifted)
+    actual = op.linear_residual(shifted[0], shifted[1], bias, shifted[2])
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["gate", "residual", "gelu"])
+def test_frozen_inputs_cost_no_product(name, device):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    call, ours, _ = CASES[name]
+    for wanted in range(2):  # x, weight
+        tensors = [each.to(device) for each in tensors_of(name, (2, 5, 72, 40), torch.float32)]
+        tensors[wanted].requires_grad_()
+        out = call(ours, tensors)
+        with FlopCounterMode(display=False) as flops:
+            out.sum().backward()
+        assert flops.get_total_flops() == 2 * (2 * 5) * 72 * 40  # one product, not two
+
+
+def test_a_refused_kernel_is_refused_in_the_backward_too(device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(op, "runs_triton", lambda name, *_: bool(asked.append(name)))
+    leaves = [each.to(device).requires_grad_() for each in
+              tensors_of("gelu", (2, 5, 72, 40), torch.float32)]  # fmt: skip
+    op.linear_gelu(*leaves).sum().backward()
+    assert asked == ["linear_gelu", "linear_gelu"]
 
 
 @pytest.mark.parametrize("name", ["gate", "residual", "gelu", "backward gate", "backward gelu"])

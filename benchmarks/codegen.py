@@ -57,8 +57,7 @@ def compile_all() -> list[dict[str, Any]]:
             for dtype in dtypes:
                 if dtype == torch.float32 and name not in FLOAT32:
                     continue
-                with launch.record(arch) as recorded:
-                    file.compile_example(dtype)
+                recorded = launches(file, arch, dtype)
                 for each in recorded:
                     key = (arch, str(dtype), each.kernel.__name__, str(sorted(
                         (k, str(v)) for k, v in each.kwargs.items()
@@ -69,6 +68,23 @@ def compile_all() -> list[dict[str, Any]]:
                     print(f"{name} {arch} {dtype} {each.kernel.__name__}", flush=True)
                     rows.append(_row(name, dtype, compile_launch(each, arch)))
     return rows
+
+
+def launches(file: Any, arch: tuple[int, int], dtype: torch.dtype) -> list[launch.Launch]:
+    """What a file launches on a GPU: its defaults, and every entry of the shipped table."""
+    found: list[launch.Launch] = []
+    with launch.record(arch) as recorded:
+        file.compile_example(dtype)
+    found += recorded
+    for op, tables in launch.shipped_table(*arch).items():
+        for kind, buckets in tables.items():
+            if kind not in (str(dtype).removeprefix("torch."), "float8_e4m3fn"):
+                continue
+            for configuration in buckets.values():
+                with launch.forcing(op, configuration), launch.record(arch) as recorded:
+                    file.compile_example(dtype)
+                found += recorded
+    return found
 
 
 def _row(file: str, dtype: torch.dtype, found: Resources) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pixart_rt.backends.base import OUTPUTS
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BuildError
 from pixart_rt.export.passes import two_stage_group_norms
+from pixart_rt.kernels.decompositions import decompositions
 from pixart_rt.model.load import DenoiserModule, HiddenModule, TextEncoderModule
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.vae import VaeDecoder
@@ -166,7 +167,11 @@ def export_onnx(graph: Graph, path: Path) -> None:
         program = export_program(graph)
     with _quiet_exporter():
         exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, output_names=[graph.output], verbose=False
+            without_own_operators(program),
+            dynamo=True,
+            opset_version=OPSET,
+            output_names=[graph.output],
+            verbose=False,
         )
     if exported is None:
         raise BuildError(f"torch.onnx.export returned nothing for {graph.component}")
@@ -174,6 +179,13 @@ def export_onnx(graph: Graph, path: Path) -> None:
     for node in exported.model.graph:  # paths of the building machine have no place in an artifact
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     exported.save(os.fspath(path), external_data=True)
+
+
+def without_own_operators(program: ExportedProgram) -> ExportedProgram:
+    """The program with the fused operators, if it has any, taken apart into PyTorch's own."""
+    table = decompositions()
+    found = any(node.target in table for node in program.graph.nodes)
+    return program.run_decompositions(table) if found else program
 
 
 @contextmanager

@@ -38,6 +38,14 @@ from pixart_rt.kernels.ln_modulate import (
 FORWARD = {"ROWS": 4, "num_warps": 8}  # as in ln_modulate.py
 
 
+Gate = tuple[Tensor, Tensor, int]  # table [R, D], shared [B, R, D], row
+
+
+def gate_of(table: Tensor | None, shared: Tensor | None, row: int) -> Gate | None:
+    """The gate's three arguments as one; None for the gate 1."""
+    return None if table is None or shared is None else (table, shared, row)
+
+
 def gate_residual_ref(
     x: Tensor,
     branch: Tensor,
@@ -125,8 +133,8 @@ def gate_residual_ln_modulate_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x', y, mean [B, N], 1/std [B, N])."""
     x, branch, table, shared = (each.contiguous() for each in (x, branch, table, shared))
-    gated = gate_table is not None and gate_shared is not None
-    gates = (gate_table.contiguous(), gate_shared.contiguous()) if gated else (table, shared)
+    gate = gate_of(gate_table, gate_shared, gate_row)
+    gates = (table, shared) if gate is None else (gate[0].contiguous(), gate[1].contiguous())
     B, N, D = x.shape
     out, y = torch.empty_like(x), torch.empty_like(x)
     mean = x.new_empty(B, N, dtype=torch.float32)
@@ -136,7 +144,7 @@ def gate_residual_ln_modulate_triton(
         _gate_residual_ln_modulate_kernel, (triton.cdiv(N, tuned["ROWS"]), B),
         x, branch, *gates, table, shared, N, gate_row, row, EPS, out, y, mean, rstd,
         D=D, BLOCK_D=triton.next_power_of_2(D), R=table.shape[0], GATE_R=gates[0].shape[0],
-        ROUND=lossless, GATED=gated, **tuned,
+        ROUND=lossless, GATED=gate is not None, **tuned,
     )  # fmt: skip
     return out, y, mean, rstd
 
@@ -227,12 +235,12 @@ def gate_residual_ln_modulate_backward_op(
         return gate_residual_ln_modulate_backward_ref(
             dout, dy, out, branch, mean, rstd, gate_table, gate_shared, gate_row, table, shared, row
         )
-    gated = gate_table is not None and gate_shared is not None
-    through = (branch, gate_table, gate_shared, gate_row) if gated else None
+    gate = gate_of(gate_table, gate_shared, gate_row)
+    through = None if gate is None else (branch, *gate)
     dx, dbranch, sums = ln_modulate_backward_triton(
         dy, out, mean, rstd, table, shared, row, dout, through
     )
-    dgate = sums[:, 2:].clone() if gated else mean.new_empty(0)
+    dgate = mean.new_empty(0) if gate is None else sums[:, 2:].clone()
     return dx, dbranch, dgate, spread(sums[:, :2], shared, row)
 
 
@@ -322,9 +330,9 @@ def compile_example(dtype: torch.dtype) -> None:
     x = torch.empty(2, 4096, 1152, dtype=dtype)
     table, shared = torch.empty(6, 1152, dtype=dtype), torch.empty(2, 6, 1152)
     stats = torch.empty(2, 4096)
-    for gate in ((table, shared, 5), (None, None, 0)):
-        gate_residual_ln_modulate_triton(x, x, *gate, table, shared, 0)
-        through = None if gate[0] is None else (x, *gate)
+    gate_residual_ln_modulate_triton(x, x, table, shared, 5, table, shared, 0)
+    gate_residual_ln_modulate_triton(x, x, None, None, 0, table, shared, 0)
+    for through in ((x, table, shared, 5), None):
         ln_modulate_backward_triton(x, x, stats, stats, table, shared, 0, x, through)
 
 

@@ -108,7 +108,7 @@ def config(op: str, like: Tensor, tokens: int, default: dict[str, int]) -> dict[
     if interpreting():
         return default
     name = _gpu_name(like.device.index or 0) if like.is_cuda and _target is None else ""
-    for table in (_user_table(name), _shipped_table(*capability(like))):
+    for table in (_user_table(name), shipped_table(*capability(like))):
         buckets = table.get(op, {}).get(str(like.dtype).removeprefix("torch."), {})
         if buckets:
             sizes = sorted(int(size) for size in buckets)
@@ -145,7 +145,8 @@ def _user_table(gpu: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _shipped_table(major: int, minor: int) -> dict[str, Any]:
+def shipped_table(major: int, minor: int) -> dict[str, Any]:
+    """The operators of the table that comes with the package for an architecture; {} if none."""
     return _read(TUNED / f"sm{major}{minor}.json")
 
 

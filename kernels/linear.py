@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pixart_rt.kernels.gate_residual import gate_residual_ref
+from pixart_rt.kernels.gate_residual import Gate, gate_of, gate_residual_ref
 from pixart_rt.kernels.launch import (
     SM80,
     SM90,
@@ -207,7 +207,7 @@ def linear_triton(
     weight: Tensor,
     bias: Tensor,
     *,
-    gate: tuple[Tensor, Tensor, int] | None = None,
+    gate: Gate | None = None,
     residual: Tensor | None = None,
     gelu: bool = False,
     scales: tuple[Tensor, Tensor] | None = None,
@@ -265,9 +265,7 @@ def linear_triton(
     return y, product
 
 
-def linear_backward_triton(
-    dy: Tensor, product: Tensor, gate: tuple[Tensor, Tensor, int] | None
-) -> tuple[Tensor, Tensor]:
+def linear_backward_triton(dy: Tensor, product: Tensor, gate: Gate | None) -> tuple[Tensor, Tensor]:
     """(dproduct [B, N, O], sums [B, 2, O]: dbias, dgate). Without a gate the epilogue was GELU."""
     dy = dy.contiguous()
     B, N, O = product.shape
@@ -318,9 +316,8 @@ def linear_gate_residual_op(
     store: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, product [B, N, O] for the backward; empty unless `store`)."""
-    gated = table is not None and shared is not None
     if runs_triton("linear_gate_residual", x, SM80) and x.dtype != torch.float64:
-        gate = (table, shared, row) if gated else None
+        gate = gate_of(table, shared, row)
         return linear_triton(
             x, weight, bias, gate=gate, residual=residual, lossless=lossless, store=store,
             op="linear_gate_residual",
@@ -374,13 +371,13 @@ def linear_backward_op(
     dy: Tensor, product: Tensor, table: Tensor | None, shared: Tensor | None, row: int
 ) -> tuple[Tensor, Tensor]:
     """(dproduct, sums [B, 2, O]: dbias, dgate) through the gate, or through GELU without one."""
-    gated = table is not None and shared is not None
-    name = "linear_gate_residual" if gated else "linear_gelu"
+    gate = gate_of(table, shared, row)
+    name = "linear_gelu" if gate is None else "linear_gate_residual"
     if runs_triton(name, product, SM80) and product.dtype != torch.float64:
-        return linear_backward_triton(dy, product, (table, shared, row) if gated else None)
-    if gated:
-        return gate_backward_ref(dy, product, table, shared, row)
-    return gelu_backward_ref(dy, product)
+        return linear_backward_triton(dy, product, gate)
+    if gate is None:
+        return gelu_backward_ref(dy, product)
+    return gate_backward_ref(dy, product, *gate)
 
 
 @linear_backward_op.register_fake

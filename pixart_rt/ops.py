@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pixart_rt.config import Kernels, Quality
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
+from pixart_rt.kernels.catalog import self_test
 from pixart_rt.kernels.cross_attention import cross_attention
 from pixart_rt.kernels.fp8_linear import (
     fp8_linear,
@@ -79,7 +80,7 @@ class Operators:
     ) -> Tensor:
         """residual + gate·layer(x); without a gate, residual + layer(x)."""
         branch = self.linear(x, layer)
-        return gate_residual_ref(residual, branch, *(gate or (None, None, 0)), self.lossless)
+        return gate_residual_ref(residual, branch, *_gate(gate), self.lossless)
 
     def linear_residual_norm(
         self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
@@ -101,9 +102,12 @@ class FusedOperators(Operators):
         self.gemm_epilogue = True  # gate and residual in the GEMM, from sm_80 on
 
     def prepare(self, blocks: nn.Module) -> None:
-        device = next(blocks.parameters()).device
-        if device.type == "cuda":
-            self.gemm_epilogue = torch.cuda.get_device_capability(device) >= SM80
+        """On a GPU, compare every kernel with its reference there first (kernels/catalog.py)."""
+        parameter = next(blocks.parameters())
+        if parameter.is_cuda:
+            self_test(parameter.device, parameter.dtype)
+            capability = torch.cuda.get_device_capability(parameter.device)
+            self.gemm_epilogue = capability >= SM80
 
     def ln_modulate(self, x: Tensor, rows: Rows) -> Tensor:
         return ln_modulate(x, *rows, self.lossless)
@@ -123,7 +127,7 @@ class FusedOperators(Operators):
         x, weight, bias = _autocast(x, layer)
         if not self.gemm_epilogue or x.dtype != residual.dtype:
             branch = F.linear(x, weight, bias)
-            return gate_residual_ref(residual, branch, *(gate or (None, None, 0)), self.lossless)
+            return gate_residual_ref(residual, branch, *_gate(gate), self.lossless)
         if gate is None:
             return linear_residual(x, weight, bias, residual, self.lossless)
         return linear_gate_residual(x, weight, bias, *gate, residual, self.lossless)
@@ -135,8 +139,7 @@ class FusedOperators(Operators):
         if self.gemm_epilogue and x.dtype == residual.dtype:
             return super().linear_residual_norm(x, layer, residual, gate, rows)
         branch = F.linear(x, weight, bias)
-        gates = gate or (None, None, 0)
-        return gate_residual_ln_modulate(residual, branch, *gates, *rows, self.lossless)
+        return gate_residual_ln_modulate(residual, branch, *_gate(gate), *rows, self.lossless)
 
 
 class Fp8Operators(FusedOperators):
@@ -166,7 +169,7 @@ class Fp8Operators(FusedOperators):
         self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
     ) -> Tensor:
         inputs = _quantized(x, layer)[:-1]
-        return fp8_linear_residual(*inputs, *(gate or (None, None, 0)), residual)
+        return fp8_linear_residual(*inputs, *_gate(gate), residual)
 
     def linear_residual_norm(
         self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
@@ -175,12 +178,18 @@ class Fp8Operators(FusedOperators):
         return x, self.norm(x, rows)
 
 
+def _gate(rows: Rows | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """The gate's arguments as the operators take them; without rows the gate is 1."""
+    return (None, None, 0) if rows is None else (rows.table, rows.shared, rows.row)
+
+
 def _quantized(
     y: Normed, layer: nn.Linear
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, torch.dtype]:
     """A linear's input and weight in fp8 with their scales, its bias, and the output's dtype."""
     x, scale, dtype = (*quantize_rows(y), y.dtype) if isinstance(y, Tensor) else y
-    return x, scale, layer.weight_fp8, layer.weight_scale, layer.bias, dtype
+    weight, weight_scale = layer.get_buffer("weight_fp8"), layer.get_buffer("weight_scale")
+    return x, scale, weight, weight_scale, layer.bias, dtype
 
 
 def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ B and N are the only dynamic sizes. Parameters have the names of the original ch
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,7 @@ class PixArtTransformer(nn.Module):
         x = (self.x_embedder(tokens.to(dtype)).to(wide) + pos_embed.to(wide)).to(dtype)
         text = self.y_proj(prompt_embeds.to(dtype))
         ops, shared = self.operators, modulation[:, :6].contiguous()
-        tables = [block.scale_shift_table for block in self.blocks]
+        tables = [cast(Block, block).scale_shift_table for block in self.blocks]
         y = ops.norm(x, Rows(tables[0], shared, SHIFT_MSA))
         for block, following in zip(self.blocks, [*tables[1:], None], strict=True):
             x, y = block(ops, x, y, shared, text, prompt_mask, following)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from pixart_rt.buckets import RESOLUTIONS, buckets
-from pixart_rt.config import ModelConfig
+from pixart_rt.config import Kernels, ModelConfig
 from pixart_rt.export.graph import (
     Graph,
     export_onnx,
+    export_program,
     text_encoder_graph,
     text_encoder_inputs,
     transformer_graph,
@@ -163,3 +164,26 @@ def test_vae_decoder_matches(
         expected = oracle.decode(latents / oracle.config.scaling_factor).sample
         tolerance = 3 * TOLERANCE[dtype]  # the decoder is deeper
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_fused_operators_become_standard_ones(tmp_path) -> None:
+    """A module on the fused operators exports to what its reference computes."""
+    model = random_transformer(CONFIG, torch.float32)
+    plain = DenoiserModule(random_transformer(CONFIG, torch.float32))
+    graph = transformer_graph(DenoiserModule(model.use(Kernels.FUSED)), CONFIG)
+    program = export_program(graph)
+    ours = {str(node.target) for node in program.graph.nodes if "pixart_rt" in str(node.target)}
+    assert {name.split(".")[1] for name in ours} >= {
+        "ln_modulate", "attention_qkv_packed", "cross_attention", "linear_gate_residual",
+        "linear_gelu",
+    }  # fmt: skip
+    export_onnx(graph, tmp_path / "fused.onnx")
+    nodes = onnx.load(tmp_path / "fused.onnx", load_external_data=False).graph.node
+    assert not [node for node in nodes if "pixart" in node.domain + node.op_type]
+    random = torch.Generator().manual_seed(0)
+    for batch, tokens in ((1, 231), (3, 37)):
+        inputs = transformer_inputs(CONFIG, batch=batch, num_tokens=tokens, generator=random)
+        with torch.no_grad():
+            expected = plain(**inputs)
+        actual = run(tmp_path / "fused.onnx", inputs)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)

@@ -15,10 +15,10 @@ def clean(monkeypatch, tmp_path):
     """Nothing refused, nothing remembered, and an empty user cache."""
     monkeypatch.setattr(launch, "_refused", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for memory in (catalog.self_test, launch._user_table, launch._shipped_table):
+    for memory in (catalog.self_test, launch._user_table, launch.shipped_table):
         memory.cache_clear()
     yield
-    for memory in (catalog.self_test, launch._user_table, launch._shipped_table):
+    for memory in (catalog.self_test, launch._user_table, launch.shipped_table):
         memory.cache_clear()
 
 
@@ -128,7 +128,7 @@ def test_tables_are_found_by_gpu_then_by_family(clean, monkeypatch, tmp_path):
     assert launch.config("op", like, 100, default) == default
     shipped = {"op": {"float16": {"512": {"ROWS": 1}, "2048": {"ROWS": 2}}}}
     (tmp_path / "sm90.json").write_text(json.dumps({"operators": shipped}))
-    launch._shipped_table.cache_clear()
+    launch.shipped_table.cache_clear()
     for tokens, rows in ((10, 1), (512, 1), (2047, 1), (2048, 2), (10**6, 2)):
         found = launch.config("op", like, tokens, default)
         assert found == {"ROWS": rows, "num_warps": 8}

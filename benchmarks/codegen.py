@@ -78,7 +78,7 @@ def launches(file: Any, arch: tuple[int, int], dtype: torch.dtype) -> list[launc
     found += recorded
     for op, tables in launch.shipped_table(*arch).items():
         for kind, buckets in tables.items():
-            if kind not in (str(dtype).removeprefix("torch."), "float8_e4m3fn"):
+            if dtype != torch.bfloat16 or kind == "float16":  # the same entries, the same code
                 continue
             for configuration in buckets.values():
                 with launch.forcing(op, configuration), launch.record(arch) as recorded:
@@ -94,25 +94,51 @@ def _row(file: str, dtype: torch.dtype, found: Resources) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a kernel and GPU, in bfloat16 where there is one."""
+    """Markdown: a row a kernel, GPU and configuration, its variants as ranges."""
     lines = [
-        "| kernel | GPU | dtype | tiles | warps | registers | spilled | shared KB | tensor core | "
-        "asynchronous loads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | GPU | tiles, warps, stages | registers | spilled | shared KB | "
+        "tensor-core instructions | asynchronous loads |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["dtype"] != ("float16" if row["arch"] == "sm_70" else "bfloat16"):
             continue
         tiles = "x".join(str(v) for k, v in row["constexprs"].items()
-                         if k.startswith("BLOCK") or k == "ROWS")  # fmt: skip
-        used = _names(row, ("HMMA", "HGMMA", "QGMMA", "QMMA", "OMMA"))
-        copies = _names(row, ("LDGSTS", "UTMALDG", "UBLKCP"))
+                         if k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS"))  # fmt: skip
+        shape = f"{tiles or row['constexprs'].get('BLOCK_D', row['constexprs'].get('BLOCK'))}"
+        shape += f", {row['num_warps']}, {row['num_stages']}"
+        name = row["kernel"].strip("_").removesuffix("_kernel")
+        kind = " fp8" if _count(row, FP8_PRODUCTS) else ""
+        groups.setdefault((name + kind, row["arch"], shape), []).append(row)
+    for (name, arch, shape), same in groups.items():
         lines.append(
-            f"| {row['kernel'].strip('_').removesuffix('_kernel')} | {row['arch']} | "
-            f"{row['dtype']} | {tiles} | {row['num_warps']} | {row['registers']} | "
-            f"{row['spill_bytes']} | {row['shared_bytes'] / 1024:.0f} | {used} | {copies} |"
+            f"| {name} | {arch} | {shape} | {_span(same, 'registers')} | "
+            f"{_span(same, 'spill_bytes')} | {_span(same, 'shared_bytes', 1024)} | "
+            f"{_names(same, PRODUCTS)} | {_names(same, COPIES)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+FP8_PRODUCTS = ("QGMMA", "QMMA")
+PRODUCTS = ("HMMA", "HGMMA", *FP8_PRODUCTS)
+COPIES = ("LDGSTS", "UTMALDG")
+
+
+def _count(row: dict[str, Any], names: tuple[str, ...]) -> int:
+    return sum(row["instructions"].get(name, 0) for name in names)
+
+
+def _span(rows: list[dict[str, Any]], key: str, unit: int = 1) -> str:
+    values = [round(row[key] / unit) for row in rows]
+    return f"{min(values)} to {max(values)}" if min(values) < max(values) else str(values[0])
+
+
+def _names(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
+    found = [name for name in names if any(row["instructions"].get(name) for row in rows)]
+    spans = [f"{_span([row['instructions'] | {name: _count(row, (name,))} for row in rows], name)} "
+             f"{name}" for name in found]  # fmt: skip
+    return ", ".join(spans) or "-"
 
 
 class Traffic(TorchDispatchMode):
@@ -178,11 +204,6 @@ def traffic_table(traffic: dict[str, list[dict[str, Any]]]) -> str:
                 f"| `{row['operator']}` | {row['read'] / 1e6:.1f} | {row['written'] / 1e6:.1f} |\n"
             )
     return text
-
-
-def _names(row: dict[str, Any], names: tuple[str, ...]) -> str:
-    found = [f"{row['instructions'][n]} {n}" for n in names if row["instructions"].get(n)]
-    return ", ".join(found) or "-"
 
 
 def main() -> int:

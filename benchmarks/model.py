@@ -99,7 +99,7 @@ def call_ours(model: Any, inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 FORMS = ("diffusers", "diffusers compiled", "ours reference compiled", "ours fused",
-         "ours fused, one graph", "ours fused compiled")  # fmt: skip
+         "ours fused in one graph", "ours fused compiled")  # fmt: skip
 
 
 def make(form: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:

@@ -50,10 +50,17 @@ def _linear_gelu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return linear.linear_gelu_ref(x, *arguments[:-1]), _unused(x)
 
 
-def _fp8_linear(*arguments: Any) -> Tensor:
-    *inputs, gelu, dtype = arguments
+def _fp8_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    gelu: bool,
+    dtype: torch.dtype,
+) -> Tensor:
     reference = fp8_linear.fp8_linear_gelu_ref if gelu else fp8_linear.fp8_linear_ref
-    return reference(*inputs, dtype)
+    return reference(x, x_scale, weight, weight_scale, bias, dtype)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +17,7 @@ from pixart_rt.buckets import buckets
 from pixart_rt.config import Kernels, ModelConfig, Quality
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels import checkpointing, launch
+from pixart_rt.kernels.decompositions import decompositions
 from pixart_rt.model import keys
 from pixart_rt.model.conditioning import patchify, position_table
 from pixart_rt.model.transformer import PixArtTransformer
@@ -244,3 +246,22 @@ def test_selective_checkpointing_recomputes_elementwise_only(no_kernels):
     assert counter.calls[ours.linear_gate_residual.default] == 3 * blocks  # once each
     assert counter.calls[ours.linear_gelu.default] == blocks
     assert counter.calls[ours.ln_modulate.default] >= 2 * blocks + 1 + blocks  # some of them again
+
+
+@pytest.mark.parametrize("quality", Quality)
+def test_exported_operators_decompose_into_pytorchs_own(quality, no_kernels):
+    model = random_model(replace(CONFIG, num_layers=2)).use(Kernels.FUSED, quality).eval()
+    inputs = inputs_of(CONFIG, 37)
+    with torch.no_grad():
+        expected = model(*inputs)
+        program = torch.export.export(model, tuple(inputs), strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch.export's own
+            plain = program.run_decompositions(decompositions())
+        actual = plain.module()(*inputs)
+
+    def ours(exported):
+        return [n for n in exported.graph.nodes if "pixart_rt" in str(n.target)]
+
+    assert ours(program) and not ours(plain)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

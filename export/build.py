@@ -36,8 +36,9 @@ from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
 from pixart_rt.export.engine import check_targets
-from pixart_rt.export.parts import Plan, plan_component
+from pixart_rt.export.parts import DTYPES, Plan, plan_component
 from pixart_rt.export.source import Source, open_source
+from pixart_rt.model.text_side import TEXT_SIDE
 from pixart_rt.schedulers import stored_scheduler
 from pixart_rt.version import __version__
 
@@ -130,7 +131,9 @@ def build(
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
         seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
-        manifest = replace(manifest, build=seconds, files=_write_rest(folder, source))
+        manifest = replace(
+            manifest, build=seconds, files=_write_rest(folder, source, DTYPES[config.precision])
+        )
         (folder / MANIFEST).write_text(manifest.to_json())
     return BuildResult(out, False, manifest, notes)
 
@@ -288,11 +291,13 @@ def _compile_all(
     return manifest
 
 
-def _write_rest(folder: Path, source: Source) -> dict[str, str]:
-    """Modulator, tokenizer, scheduler and goldens; their hashes."""
+def _write_rest(folder: Path, source: Source, dtype: torch.dtype) -> dict[str, str]:
+    """Modulator, text side, tokenizer, scheduler and goldens; their hashes."""
     weights = source.modulator().state_dict()
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(state, folder / "modulator.safetensors")
+    side = source.text_side(dtype).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in side.items()}, folder / TEXT_SIDE)
     if source.transformer_path is not None:
         null = source.checkpoint().y_embedding
         if null is not None:

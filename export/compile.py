@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart_rt.backends import default_device, get_backend, runs_here
@@ -33,6 +34,7 @@ from pixart_rt.export.verify import (
     save_golden,
 )
 from pixart_rt.model.load import save_module
+from pixart_rt.prompts import NULL_PROMPT
 
 WORK = ".work"  # graphs that a build needs and a bundle does not, below the bundle
 Tensors = dict[str, Tensor]
@@ -68,7 +70,12 @@ def compile_component(
     # Small shapes lie outside a profile. Where the engine cannot run, its graph is, on the small.
     cases = plan.profile_cases if profiled and engine_runs else plan.cases
     golden = plan.profile_cases[0]
-    *references, stored = run_parts(plan, [*cases, golden], torch.float32)
+    empty = [] if plan.empty_prompt is None else [plan.empty_prompt]
+    outputs = run_parts(plan, [*cases, golden, *empty], torch.float32)
+    references, stored = outputs[: len(cases)], outputs[len(cases)]
+    for inputs, embeds in zip(empty, outputs[len(cases) + 1 :], strict=True):
+        mask = inputs["attention_mask"]
+        save_file({"embeds": embeds.contiguous(), "mask": mask}, folder / NULL_PROMPT)
     save_golden(folder / "golden" / f"{plan.component}.safetensors", golden, stored)
     compiled = [_compile_part(folder, plan, part, backend, targets, step) for part in plan.parts]
     files = [path for path in (folder / plan.component).rglob("*") if path.is_file()]

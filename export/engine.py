@@ -114,12 +114,12 @@ def build_tensorrt(
 
 
 def check_profiles(profiles: list[dict[str, list[int]]]) -> None:
-    """Every range is 1 <= min <= opt <= max."""
+    """Every range is 0 <= min <= opt <= max, and not of nothing only."""
     if not profiles:
         raise ConfigError("an engine needs at least one profile of dimension ranges; got none")
     for profile in profiles:
         for name, values in profile.items():
-            if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
+            if len(values) != 3 or not 0 <= values[0] <= values[1] <= values[2] > 0:
                 raise ConfigError(f"{name} has the range {values}; give [min, opt, max] in order")
 
 

@@ -4,6 +4,8 @@
       manifest.json           written last; a folder without one is not a bundle
       text_encoder/  transformer/  vae_decoder/      engines, per component
       modulator.safetensors   timestep, size and aspect ratio to modulation, float32
+      text_side.safetensors   caption projection, keys and values, once for each prompt
+      null_prompt.safetensors the text encoder's output for the empty prompt
       y_embedding.safetensors only with the original unconditional convention
       tokenizer/  scheduler/  as diffusers writes them
 
@@ -24,7 +26,7 @@ from pixart_rt.config import ModelConfig, Quality, Scheduler
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 

@@ -51,6 +51,23 @@ class CfgNull(StrEnum):
     """T5("") under the caption's mask: the original PixArt-Sigma code."""
 
 
+class Saving(StrEnum):
+    """Work that the pipeline leaves out because the images are the same without it."""
+
+    SHARED_FIRST_BLOCK = "shared-first-block"
+    """The first self-attention once for both halves of guidance: they differ only in their text."""
+    CONSTANT_TEXT = "constant-text"
+    """A vector instead of cross-attention for unconditional prompts of one visible token."""
+    ABSORBED_TEXT = "absorbed-text"
+    """Query and output projections folded into short prompts, where the backend can."""
+    NOISE_ONLY = "noise-only"
+    """No learned variance for samplers that do not use it."""
+    SHORT_TEXT = "short-text"
+    """The text encoder at the length of the longest prompt, not of the model's text."""
+    FUSED_SOLVER = "fused-solver"
+    """Guidance and the DPM-Solver++ step in one operator on tokens."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The shape of a PixArt transformer. The default is XL/2 at 1024, multi-scale."""
@@ -138,6 +155,11 @@ PUBLISHED = {  # the default checkpoint of `pixart-rt build` by resolution
 RANDOM_XL = {1024: XL_2_1024_MS, 512: XL_2_512, 256: XL_2_256}
 
 
+def text_lengths(max_text_tokens: int) -> tuple[int, ...]:
+    """The lengths at which a text encoder runs: 16, 32, 64, 128 below the model's own, and that."""
+    return (*(n for n in (16, 32, 64, 128) if n < max_text_tokens), max_text_tokens)
+
+
 LARGEST_BATCH = 31  # guidance doubles it, and exported graphs take up to 63 rows
 
 
@@ -203,6 +225,8 @@ class SamplingConfig:
     num_inference_steps: int = 20
     guidance_scale: float = 4.5
     scheduler: Scheduler = Scheduler.DPM_SOLVER
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The part of the steps, from first to last, that is guided (arXiv:2404.07724)."""
 
     def __post_init__(self) -> None:
         most = MOST_STEPS[self.scheduler]
@@ -213,8 +237,20 @@ class SamplingConfig:
             )
         if not self.guidance_scale >= 0:
             raise ConfigError(f"guidance_scale must be >= 0, got {self.guidance_scale}")
+        first, last = self.guidance_interval
+        if not 0 <= first <= last <= 1:
+            raise ConfigError(
+                f"guidance_interval must be two fractions of the steps in order, such as (0, 0.5), "
+                f"got {self.guidance_interval}"
+            )
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional branch runs. Not with scale <= 1, as in diffusers."""
-        return self.guidance_scale > 1
+        """Whether the unconditional branch runs at all. Not with scale <= 1, as in diffusers."""
+        first, last = self.guidance_interval
+        return self.guidance_scale > 1 and first < last
+
+    def guides(self, step: int) -> bool:
+        """Whether it runs at this step, counted from 0."""
+        first, last = self.guidance_interval
+        return self.guided and first <= step / self.num_inference_steps < last

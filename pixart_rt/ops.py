@@ -89,6 +89,11 @@ class Operators:
         x = self.linear_residual(x, layer, residual, gate)
         return x, self.norm(x, rows)
 
+    def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        """residual + branch, and `norm` of it."""
+        x = gate_residual_ref(residual, branch, *_gate(None), self.lossless)
+        return x, self.norm(x, rows)
+
 
 class FusedOperators(Operators):
     """The operators of kernels/: forward and backward, eager, compiled and exported.
@@ -141,6 +146,9 @@ class FusedOperators(Operators):
         branch = F.linear(x, weight, bias)
         return gate_residual_ln_modulate(residual, branch, *_gate(gate), *rows, self.lossless)
 
+    def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        return gate_residual_ln_modulate(residual, branch, *_gate(None), *rows, self.lossless)
+
 
 class Fp8Operators(FusedOperators):
     """The blocks' linears in fp8, but the text's keys and values; inference only.
@@ -176,6 +184,9 @@ class Fp8Operators(FusedOperators):
     ) -> tuple[Tensor, Normed]:
         x = self.linear_residual(x, layer, residual, gate)
         return x, self.norm(x, rows)
+
+    def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        return Operators.residual_norm(self, branch, residual, rows)
 
 
 def _gate(rows: Rows | None) -> tuple[Tensor | None, Tensor | None, int]:

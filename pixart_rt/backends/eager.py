@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 
 from pixart_rt.backends.base import Availability, Component
-from pixart_rt.backends.parts import Chain, FunctionPart, check_device, entry_of, part_inputs
+from pixart_rt.backends.parts import (
+    Chain,
+    FunctionPart,
+    check_device,
+    entry_of,
+    forms_of,
+    part_inputs,
+)
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Kernels, Quality
 
@@ -26,7 +33,9 @@ class EagerBackend:
 
     def load(self, bundle: Path, manifest: Manifest, name: str, device: torch.device) -> Component:
         module = load_on(bundle, manifest, name, device)
-        return Chain(name, [FunctionPart(module, part_inputs(name, 0))])
+        return Chain(
+            name, [FunctionPart(module, part_inputs(name, 0))], forms_of(name), module, True
+        )
 
 
 def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -> torch.nn.Module:

@@ -5,7 +5,7 @@ line information, which would put paths of this machine into an engine, too. Wha
 what a launcher of kernels/ would launch (`launch.record`), with pointers instead of tensor
 descriptors, which a plugin cannot make.
 
-request  {"kernels": [KernelSpec as text], "targets": ["sm80"], "tokens": rows of a call, for tuning}
+request  {"kernels": [KernelSpec as text], "targets": ["sm80"], "tokens": rows of a usual call}
 answer   {"kernels": {KernelSpec as text: its packed images in base64}} or {"error"}
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,19 +65,18 @@ def compile_kernel(spec: KernelSpec, target: str, tokens: int) -> KernelImage:
     source, options = ast_source(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
     metadata = compiled.metadata
-    rows = launch.kwargs["ROWS" if spec.op == "ln_modulate" else "BLOCK_M"]
-    values = dict(
+    image = KernelImage(
         target=target,
         name=metadata.name,
         num_warps=metadata.num_warps,
         shared_bytes=metadata.shared,
-        rows=rows,
+        rows=launch.kwargs["ROWS" if spec.op == "ln_modulate" else "BLOCK_M"],
+        parameters=(),
         binary=compiled.asm["cubin"],
     )
-    image = KernelImage(**values, parameters=())
     planned = OPERATORS[spec.op].launch(image, inputs[0].shape, ROW, [0] * len(inputs), 0, 0)
     assert planned.grid == (*launch.grid, 1, 1)[:3], (planned.grid, launch.grid)
-    image = KernelImage(**values, parameters=_parameters(launch, planned.values))
+    image = replace(image, parameters=_parameters(launch, planned.values))
     _check(image, metadata, compiled.asm["ptx"])
     return image
 
@@ -97,7 +97,8 @@ def _call(spec: KernelSpec, inputs: tuple[Tensor, ...]) -> None:
     if spec.op == "attention_qkv_packed":
         attention_triton(*inputs[0].unbind(2), tuned={"DESCRIPTORS": 0})
     else:
-        ln_modulate_triton(*inputs, ROW)
+        x, table, shared = inputs
+        ln_modulate_triton(x, table, shared, ROW)
 
 
 def _parameters(launch: Launch, planned: dict[str, int]) -> tuple[Parameter, ...]:

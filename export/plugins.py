@@ -158,8 +158,9 @@ class _Reference(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         if self.op == "ln_modulate":
-            return ln_modulate_ref(*inputs, self.row)
-        return attention_qkv_packed_ref(*inputs)
+            x, table, shared = inputs
+            return ln_modulate_ref(x, table, shared, self.row)
+        return attention_qkv_packed_ref(inputs[0])
 
 
 def _function(name: str, spec: KernelSpec, row: int) -> onnx.FunctionProto:

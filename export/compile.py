@@ -274,10 +274,12 @@ def _graph_runner(plan: Plan, compiled: list[Compiled]) -> tuple[str, Callable[[
         import onnxruntime
 
         output = None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of constants that it could have folded
         for item in compiled:
             feed = {name: value.numpy() for name, value in _feed(plan, inputs, output).items()}
             session = onnxruntime.InferenceSession(
-                str(item.onnx), providers=["CPUExecutionProvider"]
+                str(item.onnx), options, providers=["CPUExecutionProvider"]
             )
             output = torch.from_numpy(session.run(None, feed)[0])
             del session

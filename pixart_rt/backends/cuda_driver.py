@@ -18,7 +18,6 @@ LIBRARY = "libcuda.so.1"
 WARP = 32
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
-DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may use without asking
 
 
 class Driver:
@@ -76,13 +75,12 @@ class Driver:
         self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image.binary))
         name = ctypes.c_char_p(image.name.encode())
         self._call("cuModuleGetFunction", ctypes.byref(function), module, name)
-        if image.shared_bytes > DEFAULT_SHARED_BYTES:
-            self._call(
-                "cuFuncSetAttribute",
-                function,
-                ctypes.c_int(MAX_DYNAMIC_SHARED_SIZE_BYTES),
-                ctypes.c_int(image.shared_bytes),
-            )
+        self._call(  # without it a launch gets 48 KB at most
+            "cuFuncSetAttribute",
+            function,
+            ctypes.c_int(MAX_DYNAMIC_SHARED_SIZE_BYTES),
+            ctypes.c_int(image.shared_bytes),
+        )
         return function
 
     def _device(self) -> int:

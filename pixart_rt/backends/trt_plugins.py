@@ -139,8 +139,17 @@ def plugin_class(trt: ModuleType) -> Any:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            self._fields = fields(trt, self.spec, self.row, self.packed)  # alive while it is read
-            return trt.PluginFieldCollection(self._fields)
+            # A field holds an address, not its data: the plugin must keep what is read later.
+            self._kept = self.spec.to_text().encode(), array("i", [self.row]), self.packed
+            text, row, images = self._kept
+            kinds = trt.PluginFieldType
+            return trt.PluginFieldCollection(
+                [
+                    trt.PluginField("kernel", text, kinds.CHAR),
+                    trt.PluginField("row", row, kinds.INT32),
+                    trt.PluginField("images", images, kinds.CHAR),
+                ]
+            )
 
         def enqueue(
             self,
@@ -187,12 +196,3 @@ def creator(trt: ModuleType, op: str, kernels: Mapping[str, bytes]) -> Any:
 
     return Creator()
 
-
-def fields(trt: ModuleType, spec: KernelSpec, row: int, packed: bytes) -> list[Any]:
-    """A plugin as the fields that an engine keeps."""
-    kinds = trt.PluginFieldType
-    return [
-        trt.PluginField("kernel", spec.to_text().encode(), kinds.CHAR),
-        trt.PluginField("row", array("i", [row]), kinds.INT32),
-        trt.PluginField("images", packed, kinds.CHAR),
-    ]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from pixart_rt.errors import BundleError
+from pixart_rt.errors import BackendError, BundleError
 
 NAMESPACE = "pixart_rt"  # of the nodes, and of the creators
 VERSION = "1"
@@ -27,6 +27,7 @@ SCRATCH = 2  # hidden pointers at the end of Triton's code
 KINDS: dict[str, Any] = {  # of a parameter, as PTX writes them
     "u64": ctypes.c_uint64, "u32": ctypes.c_uint32, "f32": ctypes.c_float,
 }  # fmt: skip
+ALIGNMENT = 16  # bytes, of every address: the compiled code relies on it
 FLOAT32_BYTES = 4
 HALF_BYTES = 2  # attention takes float16 and bfloat16 only
 
@@ -123,6 +124,11 @@ class Operator(NamedTuple):
     workspace_bytes: Callable[[Sequence[int]], int]
 
 
+def _aligned(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def _ln_modulate(
     image: KernelImage,
     shape: Sequence[int],
@@ -136,13 +142,13 @@ def _ln_modulate(
     values = dict(zip(("x_ptr", "table_ptr", "shared_ptr"), inputs, strict=True))
     values |= {"num_tokens": N, "row": row, "y_ptr": output}
     values |= {"row_scale_ptr": 0}  # of fp8, which this kernel does not write
-    values |= {"mean_ptr": workspace, "rstd_ptr": workspace + FLOAT32_BYTES * B * N}
+    values |= {"mean_ptr": workspace, "rstd_ptr": workspace + _aligned(FLOAT32_BYTES * B * N)}
     return Launch((math.ceil(N / image.rows), B, 1), values)
 
 
 def _ln_modulate_workspace(shape: Sequence[int]) -> int:
     B, N, _ = shape
-    return 2 * FLOAT32_BYTES * B * N
+    return _aligned(FLOAT32_BYTES * B * N) + FLOAT32_BYTES * B * N
 
 
 def _attention(
@@ -176,10 +182,19 @@ OPERATORS = {
 
 
 def arguments(image: KernelImage, values: Mapping[str, int]) -> list[Any]:
-    """The arguments of a launch as ctypes values in the code's order, scratch pointers included."""
+    """The arguments of a launch as ctypes values in the code's order, scratch pointers included.
+
+    Raises BackendError for an address that the code could not use.
+    """
     known = {each.name for each in image.parameters if each.value is not None}
     needed = {each.name for each in image.parameters} - known
     assert needed == set(values), f"{image.name} takes {sorted(needed)}, got {sorted(values)}"
+    for name, kind, _ in image.parameters:
+        if kind == "u64" and values[name] % ALIGNMENT:
+            raise BackendError(
+                f"the engine put {name} of {image.name} at {values[name]:#x}, but the kernel needs "
+                f"addresses that are multiples of {ALIGNMENT}; build the bundle without --plugins"
+            )
     packed = [
         KINDS[kind](values[name] if value is None else value)
         for name, kind, value in image.parameters

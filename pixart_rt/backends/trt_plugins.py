@@ -195,4 +195,3 @@ def creator(trt: ModuleType, op: str, kernels: Mapping[str, bytes]) -> Any:
             return plugin_class(trt)(KernelSpec.from_text(text), row, packed)
 
     return Creator()
-

@@ -70,9 +70,7 @@ def test_arguments_are_laid_out_as_the_binary_declares(packed, tmp_path, spec, t
         [NVIDIA / "cuobjdump", "-elf", tmp_path / "k.cubin"],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    found = re.findall(
-        r"Ordinal : 0x(\w+)\s+Offset  : 0x(\w+)\s+Size    : 0x(\w+)", listing
-    )
+    found = re.findall(r"Ordinal : 0x(\w+)\s+Offset  : 0x(\w+)\s+Size    : 0x(\w+)", listing)
     declared = sorted(tuple(int(each, 16) for each in row) for row in found)
     values = arguments(image, planned(image, spec, SHAPES[spec]).values)
     offset, expected = 0, []
@@ -132,14 +130,17 @@ def test_a_planned_launch_of_ln_modulate_computes_it(packed, shape):
         image, x.shape, 3, inputs, y.data_ptr(), workspace.data_ptr()
     )
     tensors = {each.data_ptr(): each for each in (x, table, shared, y, workspace)}
-    tensors |= {workspace.data_ptr() + 4 * B * N: workspace[B * N :], 0: workspace[:0]}
+    rstd = (launch.values["rstd_ptr"] - workspace.data_ptr()) // 4
+    assert rstd >= B * N and launch.values["rstd_ptr"] % 16 == workspace.data_ptr() % 16
+    tensors |= {launch.values["rstd_ptr"]: workspace[rstd:], 0: workspace[:0]}
     constants = {"D": D, "BLOCK_D": 256, "R": R, "ROWS": image.rows, "ROUND": False, "FP8": False}
     interpret(image, _ln_modulate_kernel, launch, tensors, constants)
     expected = ln_modulate_ref(x.double(), table.double(), shared.double(), 3)
     torch.testing.assert_close(y.double(), expected, atol=4e-3, rtol=2e-3)  # fp16 keeps 11 bits
     wide = x.float()
     torch.testing.assert_close(workspace[: B * N], wide.mean(-1).flatten())
-    assert workspace.isfinite().all()  # exactly what was asked for is written
+    deviation = wide.var(-1, correction=0).add(1e-6).rsqrt().flatten()
+    torch.testing.assert_close(workspace[rstd:], deviation)  # to the workspace's very end
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the engine itself is run")
@@ -171,6 +172,13 @@ def test_a_launch_that_names_other_arguments_is_our_mistake(packed):
     values = planned(image, NORM, SHAPES[NORM]).values
     with pytest.raises(AssertionError, match="num_tokens"):
         arguments(image, {k: v for k, v in values.items() if k != "num_tokens"})
+
+
+def test_an_address_that_the_code_cannot_use_is_refused(packed):
+    image = image_of(packed, ATTENTION)
+    launch = OPERATORS[ATTENTION.op].launch(image, (1, 5, 3, H, K), 0, [1 << 20], 24, 3 << 20)
+    with pytest.raises(BackendError, match=r"put out_ptr of _attention_kernel at 0x18, .*of 16"):
+        arguments(image, launch.values)
 
 
 def test_images_survive_the_way_through_an_engine(packed):
@@ -313,7 +321,7 @@ def test_an_error_of_the_driver_has_its_words_and_reaches_the_engine_s_caller(
     plugin = trt_plugins.plugin_class(TRT)(NORM, 0, packed[NORM.to_text()])
     desc = [SimpleNamespace(dims=TRT.Dims((1, 5, D)))]
     with pytest.raises(BackendError, match=rf"{call} says 'out of memory' \(error 2\)"):
-        plugin.enqueue(desc, None, [1, 2, 3], [4], 5, 6)
+        plugin.enqueue(desc, None, [16, 32, 48], [64], 80, 6)
     assert "out of memory" in trt_plugins.failure()
     assert trt_plugins.failure() == ""
 

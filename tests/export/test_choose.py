@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,11 +110,7 @@ def bundle(tmp_path, monkeypatch):
 
 
 def measured(entry, plain, plugins, gpu=GPU):
-    found = Measurement(
-        plain=plain, plugins=plugins, right=True, difference="", shapes={}, date=""
-    )
-    from dataclasses import replace
-
+    found = Measurement(plain=plain, plugins=plugins, right=True, difference="", shapes={}, date="")
     return replace(entry, plugins=replace(entry.plugins, measured={gpu: found}))
 
 
@@ -126,8 +123,6 @@ def measured(entry, plain, plugins, gpu=GPU):
     ],
 )
 def test_a_slower_engine_that_no_other_gpu_could_use_is_removed(bundle, times, targets, stays):
-    from dataclasses import replace
-
     entry = replace(Manifest.read(bundle).components["transformer"], targets=targets)
     kept = without_slower(bundle, measured(entry, *times))
     assert (bundle / PLUGINS).exists() is stays
@@ -179,7 +174,7 @@ def test_a_bundle_without_plugins(bundle_256: Path):
 
 def test_where_engines_do_not_run_nothing_is_measured(bundle, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match="nothing was measured: .*no NVIDIA GPU"):
+    with pytest.raises(BackendError, match=r"nothing was measured: .*no NVIDIA GPU"):
         choose_in_bundle(bundle)
 
 

@@ -37,6 +37,7 @@ from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
 from pixart_rt.export.engine import check_targets
 from pixart_rt.export.parts import DTYPES, Plan, plan_component
+from pixart_rt.export.plugins import check_plugin_targets
 from pixart_rt.export.source import Source, open_source
 from pixart_rt.model.text_side import TEXT_SIDE
 from pixart_rt.schedulers import stored_scheduler
@@ -48,7 +49,7 @@ Progress = Callable[[str, int, int], None]
 MEMORY_SHARE = 0.8  # of what is free, for a build that was given no limit
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings",
+    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings", "triton",
 )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def _code_sha256() -> str:
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(
         p
-        for part in ("model/*.py", "kernels/*.py", "export/*.py", "ops.py")
+        for part in ("model/*.py", "kernels/*.py", "export/*.py", "backends/*plugin*.py", "ops.py")
         for p in root.glob(part)
     ):
         digest.update(path.read_bytes())
@@ -196,7 +197,10 @@ def _resolve(config: EngineConfig) -> EngineConfig:
             "graphs; use fp16 or fp32, or another --backend"
         )
     if config.backend.startswith("tensorrt"):
-        return replace(config, targets=check_targets(config.backend, config.targets))
+        targets = check_targets(config.backend, config.targets)
+        if config.plugins:
+            check_plugin_targets(targets)
+        return replace(config, targets=targets)
     if config.targets:
         raise ConfigError(
             f"--target {', '.join(config.targets)} was asked, but backend {config.backend} has no "
@@ -280,11 +284,13 @@ def _compile_all(
         step = lambda what, name=plan.component, done=done: report(  # noqa: E731
             f"{name}: {what}", done, len(plans)
         )
-        entry, stats = compile_component(folder, manifest, plan, backend, config.targets, step)
+        plugins = config.plugins and plan.component == "transformer"
+        entry, stats = compile_component(
+            folder, manifest, plan, backend, config.targets, step, plugins=plugins
+        )
         stats["seconds"] = round(time.monotonic() - started, 1)
         manifest = replace(
-            manifest,
-            components={**manifest.components, plan.component: entry},
+            manifest.with_entry(plan.component, entry),
             build={**manifest.build, plan.component: stats},
         )
     report("writing the manifest", len(plans), len(plans))

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,16 +184,19 @@ def export_program(graph: Graph) -> ExportedProgram:
         )
 
 
-def export_onnx(graph: Graph, path: Path) -> None:
+def export_onnx(
+    graph: Graph, path: Path, nodes: Mapping[Any, Callable[..., Any]] | None = None
+) -> None:
     """Write the graph as ONNX, weights in `path` + ".data", inputs and dimensions named.
 
-    Raises BuildError when a dimension that should be dynamic came out as a constant.
+    `nodes` are operators of ours with decompositions other than the usual (plugins.py). Raises
+    BuildError when a dimension that should be dynamic came out as a constant.
     """
     with two_stage_group_norms(graph.module):
         program = export_program(graph)
-    with _quiet_exporter():
+    with quiet_exporter():
         exported = torch.onnx.export(
-            without_own_operators(program),
+            without_own_operators(program, nodes or {}),
             dynamo=True,
             opset_version=OPSET,
             output_names=[graph.output],
@@ -207,15 +210,17 @@ def export_onnx(graph: Graph, path: Path) -> None:
     exported.save(os.fspath(path), external_data=True)
 
 
-def without_own_operators(program: ExportedProgram) -> ExportedProgram:
+def without_own_operators(
+    program: ExportedProgram, nodes: Mapping[Any, Callable[..., Any]]
+) -> ExportedProgram:
     """The program with the fused operators, if it has any, taken apart into PyTorch's own."""
-    table = decompositions()
+    table = {**decompositions(), **nodes}
     found = any(node.target in table for node in program.graph.nodes)
     return program.run_decompositions(table) if found else program
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Hide the exporter's warnings of its own deprecations and of an absent torchvision."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,41 @@ from pixart_rt.files import replacing
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """Engines without and with plugins side by side on one GPU."""
+
+    plain: float  # milliseconds, a median
+    plugins: float
+    right: bool  # whether the outputs agree within the precision's bounds
+    difference: str  # how far they are apart
+    shapes: dict[str, list[int]]  # of the inputs
+    date: str
+
+    @property
+    def faster(self) -> bool:
+        """Whether the plugins are what should run."""
+        return self.right and self.plugins < self.plain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginVariant:
+    """The same component with plugins. The plain engines run where nothing says it is faster."""
+
+    parts: tuple[str, ...]  # engine files in the order they run; none if found slower and removed
+    parity: dict[str, Any]  # the numerics gate's figures
+    measured: dict[str, Measurement] = field(default_factory=dict)  # by the GPU's name
+
+    def faster_on(self, gpu: str) -> bool:
+        """Whether it was measured on a GPU of this name, and is right and faster there."""
+        return bool(self.parts) and gpu in self.measured and self.measured[gpu].faster
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PluginVariant:
+        measured = {gpu: Measurement(**found) for gpu, found in values["measured"].items()}
+        return cls(**{**values, "parts": tuple(values["parts"]), "measured": measured})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +77,15 @@ class ComponentEntry:
     profiles: list[dict[str, list[int]]] = field(default_factory=list)
     """Shapes the engine accepts: per profile, dimension name -> [min, opt, max]."""
     parity: dict[str, Any] = field(default_factory=dict)  # the numerics gate's figures
+    plugins: PluginVariant | None = None  # of a build that was asked for plugins
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ComponentEntry:
+        """An entry as JSON has it. Raises KeyError or TypeError for one that is damaged."""
+        variant = values.get("plugins")
+        plugins = None if variant is None else PluginVariant.from_dict(variant)
+        tuples = {name: tuple(values[name]) for name in ("parts", "targets")}
+        return cls(**{**values, **tuples, "plugins": plugins})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +118,10 @@ class Manifest:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
+    def with_entry(self, name: str, entry: ComponentEntry) -> Manifest:
+        """A copy in which a component has another entry."""
+        return replace(self, components={**self.components, name: entry})
+
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
         """The manifest of a bundle, or a BundleError that says what is wrong with the folder."""
@@ -95,9 +143,7 @@ class Manifest:
             )
         try:
             entries = {
-                name: ComponentEntry(
-                    **{**entry, "parts": tuple(entry["parts"]), "targets": tuple(entry["targets"])}
-                )
+                name: ComponentEntry.from_dict(entry)
                 for name, entry in values.pop("components").items()
             }
             manifest = cls(components=entries, **values)

@@ -176,8 +176,19 @@ class EngineConfig:
     components: tuple[str, ...] = COMPONENTS
     text_encoder_backend: str | None = None  # None: the same as the others; or "torch"
     quality: Quality = Quality.HIGH  # other ones with the backends torch and torch-compile
+    plugins: bool = False  # also a transformer engine that holds our kernels, for TensorRT
 
     def __post_init__(self) -> None:
+        if self.plugins and self.backend not in ("auto", "tensorrt", "tensorrt-rtx"):
+            raise ConfigError(
+                f"plugins were asked with backend {self.backend}, which has none; use tensorrt-rtx "
+                "or tensorrt, or leave them out"
+            )
+        if self.plugins and "transformer" not in self.components:
+            raise ConfigError(
+                f"plugins were asked without the transformer, whose operators they are; found "
+                f"components {', '.join(self.components)}; add it or leave plugins out"
+            )
         if self.quality is not Quality.HIGH and self.backend not in ("torch", "torch-compile"):
             raise ConfigError(
                 f"quality {self.quality} was asked with backend {self.backend}, whose compiler "

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pixart_rt.backends.parts import one_line, ordered_on
 from pixart_rt.backends.runtime_cache import RuntimeCache
+from pixart_rt.backends.trt_plugins import failure
 from pixart_rt.errors import BackendError, BundleError
 
 DTYPES = {  # trt.DataType name -> torch
@@ -64,7 +65,7 @@ class Engine:
             raise BundleError(f"{self._path} has outputs {outputs} instead of one; build it again")
         self._output = outputs[0]
         self.input_names = tuple(inputs)
-        self._dtypes = {
+        self.dtypes = {
             name: DTYPES[engine.get_tensor_dtype(name).name] for name in (*inputs, *outputs)
         }
         self.profiles: list[Profile] = [
@@ -84,6 +85,8 @@ class Engine:
             config.set_execution_context_allocation_strategy(strategy)
             self._cache.attach(config)
             context = self._engine.create_execution_context(config)
+        if context is None and (reason := failure()):
+            raise BackendError(f"no execution context for {self._path}: {reason}")
         if context is None:
             raise BackendError(
                 f"no execution context for {self._path} beside its "
@@ -97,7 +100,7 @@ class Engine:
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         bound = {
-            name: tensor.to(self._device, self._dtypes[name]).contiguous()
+            name: tensor.to(self._device, self.dtypes[name]).contiguous()
             for name, tensor in inputs.items()
         }
         profile = fitting_profile(
@@ -109,7 +112,7 @@ class Engine:
                 context.set_input_shape(name, tuple(tensor.shape))
                 context.set_tensor_address(name, tensor.data_ptr())
             shape = tuple(context.get_tensor_shape(self._output))
-            output = torch.empty(shape, dtype=self._dtypes[self._output], device=self._device)
+            output = torch.empty(shape, dtype=self.dtypes[self._output], device=self._device)
             context.set_tensor_address(self._output, output.data_ptr())
             self._execute(context, [*bound.values(), output])
             self._keep_kernels(profile)
@@ -130,6 +133,8 @@ class Engine:
         else:
             with ordered_on(self._stream, tensors):
                 done = context.execute_async_v3(self._stream.cuda_stream)
+        if not done and (reason := failure()):
+            raise BackendError(reason)
         if not done:
             shapes = [tuple(tensor.shape) for tensor in tensors]
             raise BackendError(f"the engine {self._path} refused to run with shapes {shapes}")

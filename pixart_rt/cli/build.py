@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,6 +56,14 @@ def build(
     quality: Annotated[
         Quality, typer.Option(help="Roundings of the transformer; not high: torch backends only.")
     ] = Quality.HIGH,
+    plugins: Annotated[
+        bool,
+        typer.Option(
+            "--plugins",
+            help="TensorRT: a second transformer engine on our own kernels, used where it is "
+            "measured to be faster.",
+        ),
+    ] = False,
     text_encoder: Annotated[
         str, typer.Option(help="engine: as the others; torch: kept in PyTorch.")
     ] = "engine",
@@ -100,7 +109,7 @@ def build(
     parts = _components(components, model)
     config = _engine_config(
         res, backend, _split(target or []), precision, text_precision, parts, text_encoder,
-        max_batch, quality,
+        max_batch, quality, plugins,
     )  # fmt: skip
     from pixart_rt.export.build import build as build_bundle  # torch, onnx: seconds to import
 
@@ -129,6 +138,7 @@ def _engine_config(
     text_encoder: str,
     max_batch: int,
     quality: Quality,
+    plugins: bool,
 ) -> EngineConfig:
     """The options as a checked config; what was left out becomes the chosen backend's default."""
     if text_encoder not in ("engine", "torch"):
@@ -140,6 +150,8 @@ def _engine_config(
         targets=targets,
         components=components,
         max_batch=max_batch,
+        backend=backend,
+        plugins=plugins,
     )
     from pixart_rt.backends import choose_backend
     from pixart_rt.export.build import default_precision
@@ -158,6 +170,7 @@ def _engine_config(
         components=components,
         text_encoder_backend=text_backend,
         quality=quality,
+        plugins=plugins,
     )
 
 
@@ -209,7 +222,8 @@ def _show(result: BuildResult, as_json: bool) -> None:
             "engine_config": manifest.engine_config,
             "components": {
                 name: {"backend": entry.backend, "precision": entry.precision,
-                       "targets": list(entry.targets), "parity": entry.parity}
+                       "targets": list(entry.targets), "parity": entry.parity,
+                       "plugins": None if entry.plugins is None else asdict(entry.plugins)}
                 for name, entry in manifest.components.items()
             },
             "build": manifest.build,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.buckets import buckets
-from pixart_rt.config import EngineConfig, Quality
+from pixart_rt.config import EngineConfig, Quality, Weights
 from pixart_rt.errors import BuildError
 from pixart_rt.export.graph import (
     Graph,
@@ -57,10 +57,13 @@ class Plan:
     profile_cases: list[dict[str, Tensor]]  # a shape inside each profile; the first for `verify`
     predicted_peak: int | None = None  # bytes to build its largest engine, where predicted
     fp8: bool = False  # the transformer's linears, quantized when it is loaded
+    weights: Weights = Weights.FULL  # and these, of whichever component
 
     @property
     def label(self) -> str:
         """The precision of its arithmetic: what the numerics gate and the manifest call it."""
+        if self.weights is not Weights.FULL:
+            return f"{self.weights}-weights"
         return "fp8" if self.fp8 else self.precision
 
 
@@ -94,6 +97,7 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
         [inputs(2, 35), inputs(1, 64), inputs(3, 17)],
         [inputs(1, low), inputs(batch, high)],
         fp8=config.quality is Quality.FAST,
+        weights=config.weights,
     )
 
 
@@ -172,6 +176,7 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         [inputs(2), inputs(1), inputs(3)],
         [inputs(1), inputs(2)],
         None if whole else max(predicted_peak(part_bytes(t5, dtype, *b)) for b in bounds),
+        weights=config.text_weights,
     )
 
 

@@ -16,11 +16,11 @@ from diffusers.image_processor import PixArtImageProcessor
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.backends import default_device, get_backend
 from pixart_rt.backends.base import Component
+from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket, choose_bucket
 from pixart_rt.bundle import Manifest, damaged_files
-from pixart_rt.config import CfgNull, Precision, Quality, SamplingConfig, Scheduler
+from pixart_rt.config import CfgNull, Precision, Quality, SamplingConfig, Scheduler, TextPlace
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.conditioning import patchify, unpatchify
@@ -97,12 +97,20 @@ class PixArtPipeline:
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path, device: str | torch.device | None = None, *, check: bool = True
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        check: bool = True,
+        text_place: TextPlace | None = None,
+        cuda_graphs: bool = False,
     ) -> PixArtPipeline:
         """Load a bundle; by default each component on the GPU if its backend can use one.
 
-        check: compare every file with its hash first (about a second per GB). Raises BundleError
-        for a bundle that is damaged or lacks a component, BackendError where it cannot run.
+        check: compare every file with its hash first (about a second per GB).
+        text_place, cuda_graphs: see backends.loading.Loader.
+        Raises BundleError for a bundle that is damaged or lacks a component, BackendError where it
+        cannot run.
         """
         path = Path(path)
         manifest = Manifest.read(path)
@@ -118,9 +126,9 @@ class PixArtPipeline:
             )
         components: dict[str, Component] = {}
         places: dict[str, torch.device] = {}
-        for name, entry in manifest.components.items():
-            places[name] = torch.device(device or default_device(entry.backend))
-            loaded = get_backend(entry.backend).load(path, manifest, name, places[name])
+        loader = Loader(text_place, cuda_graphs=cuda_graphs)
+        for name in manifest.components:
+            loaded, places[name] = loader.load(path, manifest, name, device)
             components[name] = _Placed(loaded, places[name])
         return cls(manifest, path, components, places["transformer"])
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -85,6 +86,7 @@ def build(
     heads: int | None = None,
     sample_size: int | None = None,
     max_text_tokens: int | None = None,
+    memory: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build a bundle of `model` at `out`.
@@ -94,6 +96,7 @@ def build(
     max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
     heads, sample_size, max_text_tokens: what a checkpoint may not tell (see
         pixart_rt.model.checkpoint).
+    memory: what was predicted of the bundle's memory; kept in the manifest's `build`.
     progress: called with a step's name, steps done and steps in all.
     Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
     """
@@ -111,8 +114,8 @@ def build(
         cfg_null=cfg_null,
     )
     source.check_fits(config.components)
-    memory = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
-    plans = [plan_component(name, source, config, memory) for name in config.components]
+    usable = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
+    plans = [plan_component(name, source, config, usable) for name in config.components]
     key = bundle_key(source, config, {plan.component: len(plan.parts) for plan in plans})
     found = _cached(out, key)
     if found is not None:
@@ -122,7 +125,7 @@ def build(
         raise BundleError(
             f"--out {out} exists and is not a bundle; choose another folder or remove it"
         )
-    notes = _notes(plans, memory)
+    notes = _notes(plans, usable)
     for note in notes:
         logger.info("%s", note)
     started = time.monotonic()
@@ -130,6 +133,8 @@ def build(
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
         seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
+        if memory is not None:
+            seconds["memory"] = memory
         manifest = replace(manifest, build=seconds, files=_write_rest(folder, source))
         (folder / MANIFEST).write_text(manifest.to_json())
     return BuildResult(out, False, manifest, notes)

@@ -23,9 +23,14 @@ class Offloaded:
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         state = {
-            name: tensor.to(self._device, non_blocking=True)
+            name: self._brought(tensor)
             for tensors in (self._module.named_parameters(), self._module.named_buffers())
             for name, tensor in tensors
         }
         output: Tensor = functional_call(self._module, state, kwargs=inputs)
         return output
+
+    def _brought(self, tensor: Tensor) -> Tensor:
+        if type(tensor) in (Tensor, nn.Parameter):
+            return tensor.to(self._device, non_blocking=True)
+        return tensor.to(self._device)  # torchao's tensors refuse non_blocking

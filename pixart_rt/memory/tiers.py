@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 
-from pixart_rt.config import TextPlace, Weights
-from pixart_rt.errors import ConfigError
+from pixart_rt.config import Quality, TextPlace, Weights
+from pixart_rt.errors import CapacityError, ConfigError
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.shapes import ModelShape
 
@@ -41,27 +41,29 @@ class Choice:
 
 
 def tiers(base: Setting, has_text: bool) -> list[Tier]:
-    """Every tier, best first. `base` is what is used where memory is no concern."""
-    full = Tier(name="full", gives_up="nothing", setting=base)
-    if not has_text:
-        return [full, _tier("int8-transformer", base, _INT8, weights=Weights.INT8)]
-    keep, move, host = TextPlace.RESIDENT, TextPlace.OFFLOAD, TextPlace.CPU
+    """Every tier, best first. `base` is what is used where memory is no concern.
+
+    Only quality high has quantized weights (config.py says why).
+    """
+    found = [Tier(name="full", gives_up="nothing", setting=base)]
+    move, host = TextPlace.OFFLOAD, TextPlace.CPU
     int8 = {"text_weights": Weights.INT8}
-    both = {**int8, "weights": Weights.INT8}
-    return [
-        full,
-        _tier("text-offload", base, _MOVED, text_place=move),
-        _tier("text-int8", base, "int8 weights of the text encoder", text_place=keep, **int8),
-        _tier("text-int8-offload", base, f"the same, and {_MOVED}", text_place=move, **int8),
-        _tier("text-cpu", base, "a new prompt waits for the CPU", text_place=host),
-        _tier("int8-text-cpu", base, f"the same, and {_INT8}", text_place=host,
-              weights=Weights.INT8),
-        _tier("int8-offload", base, f"{_INT8} and the text encoder; {_MOVED}",
-              text_place=move, **both),
-    ]  # fmt: skip
+    if has_text:
+        found += [
+            _tier("text-offload", base, _MOVED, text_place=move),
+            _tier("text-int8", base, "int8 weights of the text encoder", **int8),
+            _tier("text-int8-offload", base, f"the same, and {_MOVED}", text_place=move, **int8),
+            _tier("text-cpu", base, "a new prompt waits for the CPU", text_place=host),
+        ]
+    if base.quality is Quality.HIGH:
+        place = {"text_place": host} if has_text else {}
+        before = "the same, and " if has_text else ""
+        name = "int8-text-cpu" if has_text else "int8"
+        found.append(_tier(name, base, f"{before}{_INT8}", weights=Weights.INT8, **place))
+    return found
 
 
-_MOVED = "a new prompt waits for the text encoder's weights to reach the GPU"
+_MOVED = "a new prompt waits for the text encoder's weights"
 _INT8 = "int8 weights of the transformer"
 
 
@@ -82,12 +84,12 @@ def choices(
 
 
 def choose(found: list[Choice], limit: int) -> Choice:
-    """The best that fits `limit` bytes; ConfigError with the smallest need where none does."""
+    """The best that fits `limit` bytes; CapacityError with the smallest need where none does."""
     for choice in found:
         if choice.fits:
             return choice
     least = min(found, key=lambda choice: choice.forecast.peak)
-    raise ConfigError(too_small(limit, least.forecast.peak, least.tier.name))
+    raise CapacityError(too_small(limit, least.forecast.peak, least.tier.name))
 
 
 def too_small(limit: int, peak: int, name: str) -> str:

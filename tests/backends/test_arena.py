@@ -65,9 +65,7 @@ def test_growing_waits_for_the_device_and_frees_the_old_block_first(
     seen: list[object] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("waited"))
     real = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *a, **k: (seen.append(arena.size), real(*a, **k))[1]
-    )
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: (seen.append(arena.size), real(*a, **k))[1])
     arena.admit(Tenant(), 200)
     assert seen == ["waited", 0]
 

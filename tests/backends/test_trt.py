@@ -87,6 +87,9 @@ class FakeStream:
     def synchronize(self):
         pass
 
+    def wait_stream(self, other):
+        pass
+
 
 def fake_engine(trt, calls):
     """An engine of the library's own interface, which doubles latents [1-4, 8] into a half

@@ -82,7 +82,9 @@ def test_transformer_with_quantized_weights(
 
 
 @pytest.mark.parametrize("quality", Quality)
-@pytest.mark.parametrize(("config", "rows", "num_tokens"), [TRANSFORMERS[2], (XL_2_1024_MS, 2, 4096)])
+@pytest.mark.parametrize(
+    ("config", "rows", "num_tokens"), [TRANSFORMERS[2], (XL_2_1024_MS, 2, 4096)]
+)
 def test_fused_transformer_without_a_gpu(
     make: Make, quality: Quality, config: ModelConfig, rows: int, num_tokens: int
 ) -> None:
@@ -210,9 +212,7 @@ def test_components_on_the_gpu(make: Make, precision: Precision) -> None:
     calls = {
         "transformer": (
             lambda: model(**given),
-            transformer_activations(
-                shape.config, precision, rows=2, num_tokens=4096, fused=True
-            ),
+            transformer_activations(shape.config, precision, rows=2, num_tokens=4096, fused=True),
         ),
         "vae_decoder": (
             lambda: vae(latents=latents),

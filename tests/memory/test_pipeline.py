@@ -85,9 +85,9 @@ def test_quantized_weights_pass_the_gate_and_draw(tmp_path: Path) -> None:
     assert components["text_encoder"].parity["rms"] > 1e-3, "the quantized component was measured"
     images = [
         PixArtPipeline.from_bundle(result.path, "cpu", text_place=place)(
-            "a red circle", num_inference_steps=2, output_type="pt"
+            "a red circle", num_inference_steps=1, output_type="pt"
         ).images
-        for place in TextPlace
+        for place in (TextPlace.RESIDENT, TextPlace.OFFLOAD)
     ]
     assert bool(torch.isfinite(images[0]).all())
     assert all(torch.equal(image, images[0]) for image in images)

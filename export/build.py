@@ -48,7 +48,7 @@ Progress = Callable[[str, int, int], None]
 MEMORY_SHARE = 0.8  # of what is free, for a build that was given no limit
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings",
+    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings", "torchao",
 )  # fmt: skip
 
 

@@ -121,3 +121,23 @@ def test_components_of_one_backend_share_its_object(
 def test_cuda_graphs_are_refused_where_no_engine_has_them(text_bundle: Made) -> None:
     with pytest.raises(BackendError, match="--backend tensorrt-rtx"):
         Loader(cuda_graphs=True).load(*text_bundle, "text_encoder", "cpu")
+
+
+def test_weights_are_quantized_before_they_go_to_the_device(
+    text_bundle: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else loading would take more memory there than the plan says."""
+    folder, manifest = text_bundle
+    manifest = replace(manifest, engine_config={"text_weights": "int8"})
+    seen: list[set[str]] = []
+    real = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        seen.append(
+            {type(p).__name__ for n, p in module.named_parameters() if n.endswith("q.weight")}
+        )
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    Loader().load(folder, manifest, "text_encoder", "cpu")
+    assert seen[-1] == {"Int8Tensor"}

@@ -59,9 +59,7 @@ def test_only_quality_high_has_quantized_transformers() -> None:
 
 def test_stages_hold_what_their_place_says() -> None:
     """Offloading moves exactly the weights from all stages into the first; the CPU removes them."""
-    resident, offload, host = (
-        forecast(XL, 1024, Setting(text_place=place)) for place in TextPlace
-    )
+    resident, offload, host = (forecast(XL, 1024, Setting(text_place=place)) for place in TextPlace)
     weights = resident.parts["text_encoder"].weights
     assert weights == offload.parts["text_encoder"].brought
     assert resident.stages["encode"] == offload.stages["encode"]

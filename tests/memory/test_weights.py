@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from pixart_rt.config import (
     SIGMA_XL_2_1024,
     XL_2_256,
     XL_2_1024_MS,
+    Kernels,
     ModelConfig,
     Precision,
+    Quality,
 )
 from pixart_rt.memory.shapes import SD_VAE_SHAPE, VaeShape, find_shape
 from pixart_rt.memory.weights import text_weights, transformer_weights, vae_weights
@@ -86,3 +90,22 @@ def test_shapes_are_found_by_name_and_in_folders() -> None:
     assert tiny.text is not None
     assert tiny.config.caption_channels == tiny.text.d_model
     assert tiny.vae.channels == (16, 32, 64, 64)
+
+
+def test_quality_fast_keeps_fp8_weights_beside_the_others() -> None:
+    config = replace(ODD, head_dim=72)
+    module = DenoiserModule(PixArtTransformer(config)).to(torch.bfloat16)
+    module.core.use(Kernels.FUSED, Quality.FAST)
+    expected = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    assert transformer_weights(config, Precision.BF16, quality=Quality.FAST) == expected
+
+
+def test_a_folder_and_the_family_s_prompt_length_are_read(
+    pipeline_folder: Callable[..., Path],
+) -> None:
+    for sigma, tokens in ((False, 120), (True, 300)):
+        shape = find_shape(str(pipeline_folder(128, sigma=sigma)), 1024)
+        assert shape.config.max_text_tokens == tokens
+        assert shape.text is not None
+        assert (shape.text.d_model, shape.vae.channels) == (32, (8, 8, 16, 16))
+        assert not shape.vae.mid_attention

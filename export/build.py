@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -49,7 +50,7 @@ Progress = Callable[[str, int, int], None]
 MEMORY_SHARE = 0.8  # of what is free, for a build that was given no limit
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings", "triton",
+    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings", "triton", "torchao",
 )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ def build(
     heads: int | None = None,
     sample_size: int | None = None,
     max_text_tokens: int | None = None,
+    memory: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build a bundle of `model` at `out`.
@@ -96,6 +98,7 @@ def build(
     max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
     heads, sample_size, max_text_tokens: what a checkpoint may not tell (see
         pixart_rt.model.checkpoint).
+    memory: what was predicted of the bundle's memory; kept in the manifest's `build`.
     progress: called with a step's name, steps done and steps in all.
     Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
     """
@@ -113,8 +116,8 @@ def build(
         cfg_null=cfg_null,
     )
     source.check_fits(config.components)
-    memory = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
-    plans = [plan_component(name, source, config, memory) for name in config.components]
+    usable = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
+    plans = [plan_component(name, source, config, usable) for name in config.components]
     key = bundle_key(source, config, {plan.component: len(plan.parts) for plan in plans})
     found = _cached(out, key)
     if found is not None:
@@ -124,7 +127,7 @@ def build(
         raise BundleError(
             f"--out {out} exists and is not a bundle; choose another folder or remove it"
         )
-    notes = _notes(plans, memory)
+    notes = _notes(plans, usable)
     for note in notes:
         logger.info("%s", note)
     started = time.monotonic()
@@ -132,6 +135,8 @@ def build(
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
         seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
+        if memory is not None:
+            seconds["memory"] = memory
         manifest = replace(
             manifest, build=seconds, files=_write_rest(folder, source, DTYPES[config.precision])
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.buckets import buckets
-from pixart_rt.config import EngineConfig, Quality, text_lengths
+from pixart_rt.config import EngineConfig, Quality, Weights, text_lengths
 from pixart_rt.errors import BuildError
 from pixart_rt.export.graph import (
     Graph,
@@ -58,10 +58,13 @@ class Plan:
     predicted_peak: int | None = None  # bytes to build its largest engine, where predicted
     empty_prompt: dict[str, Tensor] | None = None  # a text encoder's, whose output is kept
     fp8: bool = False  # the transformer's linears, quantized when it is loaded
+    weights: Weights = Weights.FULL  # and these, of whichever component
 
     @property
     def label(self) -> str:
         """The precision of its arithmetic: what the numerics gate and the manifest call it."""
+        if self.weights is not Weights.FULL:
+            return f"{self.weights}-weights"
         return "fp8" if self.fp8 else self.precision
 
 
@@ -108,6 +111,7 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
         [inputs(2, 35), inputs(1, 64, guided=0), inputs(3, 17, guided=2)],
         [inputs(1, low), inputs(images, high, guided=0)],
         fp8=config.quality is Quality.FAST,
+        weights=config.weights,
     )
 
 
@@ -188,6 +192,7 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         [inputs(1), inputs(2, shortest)],
         None if whole else max(predicted_peak(part_bytes(t5, dtype, *b)) for b in bounds),
         source.empty_prompt(),
+        weights=config.text_weights,
     )
 
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pixart_rt.config import ModelConfig, Quality, Scheduler
+from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
 
@@ -115,6 +115,16 @@ class Manifest:
     def quality(self) -> Quality:
         return Quality(self.engine_config.get("quality", Quality.HIGH))
 
+    @property
+    def text_place(self) -> TextPlace:
+        """Where the text encoder's weights are, unless a pipeline is told otherwise."""
+        return TextPlace(self.engine_config.get("text_place", TextPlace.RESIDENT))
+
+    def weights_of(self, component: str) -> Weights:
+        """How a component's weights are kept when it is loaded."""
+        key = {"transformer": "weights", "text_encoder": "text_weights"}.get(component, "")
+        return Weights(self.engine_config.get(key, Weights.FULL))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
@@ -150,6 +160,8 @@ class Manifest:
             _ = (
                 manifest.config,
                 manifest.quality,
+                manifest.text_place,
+                [manifest.weights_of(name) for name in manifest.components],
                 Scheduler(manifest.scheduler),
             )  # refuse what cannot be, here
             return manifest

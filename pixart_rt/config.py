@@ -40,6 +40,31 @@ class Quality(StrEnum):
     """The blocks' linears in fp8 (e4m3), with a scale for each row."""
 
 
+class Weights(StrEnum):
+    """How a PyTorch component keeps the weights of its linears; the arithmetic keeps its precision.
+
+    Not a Quality: that is about how activations round. Quantized by torchao when loaded.
+    """
+
+    FULL = "full"
+    """In the component's precision. The default."""
+    INT8 = "int8"
+    """int8 with a scale for each output."""
+    FP8 = "fp8"
+    """float8 e4m3 with a scale for each output: as small as int8, and coarser."""
+
+
+class TextPlace(StrEnum):
+    """Where the weights of a text encoder are while a pipeline runs on a GPU."""
+
+    RESIDENT = "resident"
+    """On the GPU throughout. The default."""
+    OFFLOAD = "offload"
+    """In host memory, brought to the GPU for each prompt that is new, and dropped there after."""
+    CPU = "cpu"
+    """In host memory, and run there."""
+
+
 class CfgNull(StrEnum):
     """What the unconditional branch of guidance sees. Three conventions were published."""
 
@@ -177,6 +202,9 @@ class EngineConfig:
     text_encoder_backend: str | None = None  # None: the same as the others; or "torch"
     quality: Quality = Quality.HIGH  # other ones with the backends torch and torch-compile
     plugins: bool = False  # also a transformer engine that holds our kernels, for TensorRT
+    weights: Weights = Weights.FULL  # of the transformer's blocks; others as for quality
+    text_weights: Weights = Weights.FULL  # of the text encoder; others where PyTorch runs it
+    text_place: TextPlace = TextPlace.RESIDENT  # what a pipeline does unless it is told otherwise
 
     def __post_init__(self) -> None:
         if self.plugins and self.backend not in ("auto", "tensorrt", "tensorrt-rtx"):
@@ -194,6 +222,7 @@ class EngineConfig:
                 f"quality {self.quality} was asked with backend {self.backend}, whose compiler "
                 "chooses its roundings itself; use torch or torch-compile"
             )
+        check_weights(self)
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
         if not 1 <= self.max_batch <= LARGEST_BATCH:
@@ -208,6 +237,32 @@ class EngineConfig:
     def token_range(self) -> tuple[int, int]:
         """Smallest and largest token count that an engine accepts."""
         return token_range(self.resolution)
+
+
+def check_weights(config: EngineConfig) -> None:
+    """Refuse quantized weights and offloading where no PyTorch module could have them."""
+    text_backend = config.text_encoder_backend or config.backend
+    asked = (
+        ("weights", config.weights is not Weights.FULL, config.backend),
+        ("text_weights", config.text_weights is not Weights.FULL, text_backend),
+    )
+    for name, given, backend in asked:
+        if given and backend not in ("torch", "torch-compile", "auto"):
+            raise ConfigError(
+                f"{name} {getattr(config, name)} was asked with backend {backend}; weights are "
+                "quantized where PyTorch runs them: use torch or torch-compile"
+                + (", or --text-encoder torch" if name == "text_weights" else "")
+            )
+    if config.weights is not Weights.FULL and config.quality is not Quality.HIGH:
+        raise ConfigError(
+            f"weights {config.weights} were asked with quality {config.quality}; lossless keeps "
+            f"all weights and fast has its own fp8 ones: use quality {Quality.HIGH}"
+        )
+    if config.text_place is TextPlace.OFFLOAD and text_backend not in ("torch", "auto"):
+        raise ConfigError(
+            f"text_place offload was asked with backend {text_backend} for the text encoder; only "
+            "plain PyTorch can be moved: use --text-encoder torch"
+        )
 
 
 class Scheduler(StrEnum):

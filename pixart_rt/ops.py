@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixart_rt.config import Kernels, Quality
+from pixart_rt.config import Kernels, Quality, Weights
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
 from pixart_rt.kernels.catalog import self_test
@@ -150,6 +150,17 @@ class FusedOperators(Operators):
         return gate_residual_ln_modulate(residual, branch, *_gate(None), *rows, self.lossless)
 
 
+class WeightOnlyOperators(FusedOperators):
+    """For linears whose weights torchao quantized: it runs their products, the kernels the rest."""
+
+    def prepare(self, blocks: nn.Module) -> None:
+        super().prepare(blocks)
+        self.gemm_epilogue = False  # the epilogue's kernels read a plain weight
+
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+        return F.gelu(self.linear(y, layer), approximate="tanh")
+
+
 class Fp8Operators(FusedOperators):
     """The blocks' linears in fp8, but the text's keys and values; inference only.
 
@@ -212,7 +223,11 @@ def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)
 
 
-def operators(kernels: Kernels = Kernels.REFERENCE, quality: Quality = Quality.HIGH) -> Operators:
+def operators(
+    kernels: Kernels = Kernels.REFERENCE,
+    quality: Quality = Quality.HIGH,
+    weights: Weights = Weights.FULL,
+) -> Operators:
     """The set of operators for a model. Raises ConfigError for fp8 without the kernels."""
     if quality is Quality.FAST and kernels is not Kernels.FUSED:
         raise ConfigError(
@@ -221,5 +236,7 @@ def operators(kernels: Kernels = Kernels.REFERENCE, quality: Quality = Quality.H
         )
     if quality is Quality.FAST:
         return Fp8Operators()
+    if weights is not Weights.FULL and kernels is Kernels.FUSED:
+        return WeightOnlyOperators(quality is Quality.LOSSLESS)
     lossless = quality is Quality.LOSSLESS
     return FusedOperators(lossless) if kernels is Kernels.FUSED else Operators(lossless)

@@ -17,12 +17,20 @@ from diffusers.image_processor import PixArtImageProcessor
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.backends import default_device, get_backend
 from pixart_rt.backends.base import Component
+from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket, bucket_for_aspect, choose_bucket
 from pixart_rt.buckets import buckets as _all_buckets
 from pixart_rt.bundle import Manifest, damaged_files
-from pixart_rt.config import CfgNull, Precision, Quality, SamplingConfig, Saving, Scheduler
+from pixart_rt.config import (
+    CfgNull,
+    Precision,
+    Quality,
+    SamplingConfig,
+    Saving,
+    Scheduler,
+    TextPlace,
+)
 from pixart_rt.denoising import VAE_SCALE_FACTOR, After, Denoiser, Item
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
@@ -154,11 +162,14 @@ class PixArtPipeline:
         *,
         check: bool = True,
         prompt_cache: str | Path | None = None,
+        text_place: TextPlace | None = None,
+        cuda_graphs: bool = False,
     ) -> PixArtPipeline:
         """Load a bundle; by default each component on the GPU if its backend can use one.
 
         check: compare every file with its hash first (about a second per GB).
         prompt_cache: a folder that keeps embeddings of prompts for later processes.
+        text_place, cuda_graphs: see backends.loading.Loader.
         Raises BundleError for a bundle that is damaged or lacks a component, BackendError where it
         cannot run.
         """
@@ -176,9 +187,9 @@ class PixArtPipeline:
             )
         components: dict[str, Component] = {}
         places: dict[str, torch.device] = {}
-        for name, entry in manifest.components.items():
-            places[name] = torch.device(device or default_device(entry.backend))
-            loaded = get_backend(entry.backend).load(path, manifest, name, places[name])
+        loader = Loader(text_place, cuda_graphs=cuda_graphs)
+        for name in manifest.components:
+            loaded, places[name] = loader.load(path, manifest, name, device)
             components[name] = _Placed(loaded, places[name])
         cache = None if prompt_cache is None else Path(prompt_cache)
         return cls(manifest, path, components, places["transformer"], cache)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from pixart_rt.backends.arena import Arena
 from pixart_rt.backends.base import Availability, Component
 from pixart_rt.backends.parts import Chain, capability, engine_paths, entry_of, one_line
 from pixart_rt.backends.runtime_cache import RuntimeCache
@@ -43,11 +44,16 @@ LIBRARIES = {
 
 
 class TensorRTBackend:
-    """Serialized engines of one of the two libraries."""
+    """Serialized engines of one of the two libraries.
 
-    def __init__(self, name: str) -> None:
+    The engines that one object loads share an arena per device, so they serve one thread together.
+    """
+
+    def __init__(self, name: str, *, cuda_graphs: bool = False) -> None:
         self.name = name
         self._library = LIBRARIES[name]
+        self._cuda_graphs = cuda_graphs
+        self._arenas: dict[torch.device, Arena] = {}
 
     def available(self) -> Availability:
         try:
@@ -106,10 +112,13 @@ class TensorRTBackend:
             entry = replace(entry, parts=entry.plugins.parts)
             register(trt)
         paths = engine_paths(bundle, manifest.with_entry(name, entry), name)
+        if device not in self._arenas:
+            self._arenas[device] = Arena(device)
         parts = []
         for part, path in zip(entry.parts, paths, strict=True):
             cache = RuntimeCache.of(trt, entry.files.get(part, ""), device)
-            parts.append(Engine(trt, path, device, cache))
+            engine = Engine(trt, path, self._arenas[device], cache, cuda_graphs=self._cuda_graphs)
+            parts.append(engine)
         return Chain(name, parts)
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixart_rt.config import Kernels, ModelConfig, Quality
+from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
 from pixart_rt.kernels.cross_attention import Absorbed, cross_attention_absorbed
 from pixart_rt.model.conditioning import FREQUENCY_CHANNELS, sinusoid
 from pixart_rt.ops import Normed, Operators, Rows, operators
@@ -235,13 +235,19 @@ class PixArtTransformer(nn.Module):
         self.modulator = Modulator(config)
         self.operators: Operators = operators()
 
-    def use(self, kernels: Kernels, quality: Quality = Quality.HIGH) -> PixArtTransformer:
+    def use(
+        self,
+        kernels: Kernels,
+        quality: Quality = Quality.HIGH,
+        weights: Weights = Weights.FULL,
+    ) -> PixArtTransformer:
         """Switch all blocks between the reference and the fused operators; returns self.
 
         FAST quantizes the weights of the blocks' linears to fp8 here, once; do it after the last
-        change of dtype. Raises ConfigError where `quality` needs other kernels.
+        change of dtype. `weights` says what model/quantize.py made of them. Raises ConfigError
+        where `quality` needs other kernels.
         """
-        self.operators = operators(kernels, quality)
+        self.operators = operators(kernels, quality, weights)
         self.operators.prepare(self.blocks)
         return self
 

@@ -90,7 +90,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
     assert call == {
         "model": "a/b.pth", "out": Path("o"), "cfg_null": CfgNull.Y_EMBEDDING, "heads": 4,
         "max_text_tokens": 300,
-        "sample_size": 64, "max_memory": 3 * 2**29,
+        "sample_size": 64, "max_memory": 3 * 2**29, "memory": None,
         "config": EngineConfig(
             resolution=512, backend="tensorrt-rtx", precision=Precision.BF16,
             text_precision=Precision.FP32, max_batch=3, targets=("sm80", "sm89"),

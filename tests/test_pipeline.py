@@ -15,6 +15,7 @@ from pixart_rt.config import CfgNull, EngineConfig
 from pixart_rt.errors import BundleError, Cancelled, ConfigError
 from pixart_rt.export.build import build
 
+pytestmark = pytest.mark.usefixtures("no_kernels")
 PROMPT = "a red circle above a blue square"
 MEAN_TOLERANCE = 1 / 255  # of the decoded image, as the issue that set it asks
 

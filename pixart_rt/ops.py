@@ -147,6 +147,8 @@ class FusedOperators(Operators):
         return gate_residual_ln_modulate(residual, branch, *_gate(gate), *rows, self.lossless)
 
     def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        if torch.compiler.is_exporting():  # ln_modulate may stay one node there, a plugin
+            return super().residual_norm(branch, residual, rows)
         return gate_residual_ln_modulate(residual, branch, *_gate(None), *rows, self.lossless)
 
 

@@ -49,3 +49,27 @@ def test_a_bundle_draws_on_the_gpu_what_the_cpu_draws(
     assert pipe.device.type == "cuda"
     actual = pipe([PROMPT, "a star"], seed=[0, 5], output_type="np").images[:1]
     assert np.abs(actual - expected).mean() <= (3 / 255 if half else 1 / 255)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "torch-compile", "aoti"])
+def test_a_captured_loop_draws_what_the_loop_draws(
+    pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str
+) -> None:
+    config = EngineConfig(resolution=256, backend=backend, precision=Precision.FP32)
+    pipe = PixArtPipeline.from_bundle(build(str(pipeline_folder(32)), tmp_path / "b", config).path)
+    arguments = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = [pipe(PROMPT, seed=seed, **arguments).images for seed in (1, 2)]
+    assert pipe.warmup(["1:1"], num_inference_steps=3, prompts=[PROMPT]) == 1
+    for seed, latents in zip((1, 2), expected, strict=True):
+        actual = pipe(PROMPT, seed=seed, **arguments).images
+        assert (actual - latents).norm() < 1e-5 * latents.norm()
+    assert pipe.denoiser.graphs.replays == 2
+    pipe(PROMPT, aspect_ratio="1:2", **arguments)  # not captured: the loop runs
+    assert pipe.denoiser.graphs.replays == 2
+    if backend == "torch":
+        weight = next(pipe.transformer.component._module.parameters())  # type: ignore[attr-defined]
+        weight.mul_(1.5)
+        changed = pipe(PROMPT, seed=1, **arguments).images
+        assert pipe.denoiser.graphs.replays == 2, "a stale graph"
+        assert (changed - expected[0]).norm() > 1e-3 * expected[0].norm()

@@ -56,6 +56,10 @@ def generate(
         str | None,
         typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G; torch bundles only."),
     ] = None,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the prompts' embeddings there for the next time."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -82,7 +86,9 @@ def generate(
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
     size = {"aspect_ratio": aspect, "height": height, "width": width}
     fit = None if vram is None else _fit(bundle, manifest, vram)
-    result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, size, fit)
+    result, seconds = _run(
+        bundle, manifest, prompt, negative, num, seed, sampling, size, fit, prompt_cache
+    )
     facts = _facts(result, manifest, negative, sampling)
     written = _write(result, facts, paths, grid, force)
     if as_json:
@@ -136,6 +142,7 @@ def _run(
     sampling: SamplingConfig,
     size: dict[str, Any],
     fit: LoadChoice | None,
+    prompt_cache: Path | None,
 ) -> tuple[PipelineOutput, float]:
     """The images, and the seconds they took without loading the bundle."""
     at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
@@ -151,7 +158,8 @@ def _run(
             last = step + 1 == sampling.num_inference_steps
             progress("decoding" if last else "denoising", min(done, total), total)
 
-        pipe = PixArtPipeline.from_bundle(bundle, text_place=fit.text_place if fit else None)
+        place = fit.text_place if fit else None
+        pipe = PixArtPipeline.from_bundle(bundle, text_place=place, prompt_cache=prompt_cache)
         pipe.max_batch = at_once
         progress("reading the prompt", 0, total)
         started = time.monotonic()

@@ -340,7 +340,8 @@ def test_without_a_driver(monkeypatch):
 def test_an_engine_that_a_plugin_stopped_says_why():
     trt_plugins._failures.append("cuLaunchKernel says 'no'")
     engine = trt_engine.Engine.__new__(trt_engine.Engine)
-    engine._device, engine._path = None, Path("x.engine")
+    engine._arena = SimpleNamespace(device=None, take=lambda stream: None)
+    engine._path = Path("x.engine")
     context = SimpleNamespace(execute_async_v3=lambda stream: False)
     stream = SimpleNamespace(cuda_stream=5)
     with pytest.MonkeyPatch.context() as patch:
@@ -390,7 +391,8 @@ def test_what_runs_is_what_the_manifest_found_faster(
     assert manifest.components["transformer"].plugins == variant
     order = []
     monkeypatch.setattr(trt, "register", lambda library: order.append("register"))
-    monkeypatch.setattr(trt, "Engine", lambda library, path, *rest: order.append(path.stem))
+    monkeypatch.setattr(trt, "Engine", lambda library, path, *a, **k: order.append(path.stem))
+    monkeypatch.setattr(trt, "Arena", lambda device: None)
     monkeypatch.setattr(trt, "capability", lambda device: "sm89")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pixart_rt.backends import get_backend
-from pixart_rt.errors import BundleError
+from pixart_rt.errors import BackendError, BundleError
 from pixart_rt.export.graph import transformer_inputs
 from pixart_rt.model.load import save_module
 
@@ -29,6 +29,38 @@ def test_eager_is_the_module(torch_bundle, transformer):
     actual = component(**inputs)
     assert not actual.requires_grad
     torch.testing.assert_close(actual, transformer(**inputs), atol=0, rtol=0)
+
+
+def test_absorbed_text_is_the_same_text(torch_bundle, transformer):
+    """The other form that PyTorch's backends take; its folding is tested with the text side."""
+    component = get_backend("torch").load(*torch_bundle, "transformer", CPU)
+    inputs = transformer_inputs(CONFIG, batch=2, num_tokens=7)
+    kv = inputs.pop("text_kv")
+    keys = torch.zeros(len(kv), 2, CONFIG.num_heads * 16, CONFIG.hidden_size)
+    with pytest.raises(BackendError, match="absorbed_bias"):
+        component(**inputs, absorbed_keys=keys)
+    bias = torch.zeros(len(kv), 2, CONFIG.num_heads, 16)
+    output = component(
+        **inputs, absorbed_keys=keys, absorbed_bias=bias, absorbed_values=keys.clone()
+    )
+    values = component(**inputs, text_kv=torch.zeros_like(kv))
+    torch.testing.assert_close(output, values)  # no values: both add the projection's bias
+
+
+def test_the_version_follows_every_change_of_a_weight(torch_bundle):
+    """What keeps a captured graph from being replayed on other weights."""
+    component = get_backend("torch").load(*torch_bundle, "transformer", CPU)
+    module = component._module
+    weight = module.core.blocks[0].mlp.fc1.weight
+    seen = {component.version()}
+    assert component.version() in seen
+    weight.mul_(1.0)
+    seen.add(component.version())
+    module.load_state_dict({name: t.clone() for name, t in module.state_dict().items()})
+    seen.add(component.version())
+    weight.data = weight.data.clone()
+    seen.add(component.version())
+    assert len(seen) == 4
 
 
 def test_eager_refuses_truncated_weights(torch_bundle, tmp_path):

@@ -35,7 +35,10 @@ CONFIG = ModelConfig(
     num_layers=2, num_heads=2, caption_channels=32, max_text_tokens=20, sample_size=32,
     micro_conditioning=False,
 )  # fmt: skip
-PROFILES = [{"batch": [1, 2, 4], "num_tokens": [231, 256, 256]}]
+PROFILES = [{
+    "batch": [1, 1, 2], "num_tokens": [231, 256, 256], "num_null": [0, 1, 2],
+    "num_text": [1, 1, 4], "num_outputs": [16, 16, 32],
+}]  # fmt: skip
 RTX, TARGETS = "tensorrt-rtx", ("sm80", "sm86", "sm89", "sm120")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2}  # of outputs with a spread near 1
 

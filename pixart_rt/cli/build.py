@@ -98,7 +98,7 @@ def build(
     if max_memory is not None and not max_memory > 0:
         raise ConfigError(f"--max-memory {max_memory:g} was asked; it must be more than 0 GiB")
     parts = _components(components, model)
-    config = _engine_config(
+    config = engine_config(
         res, backend, _split(target or []), precision, text_precision, parts, text_encoder,
         max_batch, quality,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def build(
     _show(result, as_json)
 
 
-def _engine_config(
+def engine_config(
     res: int,
     backend: str,
     targets: tuple[str, ...],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +16,11 @@ KINDS = ("latency", "stages", "throughput", "roofline")
 COLORS = ("#1f5fa8", "#7fb2e5", "#e08214", "#8c6bb1", "#4d9221")  # ours, ours cached, peers
 STAGE_COLORS = dict(zip(STAGES, ("#7b9e3f", "#1f5fa8", "#e08214", "#b0b0b0"), strict=True))
 STAGE_NAMES = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
+PERCENTILE_LINES: dict[int, Literal["solid", "dashed", "dotted"]] = {
+    50: "solid",
+    90: "dashed",
+    99: "dotted",
+}
 MARKERS = ("o", "s", "^", "D", "v")
 SIZE = (8.0, 4.5)  # inches, at DPI
 DPI = 130
@@ -57,16 +62,16 @@ def latency(axes: Axes, result: dict[str, Any]) -> None:
         # Repetitions go down in their row in the order they ran: a drift shows as a slope.
         heights = [place - 0.22 + 0.44 * (k + 0.5) / len(values) for k in range(len(values))]
         axes.scatter(values, heights, s=22, color=color, alpha=0.7, linewidths=0)
-        for q, style in ((50, "solid"), (90, "dashed"), (99, "dotted")):
-            axes.vlines(series[f"p{q}_s"], place - 0.36, place + 0.36, colors=color,
-                        linestyles=style, label=f"p{q}" if place == 0 else "")  # fmt: skip
+        for q, style in PERCENTILE_LINES.items():
+            at, label = series[f"p{q}_s"], f"p{q}" if place == 0 else ""
+            axes.vlines(at, place - 0.36, place + 0.36, colors=color, linestyles=style, label=label)
         axes.text(series["p50_s"], place - 0.39, f"{series['p50_s']:.3g} s", ha="center",
                   va="bottom", fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(found)), [label for label, _, _ in found])
     axes.set_ylim(len(found) - 0.4, -0.7)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds from prompt to image")
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
+    _legend_below(axes, 3)
     axes.set_title(f"Latency, {about(result)}", fontsize=9)
 
 
@@ -89,9 +94,7 @@ def stages(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * whole)
     axes.set_xlabel("seconds, mean over the repetitions")
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.legend(loc="outside lower center", ncols=len(STAGES), fontsize=8, frameon=False)
+    _legend_below(axes, len(STAGES))
     axes.set_title(f"Stages, {about(result)}", fontsize=9)
 
 
@@ -107,7 +110,7 @@ def throughput(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xlabel("images in a call")
     axes.set_ylabel("images a second")
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"Throughput, {about(result)}", fontsize=9)
+    axes.set_title(f"Throughput, {about(result, batch=False)}", fontsize=9)
 
 
 def roofline(axes: Axes, result: dict[str, Any]) -> None:
@@ -128,20 +131,30 @@ def roofline(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte, counted from the model")
-    axes.set_ylabel("TFLOP/s")
+    axes.set_ylabel("TFLOP/s, by the plain way's operations")
     said = f"{limits['matmul_dtype']} product {product:.3g} TFLOP/s"
     axes.text(high, product, said, ha="right", va="bottom", fontsize=8)
     axes.text(low, low * copy, f"  copy {copy:.3g} TB/s", ha="left", va="top", fontsize=8)
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    _legend_below(axes, len(places))
     axes.set_title(f"Roofline, {about(result)}", fontsize=9)
 
 
-def about(result: dict[str, Any]) -> str:
+def _legend_below(axes: Axes, columns: int) -> None:
+    """Where no data can be."""
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def about(result: dict[str, Any], *, batch: bool = True) -> str:
     """What was measured, for a title."""
     asked, hardware = result["request"], result["hardware"]
-    place = hardware["gpu"] if asked["device"] == "cuda" else f"{asked['threads']} CPU threads"
-    batch = asked["batches"][0]
-    return (
-        f"{asked['model']}, {asked['width']}×{asked['height']}, {asked['steps']} steps, "
-        f"batch {batch}, {place}"
-    )
+    words = [asked["model"], f"{asked['width']}×{asked['height']}", f"{asked['steps']} steps"]
+    if batch:
+        words.append(f"batch {asked['batches'][0]}")
+    gpu = asked["device"] == "cuda"
+    return ", ".join([*words, hardware["gpu"] if gpu else _threads(asked["threads"])])
+
+
+def _threads(count: int) -> str:
+    return f"{count} CPU thread{'s' if count > 1 else ''}"

@@ -7,6 +7,7 @@ systems begin from the same latents.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,4 +161,6 @@ def load_pipeline(folder: Path, transformer: str, dtype: torch.dtype) -> Any:
         parts["transformer"] = diffusers.PixArtTransformer2DModel.from_pretrained(
             folder, subfolder=transformer, torch_dtype=dtype
         )
-    return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **parts)
+    with warnings.catch_warnings():  # the one name that 0.36 and 0.42 both take, until 1.0
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **parts)

@@ -20,6 +20,7 @@ from pixart_rt.errors import ConfigError, NumericsError
 
 _DEFAULT_RES = 1024
 _GIB = 2**30
+_BUSY = 0.25  # of the cores, by the load average of the last minute
 
 
 def bench(
@@ -97,6 +98,7 @@ def bench(
         from pixart_rt.bench.run import run
 
         result = run(request, command, progress)
+    _warn_if_busy(result)
     _write(result, out, draws)
     _refuse_different_images(result)
 
@@ -164,36 +166,44 @@ def _write(result: dict[str, Any], out: Path | None, draws: bool) -> None:
 def _latencies(result: dict[str, Any]) -> Table:
     """A row per series: seconds at the percentiles, of the stages, and images a second."""
     asked, limits = result["request"], result["roofline"]
-    right = {"justify": "right"}
-    table = Table(
-        title=f"{asked['model']}, {asked['width']}x{asked['height']}, {asked['steps']} steps, "
+    table = _table(
+        f"{asked['model']}, {asked['width']}x{asked['height']}, {asked['steps']} steps, "
         f"{asked['repeats']} repetitions, seconds",
-        title_justify="left",
-    )
-    table.add_column("system")
-    for name in ("batch", "p50", "p90", "p99", "text", "steps", "VAE", "rest", "images/s"):
-        table.add_column(name, **right)  # type: ignore[arg-type]
+        "system", "batch", "p50", "p90", "p99", "text", "steps", "VAE", "rest", "img/s",
+    )  # fmt: skip
     for name, system in result["systems"].items():
         for series in system["series"]:
-            label = name if series["prompts"] == "new" else f"{name}, cached prompt"
+            label = name if series["prompts"] == "new" else f"{name}, cached"
             seconds = [series[f"p{q}_s"] for q in (50, 90, 99)]
             seconds += series["stages_mean_s"].values()
-            table.add_row(label, str(series["batch"]), *(f"{value:.3f}" for value in seconds),
-                          f"{series['images_per_s']:.3f}")  # fmt: skip
+            table.add_row(label, str(series["batch"]), *map(_short, seconds),
+                          _short(series["images_per_s"]))  # fmt: skip
     for work, stages in limits["floors"].items():
         known = [stages[name] and stages[name]["seconds"] for name in
                  ("text_encoder", "denoising", "vae_decoder")]  # fmt: skip
-        whole = f"{sum(known):.3f}" if None not in known else "?"
-        cells = ["?" if value is None else f"{value:.3f}" for value in known]
+        whole = "?" if None in known else _short(sum(known))
+        cells = ["?" if value is None else _short(value) for value in known]
         table.add_row(f"floor, {work}", str(limits["batch"]), whole, "", "", *cells, "", "",
                       style="dim")  # fmt: skip
     return table
 
 
+def _table(title: str, first: str, *others: str) -> Table:
+    """Narrow enough for 80 columns: no lines between the columns."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.2f}"
+
+
 def _systems(result: dict[str, Any]) -> Table:
     """A row per system: fresh process, first call, memory; how far peers are from ours."""
-    table = Table("system", "cold start s", "first call s", "memory GiB", "ours is faster by",
-                  "PSNR dB")  # fmt: skip
+    table = _table("each system", "system", "cold s", "first call s", "GiB", "over ours", "PSNR dB")
     for name, system in result["systems"].items():
         cold, memory = system["cold"], "-"
         if cold is not None:
@@ -216,6 +226,15 @@ def _psnr(agreement: dict[str, Any]) -> str:
         return "equal"
     verdict = "" if agreement["agrees"] else f", bound {agreement['bound_psnr_db']:g}: DIFFERENT"
     return f"{agreement['psnr_db']:.1f}{verdict}"
+
+
+def _warn_if_busy(result: dict[str, Any]) -> None:
+    load, cores = result["load_average_at_start"][0], result["hardware"]["cores"]
+    if result["request"]["device"] == "cpu" and load > _BUSY * cores:
+        note(
+            f"warning: {load:g} of {cores} cores were in use before the measurement began; what "
+            "waits for other programs is not this one's speed"
+        )
 
 
 def _refuse_different_images(result: dict[str, Any]) -> None:

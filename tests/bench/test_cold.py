@@ -26,14 +26,14 @@ def test_a_request_survives_its_json() -> None:
 
 
 def test_phases_add_up_and_memory_is_the_childs_own(bundle_256: Path) -> None:
-    ballast = bytearray(1 << 31)  # the parent's memory is not the child's, though it was forked
+    ballast = bytearray(3 << 29)  # the parent's memory is not the child's, though it was forked
     ballast[:: 1 << 12] = b"x" * (len(ballast) >> 12)
     found = cold_start("pixart_rt", BenchRequest(bundle=bundle_256, steps=1, threads=1))
     del ballast
     phases = [found[name] for name in ("imports_s", "load_s", "first_image_s")]
     assert all(seconds > 0 for seconds in phases)
     assert sum(phases) == pytest.approx(found["total_s"])
-    assert 1 << 27 < found["peak_memory"]["process"] < 1 << 31, "torch and a small model"
+    assert 1 << 27 < found["peak_memory"]["process"] < 3 << 29, "torch and a small model"
 
 
 def test_a_failed_child_is_one_line(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def systems(result: dict[str, Any]) -> list[str]:
     for name, system in result["systems"].items():
         cold, factor = system["cold"], result["speedup"].get(name)
         agreement = result["agreement"].get(name)
-        cells = ["-", short(system["series"][0]["first_call_s"]), "-"]
+        first = system["series"][0]
+        cells = ["-", short(first["prepare_s"] + first["first_call_s"]), "-"]
         if cold is not None:
             peak = cold["peak_memory"]
             cells[0] = short(cold["total_s"])

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -36,8 +37,10 @@ from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
 from pixart_rt.export.engine import check_targets
-from pixart_rt.export.parts import Plan, plan_component
+from pixart_rt.export.parts import DTYPES, Plan, plan_component
+from pixart_rt.export.plugins import check_plugin_targets
 from pixart_rt.export.source import Source, open_source
+from pixart_rt.model.text_side import TEXT_SIDE
 from pixart_rt.schedulers import stored_scheduler
 from pixart_rt.version import __version__
 
@@ -47,7 +50,7 @@ Progress = Callable[[str, int, int], None]
 MEMORY_SHARE = 0.8  # of what is free, for a build that was given no limit
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings",
+    "tensorrt", "tensorrt_rtx_cu13_libs", "tensorrt_rtx_cu13_bindings", "triton", "torchao",
 )  # fmt: skip
 
 
@@ -85,6 +88,7 @@ def build(
     heads: int | None = None,
     sample_size: int | None = None,
     max_text_tokens: int | None = None,
+    memory: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build a bundle of `model` at `out`.
@@ -94,6 +98,7 @@ def build(
     max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
     heads, sample_size, max_text_tokens: what a checkpoint may not tell (see
         pixart_rt.model.checkpoint).
+    memory: what was predicted of the bundle's memory; kept in the manifest's `build`.
     progress: called with a step's name, steps done and steps in all.
     Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
     """
@@ -111,8 +116,8 @@ def build(
         cfg_null=cfg_null,
     )
     source.check_fits(config.components)
-    memory = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
-    plans = [plan_component(name, source, config, memory) for name in config.components]
+    usable = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
+    plans = [plan_component(name, source, config, usable) for name in config.components]
     key = bundle_key(source, config, {plan.component: len(plan.parts) for plan in plans})
     found = _cached(out, key)
     if found is not None:
@@ -122,7 +127,7 @@ def build(
         raise BundleError(
             f"--out {out} exists and is not a bundle; choose another folder or remove it"
         )
-    notes = _notes(plans, memory)
+    notes = _notes(plans, usable)
     for note in notes:
         logger.info("%s", note)
     started = time.monotonic()
@@ -130,7 +135,11 @@ def build(
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
         seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
-        manifest = replace(manifest, build=seconds, files=_write_rest(folder, source))
+        if memory is not None:
+            seconds["memory"] = memory
+        manifest = replace(
+            manifest, build=seconds, files=_write_rest(folder, source, DTYPES[config.precision])
+        )
         (folder / MANIFEST).write_text(manifest.to_json())
     return BuildResult(out, False, manifest, notes)
 
@@ -158,7 +167,7 @@ def _code_sha256() -> str:
     digest = hashlib.sha256(__version__.encode())
     for path in sorted(
         p
-        for part in ("model/*.py", "kernels/*.py", "export/*.py", "ops.py")
+        for part in ("model/*.py", "kernels/*.py", "export/*.py", "backends/*plugin*.py", "ops.py")
         for p in root.glob(part)
     ):
         digest.update(path.read_bytes())
@@ -193,7 +202,10 @@ def _resolve(config: EngineConfig) -> EngineConfig:
             "graphs; use fp16 or fp32, or another --backend"
         )
     if config.backend.startswith("tensorrt"):
-        return replace(config, targets=check_targets(config.backend, config.targets))
+        targets = check_targets(config.backend, config.targets)
+        if config.plugins:
+            check_plugin_targets(targets)
+        return replace(config, targets=targets)
     if config.targets:
         raise ConfigError(
             f"--target {', '.join(config.targets)} was asked, but backend {config.backend} has no "
@@ -277,22 +289,26 @@ def _compile_all(
         step = lambda what, name=plan.component, done=done: report(  # noqa: E731
             f"{name}: {what}", done, len(plans)
         )
-        entry, stats = compile_component(folder, manifest, plan, backend, config.targets, step)
+        plugins = config.plugins and plan.component == "transformer"
+        entry, stats = compile_component(
+            folder, manifest, plan, backend, config.targets, step, plugins=plugins
+        )
         stats["seconds"] = round(time.monotonic() - started, 1)
         manifest = replace(
-            manifest,
-            components={**manifest.components, plan.component: entry},
+            manifest.with_entry(plan.component, entry),
             build={**manifest.build, plan.component: stats},
         )
     report("writing the manifest", len(plans), len(plans))
     return manifest
 
 
-def _write_rest(folder: Path, source: Source) -> dict[str, str]:
-    """Modulator, tokenizer, scheduler and goldens; their hashes."""
+def _write_rest(folder: Path, source: Source, dtype: torch.dtype) -> dict[str, str]:
+    """Modulator, text side, tokenizer, scheduler and goldens; their hashes."""
     weights = source.modulator().state_dict()
     state = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(state, folder / "modulator.safetensors")
+    side = source.text_side(dtype).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in side.items()}, folder / TEXT_SIDE)
     if source.transformer_path is not None:
         null = source.checkpoint().y_embedding
         if null is not None:

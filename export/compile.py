@@ -8,6 +8,7 @@ says so.
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart_rt.backends import default_device, get_backend, runs_here
-from pixart_rt.bundle import ComponentEntry, Manifest, hash_files
+from pixart_rt.backends.base import Component
+from pixart_rt.backends.trt import TensorRTBackend
+from pixart_rt.bundle import ComponentEntry, Manifest, PluginVariant, hash_files
 from pixart_rt.errors import ConfigError
+from pixart_rt.export.choose import choose, without_slower
 from pixart_rt.export.engine import EngineStats, build_aoti, build_tensorrt
 from pixart_rt.export.graph import Graph, export_onnx, export_program, on_device
 from pixart_rt.export.parts import DTYPES, Part, Plan
+from pixart_rt.export.plugins import (
+    compile_kernels,
+    export_with_plugins,
+    kernels_of,
+    with_functions,
+)
 from pixart_rt.export.verify import (
     Difference,
     first_bad_layer,
@@ -33,6 +44,7 @@ from pixart_rt.export.verify import (
     save_golden,
 )
 from pixart_rt.model.load import save_module
+from pixart_rt.prompts import NULL_PROMPT
 
 WORK = ".work"  # graphs that a build needs and a bundle does not, below the bundle
 Tensors = dict[str, Tensor]
@@ -56,10 +68,13 @@ def compile_component(
     backend: str,
     targets: tuple[str, ...],
     step: Step,
+    *,
+    plugins: bool = False,
 ) -> tuple[ComponentEntry, dict[str, Any]]:
     """Compile a component into `folder` and check it; its manifest entry and the build's figures.
 
-    Raises BuildError or, for a wrong output, NumericsError.
+    With `plugins` its engines are built twice, without and with. Raises BuildError or, for a wrong
+    output, NumericsError.
     """
     (folder / plan.component).mkdir()
     step("float32 reference")
@@ -68,7 +83,12 @@ def compile_component(
     # Small shapes lie outside a profile. Where the engine cannot run, its graph is, on the small.
     cases = plan.profile_cases if profiled and engine_runs else plan.cases
     golden = plan.profile_cases[0]
-    *references, stored = run_parts(plan, [*cases, golden], torch.float32)
+    empty = [] if plan.empty_prompt is None else [plan.empty_prompt]
+    outputs = run_parts(plan, [*cases, golden, *empty], torch.float32)
+    references, stored = outputs[: len(cases)], outputs[len(cases)]
+    for inputs, embeds in zip(empty, outputs[len(cases) + 1 :], strict=True):
+        mask = inputs["attention_mask"]
+        save_file({"embeds": embeds.contiguous(), "mask": mask}, folder / NULL_PROMPT)
     save_golden(folder / "golden" / f"{plan.component}.safetensors", golden, stored)
     compiled = [_compile_part(folder, plan, part, backend, targets, step) for part in plan.parts]
     files = [path for path in (folder / plan.component).rglob("*") if path.is_file()]
@@ -81,26 +101,22 @@ def compile_component(
         profiles=plan.profiles if profiled else [],
     )
     step("numerics gate")
-    if engine_runs:
-        full = replace(manifest, components={**manifest.components, plan.component: entry})
-        how, run = _engine_runner(folder, full, plan.component)
-    else:
-        how, run = _graph_runner(plan, compiled)
     checked = list(zip(cases, references, strict=True))
-    parity = _gate(plan, compiled, checked, how, run)
-    for item in compiled:
-        if item.onnx is not None and item.onnx != item.engine:
-            for path in item.onnx.parent.glob(f"{item.onnx.name}*"):
-                path.unlink()
-    work = folder / WORK
-    if work.is_dir() and not any(work.iterdir()):
-        work.rmdir()
+    if engine_runs:
+        runner = _engine_runner(folder, manifest.with_entry(plan.component, entry), plan.component)
+    else:
+        runner = _graph_runner(plan, compiled)
+    entry = replace(entry, parity=_gate(plan, compiled, checked, *runner))
+    if plugins:
+        entry, more = _add_plugins(folder, manifest, plan, entry, checked, engine_runs, step)
+        compiled += more
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     peaks = [item.stats.peak_bytes for item in compiled if item.stats is not None]
     stats = {
-        "bytes": sum(path.stat().st_size for path in files),
+        "bytes": sum((folder / name).stat().st_size for name in entry.files),
         **({"engine_peak_bytes": max(peaks)} if peaks else {}),
     }
-    return replace(entry, parity=parity), stats
+    return entry, stats
 
 
 def run_parts(plan: Plan, cases: list[Tensors], dtype: torch.dtype) -> list[Tensor]:
@@ -161,6 +177,62 @@ def _compile_part(
     return Compiled(part, engine, onnx, stats)
 
 
+def _add_plugins(
+    folder: Path,
+    manifest: Manifest,
+    plan: Plan,
+    entry: ComponentEntry,
+    checked: list[tuple[Tensors, Tensor]],
+    engine_runs: bool,
+    step: Step,
+) -> tuple[ComponentEntry, list[Compiled]]:
+    """The entry of a component with its engines with plugins beside the plain ones, checked.
+
+    Where they run here both are timed, and slower ones that are for this GPU alone are removed.
+    """
+    step("the same with plugins")
+    built = [_compile_with_plugins(folder, plan, part, entry) for part in plan.parts]
+    engines = [item.engine for item in built]
+    parts = tuple(path.relative_to(folder).as_posix() for path in engines)
+    variant = PluginVariant(parts=parts, parity={})
+    files = {**entry.files, **hash_files(folder, engines)}
+    entry = replace(entry, files=files, plugins=variant)
+    full = manifest.with_entry(plan.component, entry)
+    if engine_runs:
+        runner = _engine_runner(folder, full, plan.component, plugins=True)
+        parity = _gate(plan, built, checked, *runner)
+    elif plan.precision == "bf16":
+        how = "engine not run (no device), nor its graph: ONNX Runtime has no bfloat16"
+        parity = {"how": how}
+    else:
+        parity = _gate(plan, built, checked, *_graph_runner(plan, built))
+    entry = replace(entry, plugins=replace(variant, parity=parity))
+    if engine_runs:
+        step("timing both")
+        entry = choose(folder, manifest.with_entry(plan.component, entry), plan.component)
+        entry = without_slower(folder, entry)
+    return entry, built
+
+
+def _compile_with_plugins(folder: Path, plan: Plan, part: Part, entry: ComponentEntry) -> Compiled:
+    """A second engine of a part, whose graph keeps operators that run our own kernels."""
+    name = f"{part.name}-plugins"
+    onnx = folder / WORK / f"{plan.component}-{name}.onnx"
+    defined = onnx.with_name(f"{plan.component}-{name}-defined.onnx")  # what ONNX Runtime can run
+    export_with_plugins(part.make(DTYPES[plan.precision]), onnx)
+    gc.collect()
+    with_functions(onnx, defined)
+    usual = plan.profiles[0]
+    tokens = usual["batch"][1] * usual["num_tokens"][1]
+    kernels = compile_kernels(kernels_of(onnx), entry.targets, tokens)
+    engine = folder / plan.component / f"{name}.engine"
+    stats = build_tensorrt(
+        onnx, engine, library=entry.backend, profiles=plan.profiles, targets=entry.targets,
+        kernels=kernels,
+    )  # fmt: skip
+    return Compiled(part, engine, defined, stats)
+
+
 def _gate(
     plan: Plan,
     compiled: list[Compiled],
@@ -181,17 +253,22 @@ def _gate(
 
 
 def _engine_runner(
-    folder: Path, manifest: Manifest, component: str
+    folder: Path, manifest: Manifest, component: str, *, plugins: bool = False
 ) -> tuple[str, Callable[[Tensors], Tensor]]:
-    """The engine itself, on the GPU if there is one."""
-    backend = get_backend(manifest.components[component].backend)
-    device = default_device(backend.name)
-    engine = backend.load(folder, manifest, component, device)
+    """The engine itself, on the GPU if there is one; with plugins the one that has them."""
+    name = manifest.components[component].backend
+    device = default_device(name)
+    if plugins:
+        engine: Component = TensorRTBackend(name).load_variant(
+            folder, manifest, component, device, plugins=True
+        )
+    else:
+        engine = get_backend(name).load(folder, manifest, component, device)
 
     def run(inputs: Tensors) -> Tensor:
         return engine(**{name: tensor.to(device) for name, tensor in inputs.items()}).cpu()
 
-    return f"engine run by {backend.name}", run
+    return f"engine run by {name}", run
 
 
 def _graph_runner(plan: Plan, compiled: list[Compiled]) -> tuple[str, Callable[[Tensors], Tensor]]:
@@ -204,10 +281,12 @@ def _graph_runner(plan: Plan, compiled: list[Compiled]) -> tuple[str, Callable[[
         import onnxruntime
 
         output = None
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of constants that it could have folded
         for item in compiled:
             feed = {name: value.numpy() for name, value in _feed(plan, inputs, output).items()}
             session = onnxruntime.InferenceSession(
-                str(item.onnx), providers=["CPUExecutionProvider"]
+                str(item.onnx), options, providers=["CPUExecutionProvider"]
             )
             output = torch.from_numpy(session.run(None, feed)[0])
             del session

@@ -6,29 +6,27 @@ BuildError, and its peak memory is its own. Engines are written aside and rename
 
 from __future__ import annotations
 
-import json
+import base64
+import importlib.util
 import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pixart_rt.backends.trt import LIBRARIES, import_library, supported_targets
 from pixart_rt.errors import BuildError, ConfigError
-from pixart_rt.export.trt_worker import peak_memory
+from pixart_rt.export.worker import REASON_LINES, ask, peak_memory
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 WORKER = "pixart_rt.export.trt_worker"
-LOG_LINES = 40  # kept of a build's log
-REASON_LINES = 3  # of it in an error message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +77,13 @@ def build_tensorrt(
     library: str,
     profiles: list[dict[str, list[int]]],
     targets: tuple[str, ...] = (),
+    kernels: Mapping[str, bytes] | None = None,
 ) -> EngineStats:
     """Build `engine` from `onnx` with "tensorrt-rtx" or "tensorrt".
 
     A profile maps the names of the graph's dynamic dimensions to [min, opt, max]. Several targets
-    share one engine (tensorrt-rtx). Raises ConfigError before any work, BuildError after.
+    share one engine (tensorrt-rtx). `kernels` are those of the graph's plugin nodes, if it has any
+    (backends/trt_plugins.py). Raises ConfigError before any work, BuildError after.
     """
     targets = check_targets(library, targets)
     check_profiles(profiles)
@@ -96,10 +96,14 @@ def build_tensorrt(
         "engine": str(partial),
         "profiles": profiles,
         "targets": targets if library == "tensorrt-rtx" else (),
+        "kernels": {
+            name: base64.b64encode(packed).decode() for name, packed in (kernels or {}).items()
+        },
     }
     start = time.perf_counter()
     try:
-        answer, log = _run_worker(request, engine.name)
+        with _library_path(library, plugins=bool(kernels)) as environment:
+            answer, log = ask(WORKER, request, engine.name, environment=environment, advice=_advice)
         stats = EngineStats(
             seconds=time.perf_counter() - start,
             peak_bytes=answer["peak_bytes"],
@@ -113,50 +117,35 @@ def build_tensorrt(
     return stats
 
 
+@contextmanager
+def _library_path(library: str, *, plugins: bool) -> Iterator[dict[str, str]]:
+    """The environment in which `library` builds, with plugins or without.
+
+    With plugins the parser of TensorRT-RTX opens libtensorrt_rtx.so by that name, which its wheel
+    does not have (only ....so.1), and aborts. A link in a folder on the worker's path helps.
+    """
+    environment = dict(os.environ)
+    found = importlib.util.find_spec("tensorrt_rtx_libs") if library == "tensorrt-rtx" else None
+    if not plugins or found is None:
+        yield environment
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for place in found.submodule_search_locations or ():
+            for path in sorted(Path(place).glob("libtensorrt_rtx.so.*"))[:1]:
+                (Path(folder) / "libtensorrt_rtx.so").symlink_to(path.resolve())
+        earlier = environment.get("LD_LIBRARY_PATH")
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, earlier)))
+        yield environment
+
+
 def check_profiles(profiles: list[dict[str, list[int]]]) -> None:
-    """Every range is 1 <= min <= opt <= max."""
+    """Every range is 0 <= min <= opt <= max, and not of nothing only."""
     if not profiles:
         raise ConfigError("an engine needs at least one profile of dimension ranges; got none")
     for profile in profiles:
         for name, values in profile.items():
-            if len(values) != 3 or not 1 <= values[0] <= values[1] <= values[2]:
+            if len(values) != 3 or not 0 <= values[0] <= values[1] <= values[2] > 0:
                 raise ConfigError(f"{name} has the range {values}; give [min, opt, max] in order")
-
-
-def _run_worker(request: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The worker's answer and the end of its log, or a BuildError that tells what ended it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", WORKER],
-            input=json.dumps(request),
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env=environment,
-        )
-        log.seek(0)
-        lines = [line.strip() for line in log.read().splitlines() if line.strip()][-LOG_LINES:]
-    answer = json.loads(done.stdout) if done.returncode == 0 else {}
-    if "error" in answer:
-        reason = " ".join(answer["error"].split())
-        raise BuildError(f"{name} was not built: {reason}{_advice(reason)}")
-    if done.returncode:
-        last = " | ".join(lines[-REASON_LINES:]) or "nothing"
-        raise BuildError(f"{name} was not built: {_end(done.returncode)}; it last wrote: {last}")
-    return answer, "\n".join(lines)
-
-
-def _end(code: int) -> str:
-    """How a process ended, in words."""
-    if code == -signal.SIGKILL:
-        return (
-            "the builder was killed, most likely for its memory (a build needs about 4 times the "
-            "engine's size); free memory or split the component"
-        )
-    if code < 0:
-        return f"the library crashed with {signal.Signals(-code).name}"
-    return f"the builder ended with exit code {code}"
 
 
 def _advice(reason: str) -> str:

@@ -1,8 +1,9 @@
 """Module -> exported program -> ONNX, for each component, with named dynamic dimensions.
 
     component      dynamic dimensions                      static
-    text_encoder   batch                                   T, the text length
-    transformer    batch, num_tokens                       T, widths
+    text_encoder   batch, text_tokens
+    transformer    batch, num_tokens, num_null,
+                   num_text, num_outputs                   T, the text length; widths
     vae_decoder    batch, latent_height, latent_width      channels
 
 Opset 20: attention is decomposed, which every runtime at hand builds and runs; the fused operator
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +39,7 @@ OPSET = 20
 MAX_BATCH = 63  # bounds of the graph, wider than any profile; diffusers' upsampling branches at 64
 MAX_TOKENS = 1 << 16
 MAX_LATENT = 1 << 10
+MAX_OUTPUTS = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,16 @@ class Graph:
     example: dict[str, Tensor]
     dynamic: dict[str, dict[int, str]]  # input -> axis -> dimension name
     output: str
+    max_text: int = 1 << 10
 
     def dynamic_shapes(self) -> dict[str, dict[int, Dim]]:
         dims = {
             "batch": Dim("batch", min=1, max=MAX_BATCH),
             "num_tokens": Dim("num_tokens", min=2, max=MAX_TOKENS),
+            "text_tokens": Dim("text_tokens", min=2, max=self.max_text),
+            "num_null": Dim("num_null", min=0, max=MAX_BATCH),
+            "num_text": Dim("num_text", min=1, max=2 * MAX_BATCH),
+            "num_outputs": Dim("num_outputs", min=1, max=MAX_OUTPUTS),
             "latent_height": Dim("latent_height", min=2, max=MAX_LATENT),
             "latent_width": Dim("latent_width", min=2, max=MAX_LATENT),
         }
@@ -67,36 +75,42 @@ def transformer_graph(module: DenoiserModule, config: ModelConfig) -> Graph:
     return Graph(
         "transformer",
         module,
-        transformer_inputs(config, batch=2, num_tokens=59),
+        transformer_inputs(config, batch=3, num_tokens=59, guided=2),
         {
             "tokens": {0: "batch", 1: "num_tokens"},
-            "pos_embed": {1: "num_tokens"},
+            "pos_embed": {0: "batch", 1: "num_tokens"},
             "modulation": {0: "batch"},
-            "prompt_embeds": {0: "batch"},
-            "prompt_mask": {0: "batch"},
+            "null_rows": {0: "num_null"},
+            "text_rows": {0: "num_text"},
+            "constant": {1: "num_null"},
+            "text_kv": {1: "num_text"},
+            "prompt_mask": {0: "num_text"},
+            "outputs": {0: "num_outputs"},
         },
         OUTPUTS["transformer"],
     )
 
 
 def text_encoder_graph(encoder: T5Encoder, num_tokens: int) -> Graph:
-    """A text encoder, or one part of a split one, at a fixed text length.
+    """A text encoder, or one part of a split one, for texts of up to `num_tokens`.
 
     The position bias is folded into one constant, and one only.
     """
     encoder.fold_position_bias(num_tokens)
     first, last = encoder.start == 0, encoder.stop == encoder.config.num_layers
     module = TextEncoderModule(encoder) if first else HiddenModule(encoder)
-    inputs = text_encoder_inputs(encoder.config.vocab_size, batch=2, num_tokens=num_tokens)
+    length = num_tokens - 1  # no length that is used, and not that of the folded bias
+    inputs = text_encoder_inputs(encoder.config.vocab_size, batch=2, num_tokens=length)
     if not first:
-        hidden = torch.randn(2, num_tokens, encoder.config.d_model)
+        hidden = torch.randn(2, length, encoder.config.d_model)
         inputs = {"hidden": hidden, "attention_mask": inputs["attention_mask"]}
     return Graph(
         "text_encoder",
         module,
         inputs,
-        {name: {0: "batch"} for name in inputs},
+        {name: {0: "batch", 1: "text_tokens"} for name in inputs},
         OUTPUTS["text_encoder"] if last else "hidden_out",
+        max_text=num_tokens,
     )
 
 
@@ -112,21 +126,33 @@ def vae_decoder_graph(module: VaeDecoder, latent_channels: int) -> Graph:
 
 
 def transformer_inputs(
-    config: ModelConfig, *, batch: int, num_tokens: int, generator: torch.Generator | None = None
+    config: ModelConfig,
+    *,
+    batch: int,
+    num_tokens: int,
+    guided: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Random float32 inputs of the denoiser; every row sees between 1 and all text tokens."""
+    """Random inputs of the denoiser for `batch` images, of which the first `guided` (by default
+    all) have a row of one visible token besides their own, which sees between 1 and all.
+    """
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    text = config.max_text_tokens
+    text, blocks = config.max_text_tokens, config.num_layers
+    nulls = batch if guided is None else guided
     valid = torch.randint(1, text + 1, (batch, 1), generator=generator)
     return {
         "tokens": randn(batch, num_tokens, config.token_channels),
-        "pos_embed": randn(1, num_tokens, config.hidden_size),
+        "pos_embed": randn(batch, num_tokens, config.hidden_size),
         "modulation": 0.5 * randn(batch, 7, config.hidden_size),
-        "prompt_embeds": randn(batch, text, config.caption_channels),
+        "null_rows": torch.arange(nulls),
+        "text_rows": torch.arange(batch),
+        "constant": randn(blocks, nulls, 1, config.hidden_size),
+        "text_kv": randn(blocks, batch, text, 2, config.num_heads, config.head_dim),
         "prompt_mask": torch.arange(text)[None] < valid,
+        "outputs": torch.arange(config.patch_size**2 * config.out_channels),
     }
 
 
@@ -158,16 +184,19 @@ def export_program(graph: Graph) -> ExportedProgram:
         )
 
 
-def export_onnx(graph: Graph, path: Path) -> None:
+def export_onnx(
+    graph: Graph, path: Path, nodes: Mapping[Any, Callable[..., Any]] | None = None
+) -> None:
     """Write the graph as ONNX, weights in `path` + ".data", inputs and dimensions named.
 
-    Raises BuildError when a dimension that should be dynamic came out as a constant.
+    `nodes` are operators of ours with decompositions other than the usual (plugins.py). Raises
+    BuildError when a dimension that should be dynamic came out as a constant.
     """
     with two_stage_group_norms(graph.module):
         program = export_program(graph)
-    with _quiet_exporter():
+    with quiet_exporter():
         exported = torch.onnx.export(
-            without_own_operators(program),
+            without_own_operators(program, nodes or {}),
             dynamo=True,
             opset_version=OPSET,
             output_names=[graph.output],
@@ -181,15 +210,17 @@ def export_onnx(graph: Graph, path: Path) -> None:
     exported.save(os.fspath(path), external_data=True)
 
 
-def without_own_operators(program: ExportedProgram) -> ExportedProgram:
+def without_own_operators(
+    program: ExportedProgram, nodes: Mapping[Any, Callable[..., Any]]
+) -> ExportedProgram:
     """The program with the fused operators, if it has any, taken apart into PyTorch's own."""
-    table = decompositions()
+    table = {**decompositions(), **nodes}
     found = any(node.target in table for node in program.graph.nodes)
     return program.run_decompositions(table) if found else program
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Hide the exporter's warnings of its own deprecations and of an absent torchvision."""
     registry = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registry.level
@@ -212,12 +243,17 @@ def _name_dimensions(model: Any, graph: Graph) -> None:
             if isinstance(found, int):
                 raise BuildError(f"{graph.component}: {name} axis {axis} was fixed at {found}")
             names[str(found)] = dim
+
+    def named(size: object) -> str:
+        """A symbol, or an expression of symbols (8*s12, s3 + s4), in our names."""
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size))
+
     for value in _values(model):
         if value.shape is None:
             continue
         for axis, size in enumerate(value.shape):
-            if not isinstance(size, int) and str(size) in names:
-                value.shape[axis] = names[str(size)]
+            if not isinstance(size, int) and size.value is not None:
+                value.shape[axis] = named(size)
 
 
 def _values(model: Any) -> list[Any]:

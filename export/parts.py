@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.buckets import buckets
-from pixart_rt.config import EngineConfig, Quality
+from pixart_rt.config import EngineConfig, Quality, Weights, text_lengths
 from pixart_rt.errors import BuildError
 from pixart_rt.export.graph import (
     Graph,
@@ -56,11 +56,15 @@ class Plan:
     cases: list[dict[str, Tensor]]  # small shapes, for the gate of what accepts any
     profile_cases: list[dict[str, Tensor]]  # a shape inside each profile; the first for `verify`
     predicted_peak: int | None = None  # bytes to build its largest engine, where predicted
+    empty_prompt: dict[str, Tensor] | None = None  # a text encoder's, whose output is kept
     fp8: bool = False  # the transformer's linears, quantized when it is loaded
+    weights: Weights = Weights.FULL  # and these, of whichever component
 
     @property
     def label(self) -> str:
         """The precision of its arithmetic: what the numerics gate and the manifest call it."""
+        if self.weights is not Weights.FULL:
+            return f"{self.weights}-weights"
         return "fp8" if self.fp8 else self.precision
 
 
@@ -77,23 +81,37 @@ def plan_component(component: str, source: Source, config: EngineConfig, memory:
 def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan:
     model = source.config
     low, high = config.token_range
-    batch = 2 * config.max_batch
+    images = config.max_batch
+    channels = model.patch_size**2
     generator = torch.Generator().manual_seed(SEED)
 
-    def inputs(rows: int, num_tokens: int) -> dict[str, Tensor]:
-        return transformer_inputs(model, batch=rows, num_tokens=num_tokens, generator=generator)
+    def inputs(batch: int, num_tokens: int, guided: int | None = None) -> dict[str, Tensor]:
+        return transformer_inputs(
+            model, batch=batch, num_tokens=num_tokens, guided=guided, generator=generator
+        )
 
     def make(dtype: torch.dtype) -> Graph:
         return transformer_graph(DenoiserModule(source.transformer(dtype)), model)
 
+    profile = {
+        "batch": [1, 1, images],
+        "num_tokens": [low, high, high],
+        "num_null": [0, 1, images],
+        "num_text": [1, 1, 2 * images],
+        "num_outputs": [
+            channels * model.in_channels, channels * model.in_channels,
+            channels * model.out_channels,
+        ],
+    }  # fmt: skip
     return Plan(
         "transformer",
         config.precision,
         [Part("model", make, model)],
-        [{"batch": [1, 2, batch], "num_tokens": [low, high, high]}],
-        [inputs(2, 35), inputs(1, 64), inputs(3, 17)],
-        [inputs(1, low), inputs(batch, high)],
+        [profile],
+        [inputs(2, 35), inputs(1, 64, guided=0), inputs(3, 17, guided=2)],
+        [inputs(1, low), inputs(images, high, guided=0)],
         fp8=config.quality is Quality.FAST,
+        weights=config.weights,
     )
 
 
@@ -147,15 +165,16 @@ def vae_profiles(config: EngineConfig) -> list[Profile]:
 def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Plan:
     t5 = source.text_config()
     length = source.config.max_text_tokens
+    shortest = text_lengths(length)[0]
     dtype = DTYPES[config.text_precision]
     whole = (config.text_encoder_backend or config.backend).startswith("torch")
     bounds = [(0, t5.num_layers)] if whole else split_layers(t5, dtype, memory)
     batch = 2 * config.max_batch
     generator = torch.Generator().manual_seed(SEED)
 
-    def inputs(rows: int) -> dict[str, Tensor]:
+    def inputs(rows: int, num_tokens: int = length) -> dict[str, Tensor]:
         return text_encoder_inputs(
-            t5.vocab_size, batch=rows, num_tokens=length, generator=generator
+            t5.vocab_size, batch=rows, num_tokens=num_tokens, generator=generator
         )
 
     def part(index: int, start: int, stop: int) -> Part:
@@ -168,10 +187,12 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         "text_encoder",
         config.text_precision,
         [part(index, *bound) for index, bound in enumerate(bounds)],
-        [{"batch": [1, 2, batch]}],
-        [inputs(2), inputs(1), inputs(3)],
-        [inputs(1), inputs(2)],
+        [{"batch": [1, 1, batch], "text_tokens": [shortest, length, length]}],
+        [inputs(2), inputs(1, shortest), inputs(3, length // 2)],
+        [inputs(1), inputs(2, shortest)],
         None if whole else max(predicted_peak(part_bytes(t5, dtype, *b)) for b in bounds),
+        source.empty_prompt(),
+        weights=config.text_weights,
     )
 
 

@@ -15,14 +15,16 @@ from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 
 import pixart_rt
 from pixart_rt.bundle import sha256
 from pixart_rt.config import COMPONENTS, RANDOM_XL, CfgNull, ModelConfig
 from pixart_rt.errors import BuildError, CheckpointError, ConfigError
+from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, read_text_encoder
+from pixart_rt.model.text_side import TextSide
 from pixart_rt.model.transformer import Modulator, PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
 
@@ -63,6 +65,20 @@ class Source:
         with torch.device("meta"):
             modulator = Modulator(self.config)
         return _fill(modulator, "modulator.", torch.float32)
+
+    def text_side(self, dtype: torch.dtype) -> TextSide:
+        """The caption projection and the cross-attention weights."""
+        if self.transformer_path is not None:
+            return TextSide.of(load_transformer(self.checkpoint(), dtype))
+        with torch.device("meta"):
+            side = TextSide(self.config)
+        return _fill(side, "", dtype)
+
+    def empty_prompt(self) -> dict[str, Tensor]:
+        """The text encoder's inputs for the empty prompt, at the model's full text length."""
+        assert self.folder is not None
+        tokens = PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens)([""])
+        return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
     def checkpoint(self) -> TransformerCheckpoint:
         """The transformer's tensors as the files hold them."""

@@ -4,44 +4,36 @@ A process of its own, because the library may abort or be killed for its memory,
 peak memory is then its own. The request is JSON on stdin, the answer JSON on stdout, and all that
 the library says is on stderr. Imports no torch.
 
-request  {"module", "onnx", "engine", "profiles": [{dimension: [min, opt, max]}], "targets": [..]}
+request  {"module", "onnx", "engine", "profiles": [{dimension: [min, opt, max]}], "targets": [..],
+          "kernels": {KernelSpec as text: its packed images in base64}}
 answer   {"peak_bytes", "version"} or {"error"}
 """
 
 from __future__ import annotations
 
+import base64
 import importlib
-import json
-import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from pixart_rt.backends.trt_plugins import register
+from pixart_rt.export.worker import Refused, peak_memory, serve
+
 Ranges = dict[str, list[int]]  # dimension name -> [min, opt, max]
-
-
-class Refused(Exception):
-    """The request cannot be built; the message says why."""
 
 
 def main() -> None:
     """Answer one request."""
-    answer_fd = os.dup(1)
-    os.dup2(2, 1)  # what native code prints must not mix with the answer
-    request = json.load(sys.stdin)
-    try:
-        answer = {"version": build(request), "peak_bytes": peak_memory()}
-    except Refused as error:
-        answer = {"error": str(error)}
-    with os.fdopen(answer_fd, "w") as stream:
-        json.dump(answer, stream)
+    serve(lambda request: {"version": build(request), "peak_bytes": peak_memory()})
 
 
 def build(request: dict[str, Any]) -> str:
     """Build the engine of a request; returns the library's version."""
     trt = importlib.import_module(request["module"])
     log = make_log(trt)
+    if request["kernels"]:
+        register(trt, {k: base64.b64decode(v) for k, v in request["kernels"].items()})
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
@@ -135,20 +127,6 @@ def _serialize(trt: Any, builder: Any, network: Any, config: Any, engine: Path) 
     writer = Writer()
     with writer.file:
         return bool(builder.build_serialized_network_to_stream(network, config, writer))
-
-
-def peak_memory() -> int:
-    """The peak resident memory of this process in bytes.
-
-    Not getrusage where /proc has it: ru_maxrss starts from the parent's, across fork and exec.
-    """
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

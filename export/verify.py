@@ -7,6 +7,11 @@ element over the reference's standard deviation. The bounds are for one forward 
     fp16   rms 1e-2   max 5e-2     11 bits; 28 layers measured near rms 2e-3
     bf16   rms 5e-2   max 3e-1     8 bits
     fp8    rms 2e-1   max 1.5      the linears' inputs 4 bits, the rest as its dtype
+
+and, where only the weights are quantized, of a component in any precision (see docs/memory.md):
+
+    int8-weights   rms 1e-1   max 6e-1
+    fp8-weights    rms 2e-1   max 1.5
 """
 
 from __future__ import annotations
@@ -25,7 +30,14 @@ from pixart_rt.bundle import Manifest, damaged_files
 from pixart_rt.errors import NumericsError, PixArtError
 from pixart_rt.export.graph import Graph
 
-BOUNDS = {"fp32": (1e-4, 1e-3), "fp16": (1e-2, 5e-2), "bf16": (5e-2, 3e-1), "fp8": (2e-1, 1.5)}
+BOUNDS = {
+    "fp32": (1e-4, 1e-3),
+    "fp16": (1e-2, 5e-2),
+    "bf16": (5e-2, 3e-1),
+    "fp8": (2e-1, 1.5),
+    "int8-weights": (1e-1, 6e-1),
+    "fp8-weights": (2e-1, 1.5),
+}
 GOLDEN_ELEMENTS = 1 << 15  # of a reference output that a bundle keeps
 
 

@@ -64,7 +64,7 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
     Raises whatever Triton raises for a kernel that does not compile there.
     """
     number = 10 * arch[0] + arch[1]
-    source, options = _source(launch)
+    source, options = ast_source(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
     bin_dir = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +93,7 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
     )
 
 
-def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+def ast_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     """The launch as Triton's compiler takes it: types, constants, and 16-divisible arguments."""
     kernel, params = launch.kernel, launch.kernel.params
     names = {param.name for param in params}

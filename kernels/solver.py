@@ -4,8 +4,9 @@
     x0     = p·x + q·eps                       p = 1/alpha_s, q = -sigma_s/alpha_s
     x_next = a·x + b·x0 + c·x0_last            2M multistep update (arXiv:2211.01095, Algorithm 2)
 
-The six numbers of a step are one row [8] of a table on the device (pixart_rt/schedulers.py fills
-it), so that a captured graph serves every schedule and guidance scale.
+The six numbers of a step are a row [8] of a table on the device (pixart_rt/schedulers.py fills
+it), or a row for each image [B, 8], so that a captured graph serves every schedule and guidance
+scale.
 
 B images, N tokens, C latent channels, P = p·p pixels of a patch. x, x0, x0_last and x_next are
 float32 [B, N, C·P] in the order of the model's input; output is the model's [B or 2B, N, P·O], the
@@ -34,7 +35,8 @@ def cfg_dpmpp_step_ref(
     output: Tensor, x: Tensor, x0_last: Tensor, coefficients: Tensor, channels: int
 ) -> tuple[Tensor, Tensor]:
     """(x_next, x0), the formulas in plain PyTorch, in x's dtype."""
-    p, q, a, b, c, guidance = coefficients[: len(COEFFICIENTS)].to(x.dtype).unbind()
+    used = coefficients[..., : len(COEFFICIENTS)].to(x.dtype)
+    p, q, a, b, c, guidance = used.reshape(-1, len(COEFFICIENTS), 1, 1).unbind(1)
     pixels = x.shape[-1] // channels
     noise = output.to(x.dtype).unflatten(-1, (pixels, -1))[..., :channels]
     noise = noise.transpose(-1, -2).flatten(-2)  # channel first, as the model's input
@@ -47,7 +49,7 @@ def cfg_dpmpp_step_ref(
 
 @triton.jit
 def _cfg_dpmpp_step_kernel(
-    output_ptr, x_ptr, x0_last_ptr, coefficients_ptr, num_images, per_image,
+    output_ptr, x_ptr, x0_last_ptr, coefficients_ptr, num_images, per_image, stride,
     x_next_ptr, x0_ptr,
     C: tl.constexpr, P: tl.constexpr, O: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -57,6 +59,7 @@ def _cfg_dpmpp_step_kernel(
     token, channel, pixel = at // (C * P), at // P % C, at % P
     inside = token * (P * O) + pixel * O + channel  # of one image's output
     output_size = per_image // C * O
+    coefficients_ptr += image * stride  # 0 where all images share a row
     if GUIDED:
         null = tl.load(output_ptr + image * output_size + inside, mask=mask).to(tl.float32)
         cond = output_ptr + (num_images + image) * output_size + inside
@@ -83,7 +86,8 @@ def cfg_dpmpp_step_triton(
     per_image = x.shape[1] * x.shape[2]
     launch(
         _cfg_dpmpp_step_kernel, (triton.cdiv(per_image, BLOCK), len(x)),
-        output, x, x0_last, coefficients.contiguous(), len(x), per_image, x_next, x0,
+        output, x, x0_last, coefficients.contiguous(), len(x), per_image,
+        8 if coefficients.ndim == 2 else 0, x_next, x0,
         C=channels, P=pixels, O=output.shape[2] // pixels, GUIDED=len(output) != len(x),
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -4,6 +4,8 @@
       manifest.json           written last; a folder without one is not a bundle
       text_encoder/  transformer/  vae_decoder/      engines, per component
       modulator.safetensors   timestep, size and aspect ratio to modulation, float32
+      text_side.safetensors   caption projection, keys and values, once for each prompt
+      null_prompt.safetensors the text encoder's output for the empty prompt
       y_embedding.safetensors only with the original unconditional convention
       tokenizer/  scheduler/  as diffusers writes them
 
@@ -16,16 +18,51 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pixart_rt.config import ModelConfig, Quality, Scheduler
+from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """Engines without and with plugins side by side on one GPU."""
+
+    plain: float  # milliseconds, a median
+    plugins: float
+    right: bool  # whether the outputs agree within the precision's bounds
+    difference: str  # how far they are apart
+    shapes: dict[str, list[int]]  # of the inputs
+    date: str
+
+    @property
+    def faster(self) -> bool:
+        """Whether the plugins are what should run."""
+        return self.right and self.plugins < self.plain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PluginVariant:
+    """The same component with plugins. The plain engines run where nothing says it is faster."""
+
+    parts: tuple[str, ...]  # engine files in the order they run; none if found slower and removed
+    parity: dict[str, Any]  # the numerics gate's figures
+    measured: dict[str, Measurement] = field(default_factory=dict)  # by the GPU's name
+
+    def faster_on(self, gpu: str) -> bool:
+        """Whether it was measured on a GPU of this name, and is right and faster there."""
+        return bool(self.parts) and gpu in self.measured and self.measured[gpu].faster
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PluginVariant:
+        measured = {gpu: Measurement(**found) for gpu, found in values["measured"].items()}
+        return cls(**{**values, "parts": tuple(values["parts"]), "measured": measured})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +77,15 @@ class ComponentEntry:
     profiles: list[dict[str, list[int]]] = field(default_factory=list)
     """Shapes the engine accepts: per profile, dimension name -> [min, opt, max]."""
     parity: dict[str, Any] = field(default_factory=dict)  # the numerics gate's figures
+    plugins: PluginVariant | None = None  # of a build that was asked for plugins
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ComponentEntry:
+        """An entry as JSON has it. Raises KeyError or TypeError for one that is damaged."""
+        variant = values.get("plugins")
+        plugins = None if variant is None else PluginVariant.from_dict(variant)
+        tuples = {name: tuple(values[name]) for name in ("parts", "targets")}
+        return cls(**{**values, **tuples, "plugins": plugins})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +115,22 @@ class Manifest:
     def quality(self) -> Quality:
         return Quality(self.engine_config.get("quality", Quality.HIGH))
 
+    @property
+    def text_place(self) -> TextPlace:
+        """Where the text encoder's weights are, unless a pipeline is told otherwise."""
+        return TextPlace(self.engine_config.get("text_place", TextPlace.RESIDENT))
+
+    def weights_of(self, component: str) -> Weights:
+        """How a component's weights are kept when it is loaded."""
+        key = {"transformer": "weights", "text_encoder": "text_weights"}.get(component, "")
+        return Weights(self.engine_config.get(key, Weights.FULL))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    def with_entry(self, name: str, entry: ComponentEntry) -> Manifest:
+        """A copy in which a component has another entry."""
+        return replace(self, components={**self.components, name: entry})
 
     @classmethod
     def read(cls, bundle: Path) -> Manifest:
@@ -93,15 +153,15 @@ class Manifest:
             )
         try:
             entries = {
-                name: ComponentEntry(
-                    **{**entry, "parts": tuple(entry["parts"]), "targets": tuple(entry["targets"])}
-                )
+                name: ComponentEntry.from_dict(entry)
                 for name, entry in values.pop("components").items()
             }
             manifest = cls(components=entries, **values)
             _ = (
                 manifest.config,
                 manifest.quality,
+                manifest.text_place,
+                [manifest.weights_of(name) for name in manifest.components],
                 Scheduler(manifest.scheduler),
             )  # refuse what cannot be, here
             return manifest

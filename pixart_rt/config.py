@@ -40,6 +40,31 @@ class Quality(StrEnum):
     """The blocks' linears in fp8 (e4m3), with a scale for each row."""
 
 
+class Weights(StrEnum):
+    """How a PyTorch component keeps the weights of its linears; the arithmetic keeps its precision.
+
+    Not a Quality: that is about how activations round. Quantized by torchao when loaded.
+    """
+
+    FULL = "full"
+    """In the component's precision. The default."""
+    INT8 = "int8"
+    """int8 with a scale for each output."""
+    FP8 = "fp8"
+    """float8 e4m3 with a scale for each output: as small as int8, and coarser."""
+
+
+class TextPlace(StrEnum):
+    """Where the weights of a text encoder are while a pipeline runs on a GPU."""
+
+    RESIDENT = "resident"
+    """On the GPU throughout. The default."""
+    OFFLOAD = "offload"
+    """In host memory, brought to the GPU for each prompt that is new, and dropped there after."""
+    CPU = "cpu"
+    """In host memory, and run there."""
+
+
 class CfgNull(StrEnum):
     """What the unconditional branch of guidance sees. Three conventions were published."""
 
@@ -49,6 +74,23 @@ class CfgNull(StrEnum):
     """The checkpoint's y_embedding under the caption's mask: the original PixArt-alpha code."""
     EMPTY_PROMPT_CAPTION_MASK = "empty-prompt-caption-mask"
     """T5("") under the caption's mask: the original PixArt-Sigma code."""
+
+
+class Saving(StrEnum):
+    """Work that the pipeline leaves out because the images are the same without it."""
+
+    SHARED_FIRST_BLOCK = "shared-first-block"
+    """The first self-attention once for both halves of guidance: they differ only in their text."""
+    CONSTANT_TEXT = "constant-text"
+    """A vector instead of cross-attention for unconditional prompts of one visible token."""
+    ABSORBED_TEXT = "absorbed-text"
+    """Query and output projections folded into short prompts, where the backend can."""
+    NOISE_ONLY = "noise-only"
+    """No learned variance for samplers that do not use it."""
+    SHORT_TEXT = "short-text"
+    """The text encoder at the length of the longest prompt, not of the model's text."""
+    FUSED_SOLVER = "fused-solver"
+    """Guidance and the DPM-Solver++ step in one operator on tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +180,11 @@ PUBLISHED = {  # the default checkpoint of `pixart-rt build` by resolution
 RANDOM_XL = {1024: XL_2_1024_MS, 512: XL_2_512, 256: XL_2_256}
 
 
+def text_lengths(max_text_tokens: int) -> tuple[int, ...]:
+    """The lengths at which a text encoder runs: 16, 32, 64, 128 below the model's own, and that."""
+    return (*(n for n in (16, 32, 64, 128) if n < max_text_tokens), max_text_tokens)
+
+
 LARGEST_BATCH = 31  # guidance doubles it, and exported graphs take up to 63 rows
 
 
@@ -154,13 +201,28 @@ class EngineConfig:
     components: tuple[str, ...] = COMPONENTS
     text_encoder_backend: str | None = None  # None: the same as the others; or "torch"
     quality: Quality = Quality.HIGH  # other ones with the backends torch and torch-compile
+    plugins: bool = False  # also a transformer engine that holds our kernels, for TensorRT
+    weights: Weights = Weights.FULL  # of the transformer's blocks; others as for quality
+    text_weights: Weights = Weights.FULL  # of the text encoder; others where PyTorch runs it
+    text_place: TextPlace = TextPlace.RESIDENT  # what a pipeline does unless it is told otherwise
 
     def __post_init__(self) -> None:
+        if self.plugins and self.backend not in ("auto", "tensorrt", "tensorrt-rtx"):
+            raise ConfigError(
+                f"plugins were asked with backend {self.backend}, which has none; use tensorrt-rtx "
+                "or tensorrt, or leave them out"
+            )
+        if self.plugins and "transformer" not in self.components:
+            raise ConfigError(
+                f"plugins were asked without the transformer, whose operators they are; found "
+                f"components {', '.join(self.components)}; add it or leave plugins out"
+            )
         if self.quality is not Quality.HIGH and self.backend not in ("torch", "torch-compile"):
             raise ConfigError(
                 f"quality {self.quality} was asked with backend {self.backend}, whose compiler "
                 "chooses its roundings itself; use torch or torch-compile"
             )
+        check_weights(self)
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
         if not 1 <= self.max_batch <= LARGEST_BATCH:
@@ -175,6 +237,32 @@ class EngineConfig:
     def token_range(self) -> tuple[int, int]:
         """Smallest and largest token count that an engine accepts."""
         return token_range(self.resolution)
+
+
+def check_weights(config: EngineConfig) -> None:
+    """Refuse quantized weights and offloading where no PyTorch module could have them."""
+    text_backend = config.text_encoder_backend or config.backend
+    asked = (
+        ("weights", config.weights is not Weights.FULL, config.backend),
+        ("text_weights", config.text_weights is not Weights.FULL, text_backend),
+    )
+    for name, given, backend in asked:
+        if given and backend not in ("torch", "torch-compile", "auto"):
+            raise ConfigError(
+                f"{name} {getattr(config, name)} was asked with backend {backend}; weights are "
+                "quantized where PyTorch runs them: use torch or torch-compile"
+                + (", or --text-encoder torch" if name == "text_weights" else "")
+            )
+    if config.weights is not Weights.FULL and config.quality is not Quality.HIGH:
+        raise ConfigError(
+            f"weights {config.weights} were asked with quality {config.quality}; lossless keeps "
+            f"all weights and fast has its own fp8 ones: use quality {Quality.HIGH}"
+        )
+    if config.text_place is TextPlace.OFFLOAD and text_backend not in ("torch", "auto"):
+        raise ConfigError(
+            f"text_place offload was asked with backend {text_backend} for the text encoder; only "
+            "plain PyTorch can be moved: use --text-encoder torch"
+        )
 
 
 class Scheduler(StrEnum):
@@ -203,6 +291,8 @@ class SamplingConfig:
     num_inference_steps: int = 20
     guidance_scale: float = 4.5
     scheduler: Scheduler = Scheduler.DPM_SOLVER
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """The part of the steps, from first to last, that is guided (arXiv:2404.07724)."""
 
     def __post_init__(self) -> None:
         most = MOST_STEPS[self.scheduler]
@@ -213,8 +303,20 @@ class SamplingConfig:
             )
         if not self.guidance_scale >= 0:
             raise ConfigError(f"guidance_scale must be >= 0, got {self.guidance_scale}")
+        first, last = self.guidance_interval
+        if not 0 <= first <= last <= 1:
+            raise ConfigError(
+                f"guidance_interval must be two fractions of the steps in order, such as (0, 0.5), "
+                f"got {self.guidance_interval}"
+            )
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional branch runs. Not with scale <= 1, as in diffusers."""
-        return self.guidance_scale > 1
+        """Whether the unconditional branch runs at all. Not with scale <= 1, as in diffusers."""
+        first, last = self.guidance_interval
+        return self.guidance_scale > 1 and first < last
+
+    def guides(self, step: int) -> bool:
+        """Whether it runs at this step, counted from 0."""
+        first, last = self.guidance_interval
+        return self.guided and first <= step / self.num_inference_steps < last

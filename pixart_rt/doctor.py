@@ -23,6 +23,7 @@ LIBRARIES = (  # distributions whose versions decide what works
     "tensorrt-rtx-cu13-libs",
     "tensorrt-rtx-cu13-bindings",
     "tensorrt",
+    "torchao",
 )
 
 

@@ -7,6 +7,7 @@
     ├── BackendError            1   a backend that is not installed or refused a call
     ├── BuildError              1   an engine that could not be built
     │   └── NumericsError       1   a component whose output is wrong; names its first bad layer
+    ├── CapacityError           1   a model that does not fit the memory it was given
     └── Cancelled               1   the caller stopped the image
 
 A message is one line: what was asked, what was found, what to do.
@@ -43,6 +44,10 @@ class BuildError(PixArtError):
 
 class NumericsError(BuildError):
     """A component whose output differs from float32 PyTorch by more than its bound."""
+
+
+class CapacityError(PixArtError):
+    """A model that does not fit the memory it was given."""
 
 
 class Cancelled(PixArtError):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixart_rt.config import Kernels, Quality
+from pixart_rt.config import Kernels, Quality, Weights
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
 from pixart_rt.kernels.catalog import self_test
@@ -89,6 +89,11 @@ class Operators:
         x = self.linear_residual(x, layer, residual, gate)
         return x, self.norm(x, rows)
 
+    def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        """residual + branch, and `norm` of it."""
+        x = gate_residual_ref(residual, branch, *_gate(None), self.lossless)
+        return x, self.norm(x, rows)
+
 
 class FusedOperators(Operators):
     """The operators of kernels/: forward and backward, eager, compiled and exported.
@@ -141,6 +146,20 @@ class FusedOperators(Operators):
         branch = F.linear(x, weight, bias)
         return gate_residual_ln_modulate(residual, branch, *_gate(gate), *rows, self.lossless)
 
+    def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        return gate_residual_ln_modulate(residual, branch, *_gate(None), *rows, self.lossless)
+
+
+class WeightOnlyOperators(FusedOperators):
+    """For linears whose weights torchao quantized: it runs their products, the kernels the rest."""
+
+    def prepare(self, blocks: nn.Module) -> None:
+        super().prepare(blocks)
+        self.gemm_epilogue = False  # the epilogue's kernels read a plain weight
+
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+        return F.gelu(self.linear(y, layer), approximate="tanh")
+
 
 class Fp8Operators(FusedOperators):
     """The blocks' linears in fp8, but the text's keys and values; inference only.
@@ -177,6 +196,9 @@ class Fp8Operators(FusedOperators):
         x = self.linear_residual(x, layer, residual, gate)
         return x, self.norm(x, rows)
 
+    def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
+        return Operators.residual_norm(self, branch, residual, rows)
+
 
 def _gate(rows: Rows | None) -> tuple[Tensor | None, Tensor | None, int]:
     """The gate's arguments as the operators take them; without rows the gate is 1."""
@@ -201,7 +223,11 @@ def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)
 
 
-def operators(kernels: Kernels = Kernels.REFERENCE, quality: Quality = Quality.HIGH) -> Operators:
+def operators(
+    kernels: Kernels = Kernels.REFERENCE,
+    quality: Quality = Quality.HIGH,
+    weights: Weights = Weights.FULL,
+) -> Operators:
     """The set of operators for a model. Raises ConfigError for fp8 without the kernels."""
     if quality is Quality.FAST and kernels is not Kernels.FUSED:
         raise ConfigError(
@@ -210,5 +236,7 @@ def operators(kernels: Kernels = Kernels.REFERENCE, quality: Quality = Quality.H
         )
     if quality is Quality.FAST:
         return Fp8Operators()
+    if weights is not Weights.FULL and kernels is Kernels.FUSED:
+        return WeightOnlyOperators(quality is Quality.LOSSLESS)
     lossless = quality is Quality.LOSSLESS
     return FusedOperators(lossless) if kernels is Kernels.FUSED else Operators(lossless)

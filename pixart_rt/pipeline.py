@@ -6,7 +6,8 @@ are float32 whatever the engines' precision. Argument names are those of diffuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,36 @@ from diffusers.image_processor import PixArtImageProcessor
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.backends import default_device, get_backend
 from pixart_rt.backends.base import Component
-from pixart_rt.buckets import Bucket, choose_bucket
+from pixart_rt.backends.loading import Loader
+from pixart_rt.buckets import Bucket, bucket_for_aspect, choose_bucket
+from pixart_rt.buckets import buckets as _all_buckets
 from pixart_rt.bundle import Manifest, damaged_files
-from pixart_rt.config import CfgNull, Precision, Quality, SamplingConfig, Scheduler
+from pixart_rt.config import (
+    CfgNull,
+    Precision,
+    Quality,
+    SamplingConfig,
+    Saving,
+    Scheduler,
+    TextPlace,
+)
+from pixart_rt.denoising import VAE_SCALE_FACTOR, After, Denoiser, Item
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
-from pixart_rt.model.conditioning import patchify, unpatchify
-from pixart_rt.plan import load_modulator, make_plan
-from pixart_rt.prompts import Encoded, PromptEncoder, unconditional
-from pixart_rt.schedulers import make_scheduler, uses_learned_variance
+from pixart_rt.model.text_side import TEXT_SIDE, TextSide
+from pixart_rt.plan import Planner, load_modulator
+from pixart_rt.prompts import NULL_PROMPT, Encoded, PromptEncoder, TextCache, unconditional
+from pixart_rt.schedulers import uses_learned_variance
 
-VAE_SCALE_FACTOR = 8  # pixels per latent pixel
 DTYPES = {
     Precision.FP32: torch.float32,
     Precision.FP16: torch.float16,
     Precision.BF16: torch.bfloat16,
 }
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+WARMUP_PROMPTS = ("a red circle above a blue square", " ".join(["a quiet harbour"] * 8))
+Progress = Callable[[str, int, int], None]
 StepCallback = Callable[
     ["PixArtPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None
 ]
@@ -49,18 +62,40 @@ class PipelineOutput:
     bucket: Bucket
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One image of `PixArtPipeline.generate_many`; settings as in a call of the pipeline."""
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int = 0
+    guidance_scale: float | None = None
+    aspect_ratio: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+
 class _Placed:
     """A component whose inputs are brought to its device: not every backend uses the GPU."""
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.component, self.device = component, device
+        self.also_takes, self.capturable = component.also_takes, component.capturable
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         return self.component(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
 
+    def version(self) -> Hashable:
+        return self.component.version()
+
 
 class PixArtPipeline:
-    """Makes images from a bundle of engines. One instance serves one thread."""
+    """Makes images from a bundle of engines. One instance serves one thread.
+
+    What does not change from step to step, or from one request to the next, is computed once
+    (`denoiser.planner`, `prompt_encoder`, `denoiser.texts`). `denoiser.savings` says which work is
+    left out; the images are the same without any of them.
+    """
 
     def __init__(
         self,
@@ -68,41 +103,75 @@ class PixArtPipeline:
         folder: Path,
         components: dict[str, Component],
         device: torch.device,
+        prompt_cache: Path | None = None,
     ) -> None:
         self.manifest, self.folder, self.device = manifest, Path(folder), device
         self.config = manifest.config
         self.resolution = int(manifest.engine_config["resolution"])
         self.max_batch = int(manifest.engine_config["max_batch"])
         self.quality = manifest.quality
-        self._lossless = None
-        if self.quality is Quality.LOSSLESS:
-            self._lossless = DTYPES[Precision(manifest.components["transformer"].precision)]
-        self.transformer = components["transformer"]
         self.vae_decoder = components["vae_decoder"]
-        self.modulator = load_modulator(self.folder / "modulator.safetensors", self.config)
         self.prompt_encoder: PromptEncoder | None = None
         if "text_encoder" in components:
+            entry = manifest.components["text_encoder"]
             self.prompt_encoder = PromptEncoder(
                 PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens),
                 components["text_encoder"],
                 device,
                 2 * self.max_batch,
+                null_prompt=self.folder / NULL_PROMPT,
+                disk=prompt_cache,
+                disk_key=" ".join(sorted(entry.files.values())),
             )
         self.y_embedding: Tensor | None = None
         if self.config.cfg_null is CfgNull.Y_EMBEDDING:
             path = self.folder / "y_embedding.safetensors"
             if path.is_file():
                 self.y_embedding = load_file(path)["y_embedding"].float().to(device)
+        self.denoiser = self._make_denoiser(components["transformer"])
         self._interrupted = False
+
+    def _make_denoiser(self, transformer: Component) -> Denoiser:
+        precision = DTYPES[Precision(self.manifest.engine_config["precision"])]
+        savings = frozenset(Saving)
+        lossless = None
+        if self.quality is Quality.LOSSLESS:  # absorbed text rounds elsewhere
+            lossless, savings = precision, savings - {Saving.ABSORBED_TEXT}
+        modulator = load_modulator(self.folder / "modulator.safetensors", self.config)
+        planner = Planner(modulator, self.config, self.folder / "scheduler", self.device, lossless)
+        # An engine in half precision may run on a CPU, where PyTorch is slow in float16.
+        wide = self.device.type == "cpu" and precision is torch.float16
+        side = TextSide.load(self.folder / TEXT_SIDE, self.config)
+        texts = TextCache(side.to(self.device, torch.float32 if wide else precision))
+        return Denoiser(transformer, self.config, planner, texts, self.device, savings)
+
+    @property
+    def transformer(self) -> Component:
+        """The denoising transformer; it may be replaced, by a wrapper for instance."""
+        return self.denoiser.transformer
+
+    @transformer.setter
+    def transformer(self, component: Component) -> None:
+        self.denoiser.transformer = component
 
     @classmethod
     def from_bundle(
-        cls, path: str | Path, device: str | torch.device | None = None, *, check: bool = True
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        check: bool = True,
+        prompt_cache: str | Path | None = None,
+        text_place: TextPlace | None = None,
+        cuda_graphs: bool = False,
     ) -> PixArtPipeline:
         """Load a bundle; by default each component on the GPU if its backend can use one.
 
-        check: compare every file with its hash first (about a second per GB). Raises BundleError
-        for a bundle that is damaged or lacks a component, BackendError where it cannot run.
+        check: compare every file with its hash first (about a second per GB).
+        prompt_cache: a folder that keeps embeddings of prompts for later processes.
+        text_place, cuda_graphs: see backends.loading.Loader.
+        Raises BundleError for a bundle that is damaged or lacks a component, BackendError where it
+        cannot run.
         """
         path = Path(path)
         manifest = Manifest.read(path)
@@ -118,11 +187,12 @@ class PixArtPipeline:
             )
         components: dict[str, Component] = {}
         places: dict[str, torch.device] = {}
-        for name, entry in manifest.components.items():
-            places[name] = torch.device(device or default_device(entry.backend))
-            loaded = get_backend(entry.backend).load(path, manifest, name, places[name])
+        loader = Loader(text_place, cuda_graphs=cuda_graphs)
+        for name in manifest.components:
+            loaded, places[name] = loader.load(path, manifest, name, device)
             components[name] = _Placed(loaded, places[name])
-        return cls(manifest, path, components, places["transformer"])
+        cache = None if prompt_cache is None else Path(prompt_cache)
+        return cls(manifest, path, components, places["transformer"], cache)
 
     def interrupt(self) -> None:
         """Stop the image in work: its call raises Cancelled before the next step."""
@@ -136,6 +206,7 @@ class PixArtPipeline:
         *,
         num_inference_steps: int = 20,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         aspect_ratio: str | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -153,6 +224,8 @@ class PixArtPipeline:
 
         guidance_scale: 4.5 by default; 1 or less runs without the unconditional half, as LCM
             does by default.
+        guidance_interval: the part of the steps that is guided; the others run without the
+            unconditional half, at half the cost, and make another image.
         aspect_ratio: "W:H", the nearest of the 40 trained buckets; or height and width in pixels,
             made at the nearest bucket, then resized and centre-cropped.
         seed: image k (prompts in order, each with its images) draws from seed + k, or from
@@ -163,97 +236,239 @@ class PixArtPipeline:
         callback_on_step_end(pipe, step, timestep, {"latents": latents}) may return new latents;
             images are made `max_batch` at a time, and each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
+        A batch without a callback replays its CUDA graph, if `warmup` captured one.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
         it on the CPU and copy it. The finished images are checked once for NaN.
         Raises ConfigError for impossible arguments, Cancelled after `interrupt`, NumericsError
         for an image that is not finite.
         """
         self._interrupted = False
+        sampling = self._sampling(num_inference_steps, guidance_scale, scheduler, guidance_interval)
+        if output_type not in OUTPUT_TYPES:
+            raise ConfigError(
+                f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}"
+            )
+        bucket = choose_bucket(self.resolution, aspect_ratio, height, width)
+        given = self._given(prompt_embeds, prompt_attention_mask)
+        given_null = self._given(negative_prompt_embeds, negative_prompt_attention_mask)
+        if (prompt is None) == (given is None):
+            raise ConfigError("give prompt or prompt_embeds with its mask, one of the two")
+        if num_images_per_prompt < 1:
+            raise ConfigError(
+                f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}"
+            )
+        prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        if prompts == []:
+            raise ConfigError("the list of prompts is empty")
+        count = len(prompts) if prompts is not None else len(given.embeds) if given else 0
+        negatives = _per_prompt(negative_prompt, count)
+        rows = self._rows(prompts, negatives, sampling.guided, given, given_null)
+        seeds = _seeds(seed, count * num_images_per_prompt)
+        repeated = [row for row in rows for _ in range(num_images_per_prompt)]
+        items = [
+            row.item(bucket, seed, sampling.guidance_scale)
+            for row, seed in zip(repeated, seeds, strict=True)
+        ]
+        images = []
+        for start in range(0, len(items), self.max_batch):
+            chunk = items[start : start + self.max_batch]
+            after = self._after(callback_on_step_end)
+            latents = torch.cat(self.denoiser(chunk, sampling, self._before(sampling), after))
+            images.append(latents if output_type == "latent" else self.vae_decoder(latents=latents))
+        whole = torch.cat(images)
+        self._require_finite(whole, sampling)
+        finished = _finish(whole, height, width, output_type)
+        texts = [row.text or "" for row in repeated]
+        return PipelineOutput(images=finished, prompts=texts, seeds=seeds, bucket=bucket)
+
+    @torch.inference_mode()
+    def generate_many(
+        self,
+        requests: Sequence[Request],
+        *,
+        num_inference_steps: int = 20,
+        scheduler: str | Scheduler | None = None,
+        output_type: str = "pil",
+    ) -> list[Any]:
+        """Many images at once, each with its own prompt, seed, guidance and shape.
+
+        With DPM-Solver++ images of equal token counts share a batch of at most `max_batch` whatever
+        their shapes: 8 of the 40 shapes of 1024 px have 3840 tokens. With other samplers images of
+        one shape do. An image does not depend on its batch, beyond sums in another order: in
+        float32 its latents agree to 1e-4 of their norm.
+        Returns an image per request in their order: PIL, or with output_type "np", "pt" or
+        "latent" an array or tensor [1, ...]. Raises as a call does.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ConfigError(
+                f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}"
+            )
+        self._interrupted = False
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        settings = []
+        for index, request in enumerate(requests):
+            sampling = self._sampling(num_inference_steps, request.guidance_scale, scheduler)
+            bucket = choose_bucket(
+                self.resolution, request.aspect_ratio, request.height, request.width
+            )
+            settings.append((sampling, bucket))
+            shape = bucket.num_tokens if self.denoiser.mixes(sampling) else bucket
+            groups.setdefault((shape, sampling.guided), []).append(index)
+        done: list[Any] = [None] * len(requests)
+        for members in groups.values():
+            for start in range(0, len(members), self.max_batch):
+                chunk = members[start : start + self.max_batch]
+                chosen = [requests[index] for index in chunk]
+                sampling = settings[chunk[0]][0]
+                rows = self._rows(
+                    [each.prompt for each in chosen], [each.negative_prompt for each in chosen],
+                    sampling.guided, None, None,
+                )  # fmt: skip
+                items = [
+                    row.item(settings[index][1], requests[index].seed,
+                             settings[index][0].guidance_scale)
+                    for row, index in zip(rows, chunk, strict=True)
+                ]  # fmt: skip
+                latents = self.denoiser(items, sampling, self._before(sampling), None)
+                for index, each in zip(chunk, latents, strict=True):
+                    done[index] = self._image(each, requests[index], sampling, output_type)
+        return done
+
+    @torch.inference_mode()
+    def warmup(
+        self,
+        buckets: Sequence[Bucket | str] | None = None,
+        *,
+        batch_size: int = 1,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        scheduler: str | Scheduler | None = None,
+        prompts: Sequence[str] = WARMUP_PROMPTS,
+        progress: Progress | None = None,
+    ) -> int:
+        """Do now what the first request of each shape would wait for; returns the graphs captured.
+
+        buckets: those of the bundle's resolution, or aspect ratios "W:H"; by default all 40, which
+            have far fewer token counts, and the graphs are by token count.
+        prompts: one of each length that will be asked: cross-attention has another form for up to
+            16, 32 and 64 tokens and above.
+        progress: called with a name, shapes done and shapes in all; by default a bar on stderr.
+        On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph, which a
+        later request of the same shape replays, unless it has a callback. Elsewhere a step runs
+        once for each shape, which compiles what is compiled at first use.
+        """
+        sampling = self._sampling(num_inference_steps, guidance_scale, scheduler)
+        shapes: dict[int, Bucket] = {}
+        for each in buckets if buckets is not None else _all_buckets(self.resolution):
+            bucket = each if isinstance(each, Bucket) else bucket_for_aspect(self.resolution, each)
+            shapes.setdefault(bucket.num_tokens, bucket)
+        work = [(bucket, prompt) for bucket in shapes.values() for prompt in prompts]
+        before = self.denoiser.graphs.captures
+        with _reporting(progress) as report:
+            for index, (bucket, prompt) in enumerate(work):
+                report(f"{bucket.num_tokens} tokens", index, len(work))
+                rows = self._rows([prompt], [""], sampling.guided, None, None)
+                item = rows[0].item(bucket, 0, sampling.guidance_scale)
+                self.denoiser.warm([item] * batch_size, sampling)
+            report("ready", len(work), len(work))
+        return self.denoiser.graphs.captures - before
+
+    def _sampling(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float | None,
+        scheduler: str | Scheduler | None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> SamplingConfig:
+        """Checked settings, with the checkpoint's own where nothing is asked."""
         chosen = _enum(scheduler or self.manifest.scheduler)
         if guidance_scale is None:
             guidance_scale = 1.0 if chosen is Scheduler.LCM else 4.5
         sampling = SamplingConfig(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, scheduler=chosen
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            scheduler=chosen,
+            guidance_interval=guidance_interval,
         )
-        self._check(sampling, output_type)
-        bucket = choose_bucket(self.resolution, aspect_ratio, height, width)
-        texts, encoded, null = self._encode(
-            prompt,
-            negative_prompt,
-            num_images_per_prompt,
-            sampling.guided,
-            self._given(prompt_embeds, prompt_attention_mask),
-            self._given(negative_prompt_embeds, negative_prompt_attention_mask),
-        )
-        seeds = _seeds(seed, len(texts))
-        images = []
-        for start in range(0, len(texts), self.max_batch):
-            rows = slice(start, start + self.max_batch)
-            latents = self._denoise(
-                encoded[rows],
-                null[rows] if null is not None else None,
-                bucket,
-                seeds[rows],
-                sampling,
-                callback_on_step_end,
+        if chosen is Scheduler.LCM and sampling.guided:
+            raise ConfigError(
+                f"guidance_scale {guidance_scale} was asked with LCM, whose guidance is "
+                "distilled into the model; leave it out or use 1"
             )
-            images.append(latents if output_type == "latent" else self.vae_decoder(latents=latents))
-        whole = torch.cat(images)
-        if not bool(whole.isfinite().all()):
+        if uses_learned_variance(chosen) and not self.config.learned_variance:
+            raise ConfigError("iddpm needs a model with learned variance; use ddim")
+        return sampling
+
+    def _before(self, sampling: SamplingConfig) -> Callable[[int], None]:
+        def check(step: int) -> None:
+            if self._interrupted:
+                raise Cancelled(f"stopped before step {step + 1} of {sampling.num_inference_steps}")
+
+        return check
+
+    def _after(self, callback: StepCallback | None) -> After | None:
+        if callback is None:
+            return None
+
+        def after(step: int, timestep: Tensor, latents: list[Tensor]) -> list[Tensor]:
+            batch = torch.cat(latents)
+            changed = callback(self, step, timestep, {"latents": batch}) or {}
+            new = changed.get("latents", batch)
+            return latents if new is batch else list(new.split(1))
+
+        return after
+
+    def _require_finite(self, images: Tensor, sampling: SamplingConfig) -> None:
+        if not bool(images.isfinite().all()):
             raise NumericsError(
                 f"an image came out with NaN or Inf ({self.manifest.model['name']}, "
                 f"{sampling.scheduler}); run `pixart-rt verify` on the bundle"
             )
-        finished = _finish(whole, height, width, output_type)
-        return PipelineOutput(images=finished, prompts=texts, seeds=seeds, bucket=bucket)
 
-    def _check(self, sampling: SamplingConfig, output_type: str) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ConfigError(f"output_type {output_type!r} is not one of pil, np, pt, latent")
-        if sampling.scheduler is Scheduler.LCM and sampling.guided:
-            raise ConfigError(
-                f"guidance_scale {sampling.guidance_scale} was asked with LCM, whose guidance is "
-                "distilled into the model; leave it out or use 1"
-            )
-        if uses_learned_variance(sampling.scheduler) and not self.config.learned_variance:
-            raise ConfigError("iddpm needs a model with learned variance; use ddim")
+    def _image(
+        self, latents: Tensor, request: Request, sampling: SamplingConfig, output_type: str
+    ) -> Any:
+        image = latents if output_type == "latent" else self.vae_decoder(latents=latents)
+        self._require_finite(image, sampling)
+        finished = _finish(image, request.height, request.width, output_type)
+        return finished[0] if output_type == "pil" else finished
 
-    def _encode(
+    def _rows(
         self,
-        prompt: str | Sequence[str] | None,
-        negative_prompt: str | Sequence[str],
-        copies: int,
+        prompts: list[str] | None,
+        negatives: list[str],
         guided: bool,
         given: Encoded | None,
         given_null: Encoded | None,
-    ) -> tuple[list[str], Encoded, Encoded | None]:
-        """A row per image: its text, its embeddings and, with guidance, its unconditional ones."""
-        if (prompt is None) == (given is None):
-            raise ConfigError("give prompt or prompt_embeds with its mask, one of the two")
-        if copies < 1:
-            raise ConfigError(f"num_images_per_prompt must be at least 1, got {copies}")
+    ) -> list[_Row]:
+        """A row per prompt: its text, its embeddings and, with guidance, its unconditional ones."""
+        whole = Saving.SHORT_TEXT not in self.denoiser.savings
+        texts: list[str | None] = []
         if given is not None:
-            prompts, encoded = [""] * len(given.embeds), given
+            texts, encoded = [None] * len(given.embeds), given
         else:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-            if not prompts:
-                raise ConfigError("the list of prompts is empty")
-            encoded = self._encoder()(prompts)
-        negatives = _per_prompt(negative_prompt, len(prompts))
-        null = None
-        if guided and given_null is not None:
-            null = given_null
-            if len(null.embeds) != len(encoded.embeds):
-                raise ConfigError(
-                    f"{len(null.embeds)} negative prompt embeddings were given for "
-                    f"{len(encoded.embeds)} prompts; give one each"
-                )
-        elif guided:
+            assert prompts is not None
+            texts, encoded = [*prompts], self._encoder()(prompts, whole=whole)
+        if not guided:
+            return [_Row(text, encoded[i : i + 1], None, None) for i, text in enumerate(texts)]
+        null = given_null
+        if null is None:
             null = unconditional(
-                self.config.cfg_null, encoded, negatives, self.prompt_encoder, self.y_embedding
+                self.config.cfg_null, encoded, negatives, self.prompt_encoder, self.y_embedding,
+                whole=whole,
+            )  # fmt: skip
+        elif len(null.embeds) != len(encoded.embeds):
+            raise ConfigError(
+                f"{len(null.embeds)} negative prompt embeddings were given for "
+                f"{len(encoded.embeds)} prompts; give one each"
             )
-        texts = [text for text in prompts for _ in range(copies)]
-        return texts, _repeat(encoded, copies), None if null is None else _repeat(null, copies)
+        # A name for the caches only where the embeddings depend on the text alone.
+        alone = given_null is None and self.config.cfg_null is CfgNull.EMPTY_PROMPT
+        names = [text if alone else None for text in negatives]
+        return [
+            _Row(text, encoded[i : i + 1], name, null[i : i + 1])
+            for i, (text, name) in enumerate(zip(texts, names, strict=True))
+        ]
 
     def _given(self, embeds: Tensor | None, mask: Tensor | None) -> Encoded | None:
         """Embeddings that the caller passed, checked, on the device; None if there are none."""
@@ -267,7 +482,9 @@ class PixArtPipeline:
                 f"prompt embeddings are {tuple(embeds.shape)}, the model takes [B, "
                 f"{expected[0]}, {expected[1]}]"
             )
-        return Encoded(embeds.float().to(self.device), mask.bool().to(self.device))
+        mask = mask.bool()
+        counts = tuple(mask.sum(1).tolist())
+        return Encoded(embeds.float().to(self.device), mask.to(self.device), counts)
 
     def _encoder(self) -> PromptEncoder:
         if self.prompt_encoder is None:
@@ -277,76 +494,20 @@ class PixArtPipeline:
             )
         return self.prompt_encoder
 
-    def _denoise(
-        self,
-        encoded: Encoded,
-        null: Encoded | None,
-        bucket: Bucket,
-        seeds: list[int],
-        sampling: SamplingConfig,
-        callback: StepCallback | None,
-    ) -> Tensor:
-        """The sampling loop: noise from the seeds to latents [B, C, h, w]."""
-        solver = make_scheduler(sampling.scheduler, self.folder / "scheduler")
-        solver.set_timesteps(sampling.num_inference_steps, device="cpu")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents = self._noise(generators, bucket) * float(solver.init_noise_sigma)
-        plan = make_plan(
-            self.modulator, self.config, bucket, solver.timesteps, self.device, self._lossless
-        )
-        text = encoded if null is None else Encoded.cat([null, encoded])
-        stochastic = sampling.scheduler is not Scheduler.DPM_SOLVER
-        extra = {"generator": generators} if stochastic else {}
-        for step, timestep in enumerate(solver.timesteps):
-            if self._interrupted:
-                raise Cancelled(f"stopped before step {step + 1} of {len(solver.timesteps)}")
-            scaled = solver.scale_model_input(latents, timestep)
-            noise = self._predict(scaled, plan.pos_embed, plan.modulation[step], text, bucket)
-            noise = self._guide(noise, null is not None, sampling)
-            latents = solver.step(noise, timestep, latents, **extra, return_dict=False)[0]
-            if callback is not None:
-                changed = callback(self, step, timestep, {"latents": latents}) or {}
-                latents = changed.get("latents", latents)
-        return latents
 
-    def _noise(self, generators: list[torch.Generator], bucket: Bucket) -> Tensor:
-        shape = (
-            1,
-            self.config.in_channels,
-            bucket.height // VAE_SCALE_FACTOR,
-            bucket.width // VAE_SCALE_FACTOR,
-        )
-        noise = [torch.randn(shape, generator=generator) for generator in generators]
-        return torch.cat(noise).to(self.device)
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The text of an image, before its shape and seed; see `Item`."""
 
-    def _predict(
-        self, latents: Tensor, pos_embed: Tensor, modulation: Tensor, text: Encoded, bucket: Bucket
-    ) -> Tensor:
-        """One call of the transformer, both halves of guidance in one batch."""
-        tokens = patchify(latents, self.config.patch_size)
-        rows = len(text.embeds)
-        if rows != len(tokens):
-            tokens = torch.cat([tokens, tokens])
-        noise = self.transformer(
-            tokens=tokens,
-            pos_embed=pos_embed,
-            modulation=modulation.expand(rows, -1, -1),
-            prompt_embeds=text.embeds,
-            prompt_mask=text.mask,
-        )
-        return unpatchify(noise, bucket.grid, self.config.patch_size)
+    text: str | None
+    encoded: Encoded
+    null_text: str | None
+    null: Encoded | None
 
-    def _guide(self, noise: Tensor, guided: bool, sampling: SamplingConfig) -> Tensor:
-        """Classifier-free guidance on the noise; a learned variance is the conditional half's."""
-        variance = noise[:, self.config.in_channels :]
-        noise = noise[:, : self.config.in_channels]
-        if guided:
-            null, cond = noise.chunk(2)
-            noise = null + sampling.guidance_scale * (cond - null)
-            variance = variance.chunk(2)[1]
-        if uses_learned_variance(sampling.scheduler):
-            return torch.cat([noise, variance], dim=1)
-        return noise
+    def item(self, bucket: Bucket, seed: int, guidance_scale: float) -> Item:
+        return Item(
+            bucket, seed, guidance_scale, self.text, self.encoded, self.null_text, self.null
+        )
 
 
 def _enum(name: str | Scheduler) -> Scheduler:
@@ -373,10 +534,20 @@ def _per_prompt(text: str | Sequence[str], count: int) -> list[str]:
     return list(text)
 
 
-def _repeat(encoded: Encoded, copies: int) -> Encoded:
-    return Encoded(
-        encoded.embeds.repeat_interleave(copies, 0), encoded.mask.repeat_interleave(copies, 0)
-    )
+@contextmanager
+def _reporting(progress: Progress | None) -> Iterator[Progress]:
+    """The caller's own progress, or a bar on stderr."""
+    if progress is not None:
+        yield progress
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task("warmup", total=None)
+        yield lambda name, done, total: bar.update(
+            task, description=name, completed=done, total=total
+        )
 
 
 def _finish(images: Tensor, height: int | None, width: int | None, output_type: str) -> Any:

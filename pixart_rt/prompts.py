@@ -1,41 +1,70 @@
-"""Prompts to embeddings: tokenizer, text encoder and a cache; and what the unconditional half sees.
+"""Prompts to what the transformer sees of them, each once: tokenizer, text encoder, caches.
 
-B prompts, T text tokens, C caption channels.
+Two things are kept for each text: its embeddings (PromptEncoder; in memory and, if asked, on disk)
+and the keys and values of all blocks (TextCache). The unconditional half's embeddings come with
+the bundle.
+
+B prompts, T text tokens of the model, C caption channels.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixart_rt.backends.base import Component
-from pixart_rt.config import CfgNull
+from pixart_rt.config import CfgNull, text_lengths
 from pixart_rt.errors import BundleError
+from pixart_rt.files import replacing
+from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.captions import PromptTokenizer
+from pixart_rt.model.text_side import PromptText, TextSide
+
+logger = logging.getLogger(__name__)
 
 CACHED_PROMPTS = 256  # XL: 2 MB each
+CACHED_TEXT_BYTES = 1 << 28  # XL in 16 bits: 15.5 MB a prompt
+NULL_PROMPT = "null_prompt.safetensors"  # T5("") of the bundle, at full length
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """embeds [B, T, C] float32; mask [B, T] boolean, True at tokens."""
+    """embeds [B, T, C] float32; mask [B, T] boolean, True at tokens; tokens of each on the host.
+
+    Embeddings of padding are the text encoder's, or zeros where it did not run that far.
+    """
 
     embeds: Tensor
     mask: Tensor
+    num_tokens: tuple[int, ...]
 
     def __getitem__(self, rows: slice) -> Encoded:
-        return Encoded(self.embeds[rows], self.mask[rows])
+        return Encoded(self.embeds[rows], self.mask[rows], self.num_tokens[rows])
 
     @staticmethod
-    def cat(parts: list[Encoded]) -> Encoded:
-        return Encoded(torch.cat([p.embeds for p in parts]), torch.cat([p.mask for p in parts]))
+    def cat(parts: Sequence[Encoded]) -> Encoded:
+        return Encoded(
+            torch.cat([part.embeds for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            tuple(count for part in parts for count in part.num_tokens),
+        )
 
 
 class PromptEncoder:
-    """Encodes prompts, each once: a text seen before comes from the cache (`hits`, `misses`)."""
+    """Encodes prompts, each once: a text seen before comes from a cache.
+
+    `hits`, `disk_hits` and `misses` count texts; only a miss runs the text encoder, at the smallest
+    of `text_lengths` that holds the longest prompt of the call.
+    """
 
     def __init__(
         self,
@@ -43,35 +72,150 @@ class PromptEncoder:
         text_encoder: Component,
         device: torch.device,
         max_batch: int,
+        *,
+        null_prompt: Path | None = None,
+        disk: Path | None = None,
+        disk_key: str = "",
     ) -> None:
+        """null_prompt: the bundle's file of T5(""). disk: a folder that keeps embeddings, under
+        names that depend on the text and on `disk_key`, which must tell text encoders apart.
+        """
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.device, self.max_batch = device, max_batch
-        self.hits = self.misses = 0
-        self._cache: OrderedDict[str, Encoded] = OrderedDict()
+        self.hits = self.disk_hits = self.misses = 0
+        self._disk, self._disk_key = disk, disk_key
+        self._cache: OrderedDict[tuple[str, bool], Encoded] = OrderedDict()
+        self._null = None if null_prompt is None else load_null(null_prompt, device)
 
-    def __call__(self, prompts: list[str]) -> Encoded:
-        """The embeddings of B prompts; warns when one is longer than the model reads."""
-        missing = list(dict.fromkeys(text for text in prompts if text not in self._cache))
+    def __call__(self, prompts: Sequence[str], *, whole: bool = False) -> Encoded:
+        """The embeddings of B prompts; warns when one is longer than the model reads.
+
+        whole: also the embeddings of padding, for the conventions that attend to them.
+        """
+        texts = list(dict.fromkeys(prompts))
+        found = {text: self._find(text, whole) for text in texts}
+        missing = [text for text in texts if found[text] is None]
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
-        fresh: dict[str, Encoded] = {}
         for start in range(0, len(missing), self.max_batch):
             chunk = missing[start : start + self.max_batch]
-            encoded = self._encode(chunk)
-            fresh.update((text, encoded[i : i + 1]) for i, text in enumerate(chunk))
-        found = [fresh[text] if text in fresh else self._cache[text] for text in prompts]
-        for text, encoded in zip(prompts, found, strict=True):
-            self._cache[text] = encoded
-            self._cache.move_to_end(text)
+            encoded = self._encode(chunk, whole)
+            for row, text in enumerate(chunk):
+                found[text] = encoded[row : row + 1]
+                self._write(text, whole, encoded[row : row + 1])
+        for text, encoded_text in found.items():
+            assert encoded_text is not None
+            self._cache[text, whole] = encoded_text
+            self._cache.move_to_end((text, whole))
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)
-        return Encoded.cat(found)
+        return Encoded.cat([each for text in prompts if (each := found[text]) is not None])
 
-    def _encode(self, prompts: list[str]) -> Encoded:
+    def _find(self, text: str, whole: bool) -> Encoded | None:
+        if text == "" and self._null is not None:
+            return self._null
+        return self._cache.get((text, whole)) or self._read(text, whole)
+
+    def _encode(self, prompts: list[str], whole: bool) -> Encoded:
         tokens = self.tokenizer(prompts)
-        ids, mask = (t.to(self.device) for t in (tokens.input_ids, tokens.attention_mask))
+        counts = tuple(tokens.attention_mask.sum(1).tolist())
+        longest = self.tokenizer.max_tokens
+        length = longest if whole else text_length(max(counts), longest)
+        ids, mask = (
+            each[:, :length].to(self.device) for each in (tokens.input_ids, tokens.attention_mask)
+        )
         embeds = self.text_encoder(input_ids=ids, attention_mask=mask).to(self.device)
-        return Encoded(embeds, mask.bool())
+        padding = longest - length
+        return Encoded(F.pad(embeds, (0, 0, 0, padding)), F.pad(mask.bool(), (0, padding)), counts)
+
+    def _path(self, text: str, whole: bool) -> Path | None:
+        if self._disk is None:
+            return None
+        name = f"{self._disk_key}\0{whole}\0{text}"
+        return self._disk / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+
+    def _read(self, text: str, whole: bool) -> Encoded | None:
+        path = self._path(text, whole)
+        if path is None or not path.is_file():
+            return None
+        try:
+            embeds = load_file(path, device="cpu")["embeds"]
+            count = int(load_file(path)["num_tokens"])
+        except Exception as error:  # safetensors raises its own; a cache must never stop a request
+            logger.warning("the cached prompt %s is damaged (%s); it is encoded again", path, error)
+            return None
+        longest = self.tokenizer.max_tokens
+        self.disk_hits += 1
+        embeds = F.pad(embeds, (0, 0, 0, longest - len(embeds)))[None].to(self.device)
+        mask = torch.arange(longest, device=self.device)[None] < count
+        return Encoded(embeds, mask, (count,))
+
+    def _write(self, text: str, whole: bool, encoded: Encoded) -> None:
+        path = self._path(text, whole)
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = encoded.embeds.shape[1] if whole else encoded.num_tokens[0]
+        kept = encoded.embeds[0, :rows].cpu().contiguous()
+        with replacing(path) as temporary:
+            save_file(
+                {"embeds": kept, "num_tokens": torch.tensor(encoded.num_tokens[0])}, temporary
+            )
+
+
+def text_length(num_tokens: int, longest: int) -> int:
+    """The length at which the text encoder runs for prompts of at most `num_tokens`."""
+    return min(length for length in text_lengths(longest) if length >= num_tokens)
+
+
+def load_null(path: Path, device: torch.device) -> Encoded | None:
+    """The bundle's T5(""), or None if the bundle has no text encoder."""
+    if not path.is_file():
+        return None
+    tensors = load_file(path)
+    mask = tensors["mask"].bool()
+    embeds = tensors["embeds"].float().to(device)
+    return Encoded(embeds, mask.to(device), (int(mask.sum()),))
+
+
+class TextCache:
+    """Keys and values of all blocks for each text, in memory up to a number of bytes (LRU)."""
+
+    def __init__(self, side: TextSide, max_bytes: int = CACHED_TEXT_BYTES) -> None:
+        self.side, self.max_bytes = side, max_bytes
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[str, PromptText] = OrderedDict()
+        self._absorbed: tuple[tuple[str | None, ...], Absorbed | None] = ((), None)
+
+    def __call__(self, texts: Sequence[str | None], encoded: Encoded) -> PromptText:
+        """One entry for each row of `encoded`; a row without a text is not kept."""
+        rows = []
+        for index, text in enumerate(texts):
+            kept = self._kept.get(text) if text is not None else None
+            if kept is None:
+                self.misses += 1
+                one = encoded[index : index + 1]
+                kept = self.side(one.embeds, one.mask, one.num_tokens[0])
+            else:
+                self.hits += 1
+            rows.append(kept)
+            if text is not None:
+                self._keep(text, kept)
+        return PromptText.cat(rows)
+
+    def absorbed(self, texts: Sequence[str | None], text: PromptText) -> Absorbed | None:
+        """The absorbed form of rows with these texts, where it is less work; the last is kept."""
+        key = tuple(texts)
+        if None in key or key != self._absorbed[0]:
+            self._absorbed = (key, self.side.absorbed(text))
+        return self._absorbed[1]
+
+    def _keep(self, text: str, made: PromptText) -> None:
+        self._kept[text] = made
+        self._kept.move_to_end(text)
+        size = sum(each.num_bytes for each in self._kept.values())
+        while size > self.max_bytes and len(self._kept) > 1:
+            size -= self._kept.popitem(last=False)[1].num_bytes
 
 
 def unconditional(
@@ -80,6 +224,8 @@ def unconditional(
     negative: list[str],
     encoder: PromptEncoder | None,
     y_embedding: Tensor | None,
+    *,
+    whole: bool = False,
 ) -> Encoded:
     """What the unconditional half sees, a row per row of `prompt` (see CfgNull).
 
@@ -92,20 +238,22 @@ def unconditional(
             "this bundle has no text encoder for the negative prompt; pass "
             "negative_prompt_embeds or build the bundle with --components text_encoder too"
         )
-    encoded = encoder(negative)
     if convention is CfgNull.EMPTY_PROMPT:
-        return encoded
-    null = encoded
+        return encoder(negative, whole=whole)
+    encoded = null = encoder(negative, whole=True)
     if convention is CfgNull.Y_EMBEDDING:
         null = _null_rows(prompt, y_embedding)
-    own = torch.tensor([text != "" for text in negative], device=encoded.mask.device)
+    own = [text != "" for text in negative]
+    keep = torch.tensor(own, device=encoded.mask.device)
+    counts = zip(own, encoded.num_tokens, prompt.num_tokens, strict=True)
     return Encoded(
-        torch.where(own[:, None, None], encoded.embeds, null.embeds),
-        torch.where(own[:, None], encoded.mask, prompt.mask),
+        torch.where(keep[:, None, None], encoded.embeds, null.embeds),
+        torch.where(keep[:, None], encoded.mask, prompt.mask),
+        tuple(mine if is_own else theirs for is_own, mine, theirs in counts),
     )
 
 
 def _null_rows(prompt: Encoded, y_embedding: Tensor | None) -> Encoded:
     if y_embedding is None:
         raise BundleError("the bundle lacks y_embedding.safetensors; build it again")
-    return Encoded(y_embedding.expand_as(prompt.embeds), prompt.mask)
+    return Encoded(y_embedding.expand_as(prompt.embeds), prompt.mask, prompt.num_tokens)

@@ -120,3 +120,11 @@ def bundle_256(
 
     out = tmp_path_factory.mktemp("bundles") / "ort-256"
     return build(str(pipeline_folder(32)), out, EngineConfig(resolution=256, max_batch=2)).path
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References instead of Triton's interpreter, as on any CPU outside the tests."""
+    from pixart_rt.kernels import launch
+
+    monkeypatch.setattr(launch, "interpreting", lambda: False)

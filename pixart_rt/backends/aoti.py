@@ -46,6 +46,7 @@ class AotInductorBackend:
                 FunctionPart(load_package(path, device), part_inputs(name, index))
                 for index, path in enumerate(paths)
             ],
+            capturable=True,
         )
 
 

@@ -16,17 +16,23 @@ from torch import Tensor
 
 from pixart_rt.backends.base import Availability, Component
 from pixart_rt.backends.eager import load_on
-from pixart_rt.backends.parts import Chain, FunctionPart, part_inputs
+from pixart_rt.backends.parts import Chain, FunctionPart, forms_of, part_inputs
 from pixart_rt.bundle import Manifest
 
 DYNAMIC: dict[str, tuple[int, ...]] = {  # input -> axes that differ between calls
-    "input_ids": (0,),
-    "attention_mask": (0,),
+    "input_ids": (0, 1),
+    "attention_mask": (0, 1),
     "tokens": (0, 1),
-    "pos_embed": (1,),
+    "pos_embed": (0, 1),
     "modulation": (0,),
-    "prompt_embeds": (0,),
+    "null_rows": (0,),
+    "text_rows": (0,),
+    "constant": (1,),
+    "text_kv": (1,),
     "prompt_mask": (0,),
+    "absorbed_keys": (1,),
+    "absorbed_bias": (1,),
+    "absorbed_values": (1,),
     "latents": (0, 2, 3),
 }
 
@@ -52,14 +58,15 @@ class CompiledBackend:
         return Availability(True, "TorchInductor on the CPU")
 
     def load(self, bundle: Path, manifest: Manifest, name: str, device: torch.device) -> Component:
-        compiled = torch.compile(load_on(bundle, manifest, name, device))
+        module = load_on(bundle, manifest, name, device)
+        compiled = torch.compile(module)
 
         def call(**inputs: Tensor) -> Tensor:
             mark(inputs)
             output: Tensor = compiled(**inputs)
             return output
 
-        return Chain(name, [FunctionPart(call, part_inputs(name, 0))])
+        return Chain(name, [FunctionPart(call, part_inputs(name, 0))], forms_of(name), module, True)
 
 
 def has_compiler() -> bool:

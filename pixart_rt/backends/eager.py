@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 
 from pixart_rt.backends.base import Availability, Component
-from pixart_rt.backends.parts import Chain, FunctionPart, check_device, entry_of, part_inputs
+from pixart_rt.backends.offload import Offloaded
+from pixart_rt.backends.parts import (
+    Chain,
+    FunctionPart,
+    check_device,
+    entry_of,
+    forms_of,
+    part_inputs,
+)
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Kernels, Quality
 
@@ -24,23 +32,43 @@ class EagerBackend:
         place = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
         return Availability(True, f"torch {torch.__version__} on {place}")
 
-    def load(self, bundle: Path, manifest: Manifest, name: str, device: torch.device) -> Component:
+    def load(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        name: str,
+        device: torch.device,
+        *,
+        offload: bool = False,
+    ) -> Component:
+        """As Backend.load. `offload`: its weights are on the device only while it runs."""
+        if offload:
+            check_device(device)
+            module = load_on(bundle, manifest, name, torch.device("cpu"))
+            return Chain(name, [FunctionPart(Offloaded(module, device), part_inputs(name, 0))])
         module = load_on(bundle, manifest, name, device)
-        return Chain(name, [FunctionPart(module, part_inputs(name, 0))])
+        return Chain(
+            name, [FunctionPart(module, part_inputs(name, 0))], forms_of(name), module, True
+        )
 
 
 def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -> torch.nn.Module:
     """The module of a component on `device`, in the precision it was written with.
 
-    A transformer runs the fused operators on a GPU, and in fp8 anywhere.
+    Weights that the bundle wants quantized are, on the CPU, before they go to the device. A
+    transformer runs the fused operators on a GPU, and in fp8 anywhere.
     """
     from pixart_rt.model.load import DenoiserModule, load_module  # diffusers: seconds to import
+    from pixart_rt.model.quantize import quantize_weights
 
     check_device(device)
     entry_of(bundle, manifest, name)
-    module = load_module(Path(bundle) / name, name).to(device)
+    weights = manifest.weights_of(name)
+    module = load_module(Path(bundle) / name, name)
+    quantize_weights(module, weights)
+    module = module.to(device)
     if isinstance(module, DenoiserModule):
         quality = manifest.quality
         fused = device.type == "cuda" or quality is Quality.FAST
-        module.core.use(Kernels.FUSED if fused else Kernels.REFERENCE, quality)
+        module.core.use(Kernels.FUSED if fused else Kernels.REFERENCE, quality, weights)
     return module

@@ -4,6 +4,9 @@ Inputs and outputs are torch tensors bound by their address, on both kinds of de
 output whose shape the inputs do not name (the VAE's image) is copied once, on the device. On a GPU
 the session runs on a stream of its own, ordered with the caller's by events; the host does not
 wait.
+
+The CUDA provider's enable_cuda_graph stays off: it replays the shapes and addresses that it
+captured, and here every call brings tensors of its own, of any bucket's size.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ attention_mask). The last part gives the component's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pixart_rt.backends.base import INPUTS
+from pixart_rt.backends.base import ABSORBED, INPUTS
 from pixart_rt.bundle import ComponentEntry, Manifest
 from pixart_rt.errors import BackendError, BundleError
 
@@ -33,14 +33,36 @@ class Part(Protocol):
 class Chain:
     """A component made of parts that run one after the other."""
 
-    def __init__(self, name: str, parts: Sequence[Part]) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Sequence[Part],
+        also_takes: frozenset[str] = frozenset(),
+        module: torch.nn.Module | None = None,
+        capturable: bool = False,
+    ) -> None:
+        """module: the one whose weights the parts read while they run, if there is one.
+        capturable: whether a CUDA graph may hold the launches: PyTorch's allocator, no host waits.
+        """
         self.name = name
         self.parts = tuple(parts)
+        self.also_takes = also_takes
+        self.capturable = capturable
+        self._module = module
+
+    def version(self) -> Hashable:
+        """Changes whenever a weight is written or replaced. Engines cannot change."""
+        if self._module is None:
+            return 0
+        tensors = (*self._module.parameters(), *self._module.buffers())
+        return hash(tuple((tensor.data_ptr(), tensor._version) for tensor in tensors))
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         for part in self.parts:
             try:
-                wanted = {name: inputs[name] for name in part.input_names}
+                given = self.also_takes & inputs.keys()
+                names = _with_absorbed(part.input_names) if given else part.input_names
+                wanted = {name: inputs[name] for name in names}
             except KeyError as missing:
                 raise BackendError(
                     f"the {self.name} needs the input {missing}, it was called with "
@@ -49,6 +71,10 @@ class Chain:
             output = part(wanted)
             inputs[HIDDEN] = output
         return output
+
+
+def _with_absorbed(names: tuple[str, ...]) -> tuple[str, ...]:
+    return (*(name for name in names if name != "text_kv"), *ABSORBED)
 
 
 class FunctionPart:
@@ -67,6 +93,11 @@ class FunctionPart:
 def part_inputs(name: str, index: int) -> tuple[str, ...]:
     """The inputs of part `index` of component `name`, where the engine does not name its own."""
     return INPUTS[name] if index == 0 else (HIDDEN, *INPUTS[name][1:])
+
+
+def forms_of(name: str) -> frozenset[str]:
+    """The other inputs that PyTorch's modules take, whose graph is not fixed."""
+    return frozenset(ABSORBED if name == "transformer" else ())
 
 
 def entry_of(bundle: Path, manifest: Manifest, name: str) -> ComponentEntry:

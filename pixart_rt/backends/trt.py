@@ -8,16 +8,19 @@ either needs a GPU.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from pixart_rt.backends.arena import Arena
 from pixart_rt.backends.base import Availability, Component
 from pixart_rt.backends.parts import Chain, capability, engine_paths, entry_of, one_line
 from pixart_rt.backends.runtime_cache import RuntimeCache
 from pixart_rt.backends.trt_engine import Engine
+from pixart_rt.backends.trt_plugins import register
 from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BackendError
 
@@ -41,11 +44,16 @@ LIBRARIES = {
 
 
 class TensorRTBackend:
-    """Serialized engines of one of the two libraries."""
+    """Serialized engines of one of the two libraries.
 
-    def __init__(self, name: str) -> None:
+    The engines that one object loads share an arena per device, so they serve one thread together.
+    """
+
+    def __init__(self, name: str, *, cuda_graphs: bool = False) -> None:
         self.name = name
         self._library = LIBRARIES[name]
+        self._cuda_graphs = cuda_graphs
+        self._arenas: dict[torch.device, Arena] = {}
 
     def available(self) -> Availability:
         try:
@@ -72,8 +80,20 @@ class TensorRTBackend:
         return Availability(True, f"{version} on {torch.cuda.get_device_name()}")
 
     def load(self, bundle: Path, manifest: Manifest, name: str, device: torch.device) -> Component:
+        return self.load_variant(bundle, manifest, name, device, plugins=None)
+
+    def load_variant(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        name: str,
+        device: torch.device,
+        *,
+        plugins: bool | None,
+    ) -> Chain:
+        """The component with plugins, or without; None: what the manifest found faster here."""
         trt = import_library(self.name)
-        entry, paths = entry_of(bundle, manifest, name), engine_paths(bundle, manifest, name)
+        entry = entry_of(bundle, manifest, name)
         if device.type != "cuda" or not torch.cuda.is_available():
             raise BackendError(
                 f"{self.name} engines run on an NVIDIA GPU, {device} was asked; use a CUDA device "
@@ -84,10 +104,21 @@ class TensorRTBackend:
                 f"{name} was built for {', '.join(entry.targets)}, this GPU is "
                 f"{capability(device)}; build it again with --target {capability(device)}"
             )
+        if plugins is None:
+            gpu = torch.cuda.get_device_name(device)
+            plugins = entry.plugins is not None and entry.plugins.faster_on(gpu)
+        if plugins:
+            assert entry.plugins is not None
+            entry = replace(entry, parts=entry.plugins.parts)
+            register(trt)
+        paths = engine_paths(bundle, manifest.with_entry(name, entry), name)
+        if device not in self._arenas:
+            self._arenas[device] = Arena(device)
         parts = []
         for part, path in zip(entry.parts, paths, strict=True):
             cache = RuntimeCache.of(trt, entry.files.get(part, ""), device)
-            parts.append(Engine(trt, path, device, cache))
+            engine = Engine(trt, path, self._arenas[device], cache, cuda_graphs=self._cuda_graphs)
+            parts.append(engine)
         return Chain(name, parts)
 
 

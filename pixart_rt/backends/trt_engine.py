@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixart_rt.backends.arena import Arena
 from pixart_rt.backends.parts import one_line, ordered_on
 from pixart_rt.backends.runtime_cache import RuntimeCache
+from pixart_rt.backends.trt_plugins import failure
 from pixart_rt.errors import BackendError, BundleError
 
 DTYPES = {  # trt.DataType name -> torch
@@ -34,22 +36,32 @@ Profile = dict[str, tuple[tuple[int, ...], ...]]  # input -> (min, opt, max) sha
 class Engine:
     """A deserialized engine with one execution context per profile. Serves one thread.
 
-    The contexts share one block of device memory: only one runs at a time.
+    The contexts work in the arena, which other engines share: only one runs at a time.
+    cuda_graphs: the library captures each shape's run and replays it (TensorRT-RTX only).
     """
 
     def __init__(
-        self, trt: ModuleType, path: Path, device: torch.device, cache: RuntimeCache | None
+        self,
+        trt: ModuleType,
+        path: Path,
+        arena: Arena,
+        cache: RuntimeCache | None,
+        *,
+        cuda_graphs: bool = False,
     ) -> None:
         self._trt, self._path, self._cache = trt, path, cache
-        # A stream of our own for callers on the default stream, where TensorRT would synchronize.
-        self._stream = torch.cuda.Stream(device)
-        self._device = self._stream.device
+        self._arena, self._stream, self._device = arena, arena.stream, arena.device
+        if cuda_graphs and not hasattr(trt, "CudaGraphStrategy"):
+            raise BackendError(
+                f"CUDA graphs were asked, but {trt.__name__} {trt.__version__} has none of its "
+                "own; leave them out, or build with --backend tensorrt-rtx"
+            )
+        self._cuda_graphs = cuda_graphs
         with torch.cuda.device(self._device):
             self._runtime, self._engine = deserialize(trt, path)
             self._read_bindings()
-            size = self._engine.device_memory_size_v2  # of the largest profile
-            self._arena = torch.empty(max(1, size), dtype=torch.uint8, device=self._device)
             self._contexts = [self._create_context(index) for index in range(len(self.profiles))]
+            arena.admit(self, self._engine.device_memory_size_v2)  # of the largest profile
         self._warm: set[int] = set()  # profiles that have run: their kernels are in the cache
 
     def _read_bindings(self) -> None:
@@ -64,7 +76,7 @@ class Engine:
             raise BundleError(f"{self._path} has outputs {outputs} instead of one; build it again")
         self._output = outputs[0]
         self.input_names = tuple(inputs)
-        self._dtypes = {
+        self.dtypes = {
             name: DTYPES[engine.get_tensor_dtype(name).name] for name in (*inputs, *outputs)
         }
         self.profiles: list[Profile] = [
@@ -77,27 +89,35 @@ class Engine:
 
     def _create_context(self, profile: int) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._cache is None:
+        if self._cache is None and not self._cuda_graphs:
             context = self._engine.create_execution_context(strategy)
         else:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
-            self._cache.attach(config)
+            if self._cache is not None:
+                self._cache.attach(config)
+            if self._cuda_graphs:
+                config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = self._engine.create_execution_context(config)
+        if context is None and (reason := failure()):
+            raise BackendError(f"no execution context for {self._path}: {reason}")
         if context is None:
             raise BackendError(
-                f"no execution context for {self._path} beside its "
-                f"{self._arena.numel() / 2**30:.1f} GiB of activations; free GPU memory, or build "
-                "with a smaller --max-batch"
+                f"no execution context for {self._path}; free GPU memory, or build with a smaller "
+                "--max-batch"
             )
         context.set_optimization_profile_async(profile, self._stream.cuda_stream)
         self._stream.synchronize()  # once, at load
-        context.set_device_memory(self._arena.data_ptr(), self._arena.numel())
         return context
+
+    def use_memory(self, address: int, size: int) -> None:
+        """Move all contexts to another place of the arena."""
+        for context in self._contexts:
+            context.set_device_memory(address, size)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         bound = {
-            name: tensor.to(self._device, self._dtypes[name]).contiguous()
+            name: tensor.to(self._device, self.dtypes[name]).contiguous()
             for name, tensor in inputs.items()
         }
         profile = fitting_profile(
@@ -109,7 +129,7 @@ class Engine:
                 context.set_input_shape(name, tuple(tensor.shape))
                 context.set_tensor_address(name, tensor.data_ptr())
             shape = tuple(context.get_tensor_shape(self._output))
-            output = torch.empty(shape, dtype=self._dtypes[self._output], device=self._device)
+            output = torch.empty(shape, dtype=self.dtypes[self._output], device=self._device)
             context.set_tensor_address(self._output, output.data_ptr())
             self._execute(context, [*bound.values(), output])
             self._keep_kernels(profile)
@@ -126,10 +146,14 @@ class Engine:
     def _execute(self, context: Any, tensors: list[Tensor]) -> None:
         present = torch.cuda.current_stream(self._device)
         if present.cuda_stream != 0:
+            self._arena.take(present)
             done = context.execute_async_v3(present.cuda_stream)
         else:
             with ordered_on(self._stream, tensors):
+                self._arena.take(self._stream)
                 done = context.execute_async_v3(self._stream.cuda_stream)
+        if not done and (reason := failure()):
+            raise BackendError(reason)
         if not done:
             shapes = [tuple(tensor.shape) for tensor in tensors]
             raise BackendError(f"the engine {self._path} refused to run with shapes {shapes}")

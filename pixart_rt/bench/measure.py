@@ -8,33 +8,21 @@ it compiles.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import numpy as np
 
 from pixart_rt.bench.agreement import differences
+from pixart_rt.bench.request import Prompts
 from pixart_rt.bench.stages import STAGES
 from pixart_rt.bench.systems import OURS, System
 
 PERCENTILES = (50, 90, 99)
 NEW, CACHED = "new", "cached"  # prompts never seen; the same prompt every time
 Report = Callable[[str], None]
-
-
-class Prompts:
-    """Texts that no system has seen: the request's prompt with a running number."""
-
-    def __init__(self, prompt: str) -> None:
-        self.prompt, self._numbers = prompt, count(1)
-
-    def new(self, batch: int) -> list[str]:
-        return [f"{self.prompt}, picture {next(self._numbers)}" for _ in range(batch)]
-
-    def cached(self, batch: int) -> list[str]:
-        return [self.prompt] * batch
 
 
 @dataclass(slots=True)
@@ -44,6 +32,7 @@ class Series:
     system: System
     prompts: str
     batch: int
+    prepare: float = 0.0  # seconds
     first_call: float | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -59,6 +48,7 @@ class Series:
         return {
             "batch": self.batch,
             "prompts": self.prompts,
+            "prepare_s": self.prepare,
             "first_call_s": self.first_call,
             "latency_s": totals,
             **summary,
@@ -88,6 +78,12 @@ def measure(
     batch = series[0].batch
     assert all(each.batch == batch for each in series)
     found: dict[str, list[dict[str, float]]] = {}
+    for each in series:
+        if each.prompts == NEW:
+            report(f"{each.label}: preparing")
+            started = time.perf_counter()
+            each.system.prepare(batch)
+            each.prepare = time.perf_counter() - started
     for repetition in range(-warmup, repeats):
         texts = {NEW: prompts.new(batch), CACHED: prompts.cached(batch)}
         seeds = [seed + batch * (repetition + warmup) + k for k in range(batch)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from pixart_rt.buckets import choose_bucket
@@ -15,6 +16,22 @@ PROMPT = "a red circle above a blue square"
 # Decibels of PSNR of 8-bit images: above it, differences come from rounding. Two different images
 # of one prompt lie near 10. float32 measured on two CPU cores: see docs/performance.md.
 MIN_PSNR = {"fp32": 40.0, "fp16": 20.0, "bf16": 20.0}
+
+
+class Prompts:
+    """Texts that no system has seen: the request's prompt with a running number."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt, self._numbers = prompt, count(1)
+
+    def text(self, number: int) -> str:
+        return f"{self.prompt}, picture {number}"
+
+    def new(self, batch: int) -> list[str]:
+        return [self.text(next(self._numbers)) for _ in range(batch)]
+
+    def cached(self, batch: int) -> list[str]:
+        return [self.prompt] * batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

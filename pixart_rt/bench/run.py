@@ -19,9 +19,9 @@ from pixart_rt.bench import counts
 from pixart_rt.bench.agreement import worst
 from pixart_rt.bench.cold import cold_start
 from pixart_rt.bench.counts import Load, Product, Work
-from pixart_rt.bench.measure import CACHED, NEW, Prompts, Series, measure
+from pixart_rt.bench.measure import CACHED, NEW, Series, measure
 from pixart_rt.bench.provenance import provenance
-from pixart_rt.bench.request import MIN_PSNR, BenchRequest, pipeline_folder
+from pixart_rt.bench.request import MIN_PSNR, BenchRequest, Prompts, pipeline_folder
 from pixart_rt.bench.roofline import Rates, better, floor, measure_rates
 from pixart_rt.bench.systems import OURS, System, load_system
 from pixart_rt.buckets import Bucket, bucket_for_aspect
@@ -100,7 +100,8 @@ def _work(request: BenchRequest, names: tuple[str, ...]) -> int:
     """How many times `report` is called."""
     assert request.warmup is not None
     images = (len(request.batches) * len(names) + 1) * (request.repeats + request.warmup)
-    return len(names) * (2 if request.cold else 1) + 2 + images
+    preparing = len(request.batches) * len(names)
+    return len(names) * (2 if request.cold else 1) + 2 + preparing + images
 
 
 @contextmanager

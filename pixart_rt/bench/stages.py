@@ -30,6 +30,8 @@ class Watched:
         self._inner, self._part, self._stages = inner, part, stages
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._stages.capturing():  # a mark inside a graph would never be read
+            return self._inner(*args, **kwargs)
         before = self._stages.mark()
         result = self._inner(*args, **kwargs)
         self._stages.add(self._part, before, self._stages.mark())
@@ -49,6 +51,10 @@ class Stages:
     def watch(self, owner: Any, attribute: str, part: str) -> None:
         """Mark every call of `owner.attribute` from now on."""
         setattr(owner, attribute, Watched(getattr(owner, attribute), part, self))
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being recorded now."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def mark(self) -> Any:
         if self.device.type != "cuda":

@@ -13,14 +13,16 @@ from typing import Any, Protocol
 
 import torch
 
-from pixart_rt.bench.request import BenchRequest, transformer_folder
+from pixart_rt.bench.request import BenchRequest, Prompts, transformer_folder
 from pixart_rt.bench.stages import STEP, TEXT, VAE, Stages
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Precision
-from pixart_rt.pipeline import DTYPES, VAE_SCALE_FACTOR, PixArtPipeline
+from pixart_rt.denoising import VAE_SCALE_FACTOR
+from pixart_rt.pipeline import DTYPES, PixArtPipeline
 
 OURS = "pixart_rt"
+LATE = 1000  # the number of a prompt that is as long as any
 
 
 class System(Protocol):
@@ -28,6 +30,10 @@ class System(Protocol):
 
     name: str
     device: torch.device
+
+    def prepare(self, batch: int) -> None:
+        """Do what a user does once before the first request of this size, if there is anything."""
+        ...
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[list[Any], dict[str, Any]]:
         """The images [PIL] and the seconds of `Stages.measure`."""
@@ -58,6 +64,18 @@ class Ours:
         self.stages.watch(pipe.prompt_encoder, "text_encoder", TEXT)
         self.stages.watch(pipe, "transformer", STEP)
         self.stages.watch(pipe, "vae_decoder", VAE)
+
+    def prepare(self, batch: int) -> None:
+        """`pipe.warmup`, which captures CUDA graphs where there can be any."""
+        texts = Prompts(self.request.prompt)
+        self.pipe.warmup(
+            [self.request.aspect_ratio],
+            batch_size=batch,
+            num_inference_steps=self.request.steps,
+            guidance_scale=self.request.guidance_scale,
+            prompts=[texts.text(1), texts.text(LATE)],
+            progress=lambda _what, _done, _total: None,
+        )
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[list[Any], dict[str, Any]]:
         result, seconds = self.stages.measure(
@@ -112,6 +130,9 @@ class Diffusers:
         self.stages.watch(self.pipe.text_encoder, "forward", TEXT)
         self.stages.watch(self.pipe.transformer, "forward", STEP)
         self.stages.watch(self.pipe.vae, "decode", VAE)
+
+    def prepare(self, batch: int) -> None:
+        """Nothing: torch.compile works in the first call."""
 
     def __call__(self, prompts: list[str], seeds: list[int]) -> tuple[list[Any], dict[str, Any]]:
         with torch.inference_mode():

@@ -15,7 +15,7 @@ from pixart_rt.bench.request import PEERS, PROMPT, BenchRequest
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.build import engine_config
 from pixart_rt.cli.console import Steps, note, print_json, print_tables
-from pixart_rt.config import COMPONENTS, Precision, Quality
+from pixart_rt.config import COMPONENTS, Precision, Quality, Weights
 from pixart_rt.errors import ConfigError, NumericsError
 
 _DEFAULT_RES = 1024
@@ -115,8 +115,9 @@ def _build(
 ) -> Path:
     """The bundle of a model for this measurement, built unless it is there."""
     config = engine_config(
-        res, backend or "auto", (), precision, None, COMPONENTS, "engine", max_batch, Quality.HIGH
-    )
+        res, backend or "auto", (), precision, None, COMPONENTS, "engine", max_batch, Quality.HIGH,
+        False, Weights.FULL, Weights.FULL,
+    )  # fmt: skip
     from pixart_rt.export.build import build
 
     label = Path(model).resolve().name.removesuffix(".pth")
@@ -213,7 +214,7 @@ def _systems(result: dict[str, Any]) -> Table:
         table.add_row(
             name,
             "-" if cold is None else f"{cold['total_s']:.1f}",
-            f"{system['series'][0]['first_call_s']:.2f}",
+            _short(system["series"][0]["prepare_s"] + system["series"][0]["first_call_s"]),
             memory,
             "" if factor is None else f"{factor['paired']:.2f}x",
             "" if agrees is None else _psnr(agrees),

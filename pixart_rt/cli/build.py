@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pixart_rt.backends import BACKENDS
 from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.cli.console import Steps, note, print_json
-from pixart_rt.config import COMPONENTS, PUBLISHED, CfgNull, EngineConfig, Precision, Quality
+from pixart_rt.config import (
+    COMPONENTS,
+    PUBLISHED,
+    CfgNull,
+    EngineConfig,
+    Precision,
+    Quality,
+    Weights,
+)
 from pixart_rt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,10 +64,28 @@ def build(
     quality: Annotated[
         Quality, typer.Option(help="Roundings of the transformer; not high: torch backends only.")
     ] = Quality.HIGH,
+    plugins: Annotated[
+        bool,
+        typer.Option(
+            "--plugins",
+            help="TensorRT: a second transformer engine on our own kernels, used where it is "
+            "measured to be faster.",
+        ),
+    ] = False,
     text_encoder: Annotated[
         str, typer.Option(help="engine: as the others; torch: kept in PyTorch.")
     ] = "engine",
     max_batch: Annotated[int, typer.Option(help="Images per call of the engines.")] = 1,
+    weights: Annotated[
+        Weights, typer.Option(help="Of the transformer's blocks; not full: torch backends only.")
+    ] = Weights.FULL,
+    text_weights: Annotated[
+        Weights, typer.Option(help="Of the text encoder; not full: where PyTorch runs it.")
+    ] = Weights.FULL,
+    vram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Choose what fits, such as 8G (see `plan`); torch only."),
+    ] = None,
     cfg_null: Annotated[
         CfgNull | None, typer.Option(help="The unconditional branch. Default: the checkpoint's.")
     ] = None,
@@ -98,10 +125,15 @@ def build(
     if max_memory is not None and not max_memory > 0:
         raise ConfigError(f"--max-memory {max_memory:g} was asked; it must be more than 0 GiB")
     parts = _components(components, model)
+    if vram is not None and backend == "auto":
+        backend = "torch"  # the one whose tiers are all there
     config = engine_config(
         res, backend, _split(target or []), precision, text_precision, parts, text_encoder,
-        max_batch, quality,
+        max_batch, quality, plugins, weights, text_weights,
     )  # fmt: skip
+    memory = None
+    if vram is not None:
+        config, memory = _fit(model, config, vram)
     from pixart_rt.export.build import build as build_bundle  # torch, onnx: seconds to import
 
     with Steps() as progress:
@@ -114,6 +146,7 @@ def build(
             heads=heads,
             sample_size=sample_size,
             max_text_tokens=max_text_tokens,
+            memory=memory,
             progress=progress,
         )
     _show(result, as_json)
@@ -129,6 +162,9 @@ def engine_config(
     text_encoder: str,
     max_batch: int,
     quality: Quality,
+    plugins: bool,
+    weights: Weights,
+    text_weights: Weights,
 ) -> EngineConfig:
     """The options as a checked config; what was left out becomes the chosen backend's default."""
     if text_encoder not in ("engine", "torch"):
@@ -140,6 +176,8 @@ def engine_config(
         targets=targets,
         components=components,
         max_batch=max_batch,
+        backend=backend,
+        plugins=plugins,
     )
     from pixart_rt.backends import choose_backend
     from pixart_rt.export.build import default_precision
@@ -158,7 +196,26 @@ def engine_config(
         components=components,
         text_encoder_backend=text_backend,
         quality=quality,
+        plugins=plugins,
+        weights=weights,
+        text_weights=text_weights,
     )
+
+
+def _fit(model: str, config: EngineConfig, vram: str) -> tuple[EngineConfig, dict[str, Any]]:
+    """The config of the best tier that fits, and what the manifest keeps of the choice."""
+    import torch
+
+    from pixart_rt.cli.plan import forecast_record
+    from pixart_rt.memory.fit import fit_engine
+    from pixart_rt.memory.tiers import parse_bytes
+
+    limit = parse_bytes(vram)
+    fitted, choice = fit_engine(model, config, limit, on_gpu=torch.cuda.is_available())
+    peak = choice.forecast.peak / _GIB
+    note(f"memory: tier {choice.tier.name}, predicted peak {peak:.2f} GiB of {limit / _GIB:g}")
+    record = {"vram": limit, "tier": choice.tier.name, **forecast_record(choice.forecast)}
+    return fitted, record
 
 
 def _components(asked: str | None, model: str) -> tuple[str, ...]:
@@ -209,7 +266,8 @@ def _show(result: BuildResult, as_json: bool) -> None:
             "engine_config": manifest.engine_config,
             "components": {
                 name: {"backend": entry.backend, "precision": entry.precision,
-                       "targets": list(entry.targets), "parity": entry.parity}
+                       "targets": list(entry.targets), "parity": entry.parity,
+                       "plugins": None if entry.plugins is None else asdict(entry.plugins)}
                 for name, entry in manifest.components.items()
             },
             "build": manifest.build,

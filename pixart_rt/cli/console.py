@@ -102,6 +102,8 @@ class _NoteHandler(logging.Handler):
 @contextmanager
 def log_to_stderr() -> Iterator[None]:
     """Show the library's INFO lines and warnings while a command runs."""
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # what they say of each other's versions
     logger = logging.getLogger("pixart_rt")
     handler, level = _NoteHandler(), logger.level
     logger.addHandler(handler)

@@ -10,7 +10,7 @@ import typer
 
 from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
-from pixart_rt.cli.console import Steps, print_json
+from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.version import __version__
@@ -18,6 +18,7 @@ from pixart_rt.version import __version__
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from pixart_rt.memory.fit import LoadChoice
     from pixart_rt.pipeline import PipelineOutput, PixArtPipeline
 
 _LARGEST_SEED = 2**63 - 1
@@ -51,6 +52,10 @@ def generate(
     scheduler: Annotated[
         Scheduler | None, typer.Option(help="The sampler. Default: the checkpoint's own.")
     ] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G; torch bundles only."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -76,7 +81,8 @@ def generate(
     sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, scheduler=sampler)
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
     size = {"aspect_ratio": aspect, "height": height, "width": width}
-    result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, size)
+    fit = None if vram is None else _fit(bundle, manifest, vram)
+    result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, size, fit)
     facts = _facts(result, manifest, negative, sampling)
     written = _write(result, facts, paths, grid, force)
     if as_json:
@@ -85,6 +91,22 @@ def generate(
     else:
         for path in written:
             typer.echo(str(path))
+
+
+def _fit(bundle: Path, manifest: Manifest, vram: str) -> LoadChoice:
+    """What must be different when the bundle is loaded for it to fit, said in a note."""
+    import torch
+
+    from pixart_rt.memory.fit import fit_bundle
+    from pixart_rt.memory.tiers import parse_bytes
+
+    on_gpu = torch.cuda.is_available()
+    fit = fit_bundle(bundle, manifest, parse_bytes(vram), on_gpu=on_gpu)
+    note(
+        f"memory: text encoder {fit.text_place}, {fit.max_batch} at once, predicted peak "
+        f"{fit.forecast.peak / 2**30:.2f} GiB"
+    )
+    return fit
 
 
 def _check_text(*texts: str) -> None:
@@ -113,9 +135,11 @@ def _run(
     seed: int,
     sampling: SamplingConfig,
     size: dict[str, Any],
+    fit: LoadChoice | None,
 ) -> tuple[PipelineOutput, float]:
     """The images, and the seconds they took without loading the bundle."""
-    batches = -(-num // int(manifest.engine_config["max_batch"]))
+    at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
+    batches = -(-num // at_once)
     total, done = sampling.num_inference_steps * batches, 0
     with Steps() as progress:
         progress(f"loading {bundle}", 0, total)
@@ -127,7 +151,8 @@ def _run(
             last = step + 1 == sampling.num_inference_steps
             progress("decoding" if last else "denoising", min(done, total), total)
 
-        pipe = PixArtPipeline.from_bundle(bundle)
+        pipe = PixArtPipeline.from_bundle(bundle, text_place=fit.text_place if fit else None)
+        pipe.max_batch = at_once
         progress("reading the prompt", 0, total)
         started = time.monotonic()
         result = pipe(

@@ -67,12 +67,28 @@ def _components(manifest: Manifest) -> Table:
             "engines": "\n".join(entry.parts),
             "shapes": _profiles(entry),
             **{f"parity: {figure}": value for figure, value in entry.parity.items()},
+            **_plugins(entry),
         }
         for setting, value in rows.items():
             table.add_row(name, setting, escape(_text(value)))
             name = ""  # once per component
         table.add_section()
     return table
+
+
+def _plugins(entry: ComponentEntry) -> dict[str, Any]:
+    """The engines with plugins, if the bundle has any, and what was measured of them."""
+    if entry.plugins is None:
+        return {}
+    return {
+        "engines with plugins": "\n".join(entry.plugins.parts) or "slower, removed",
+        **{f"plugins parity: {figure}": value for figure, value in entry.plugins.parity.items()},
+        **{
+            f"measured on {gpu}": f"{found.plain:.4g} ms without plugins, {found.plugins:.4g} with"
+            f" ({'faster' if found.faster else 'not used'})"
+            for gpu, found in entry.plugins.measured.items()
+        },
+    }
 
 
 def _value() -> Column:

@@ -1,4 +1,4 @@
-"""`pixart-rt tune`: measure the kernels' launch configurations on this GPU."""
+"""`pixart-rt tune`: measure, on this GPU, kernels' launch configurations or a bundle's plugins."""
 
 from __future__ import annotations
 
@@ -21,6 +21,14 @@ def tune(
         Path | None,
         typer.Option(help="Where the table goes. Default: the user's cache, where it is found."),
     ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Measure this bundle's engines with and without plugins instead, and note in its "
+            "manifest which is faster here.",
+        ),
+    ] = None,
 ) -> None:
     """Find the fastest configuration of every kernel on this GPU.
 
@@ -31,7 +39,13 @@ def tune(
     Examples:
       pixart-rt tune
       pixart-rt tune --precision fp16 --out tuned.json
+      pixart-rt tune --bundle engines/alpha-1024
     """
+    if bundle is not None:
+        if out is not None:
+            raise ConfigError("--out was asked with --bundle, whose result goes into the bundle")
+        _tune_bundle(bundle)
+        return
     if precision is Precision.FP32:
         raise ConfigError("--precision fp32 was asked; tuning is for fp16 and bf16")
     import torch
@@ -55,3 +69,17 @@ def tune(
     with replacing(path) as new:
         new.write_text(json.dumps(table, indent=1) + "\n")
     print(path)
+
+
+def _tune_bundle(bundle: Path) -> None:
+    """Measure a bundle's plugins here; one line a component, and which of its engines will run."""
+    from pixart_rt.export.choose import choose_in_bundle
+
+    for name, found in choose_in_bundle(bundle).items():
+        chosen = "with plugins" if found.faster else "without plugins"
+        wrong = "" if found.right else f", wrong with plugins ({found.difference})"
+        note(
+            f"{name}: {found.plain:.4g} ms without plugins, {found.plugins:.4g} ms with{wrong}; "
+            f"it will run {chosen}"
+        )
+    print(bundle)

@@ -24,6 +24,14 @@ def patchify(latents: Tensor, patch_size: int) -> Tensor:
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(B, (h // p) * (w // p), C * p * p)
 
 
+def depatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """What `patchify` made, [B, N, C·p·p], back to latents [B, C, h, w]."""
+    rows, columns = grid
+    p = patch_size
+    patches = tokens.reshape(len(tokens), rows, columns, tokens.shape[-1] // p**2, p, p)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, rows * p, columns * p)
+
+
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     """Output tokens [B, N, p·p·C] (channel last, as DiT projects) to [B, C, h, w]."""
     B, _, channels = tokens.shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError, CheckpointError
+from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.tensors import TensorFolder
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
-from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.model.transformer import Block, CrossText, PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config
 
 
@@ -45,22 +47,55 @@ class HiddenModule(nn.Module):
 
 
 class DenoiserModule(nn.Module):
-    """The transformer core with float32 output; its modulator runs outside."""
+    """The denoiser: `PixArtTransformer.denoise` over tensors only, with float32 output.
+
+    Its modulator and the weights of its text side run outside, once for each request and prompt.
+    """
 
     def __init__(self, core: PixArtTransformer) -> None:
         super().__init__()
         self.core = core
-        del core.modulator
+        del core.modulator, core.y_proj
+        for block in core.blocks:
+            del cast(Block, block).cross_attn.kv_linear
 
     def forward(
         self,
         tokens: Tensor,
         pos_embed: Tensor,
         modulation: Tensor,
-        prompt_embeds: Tensor,
+        null_rows: Tensor,
+        text_rows: Tensor,
+        constant: Tensor,
         prompt_mask: Tensor,
+        outputs: Tensor,
+        text_kv: Tensor | None = None,
+        absorbed_keys: Tensor | None = None,
+        absorbed_bias: Tensor | None = None,
+        absorbed_values: Tensor | None = None,
     ) -> Tensor:
-        noise = self.core(tokens, pos_embed, modulation, prompt_embeds, prompt_mask)
+        """Shapes as in backends/base.py. Either text_kv or the three absorbed tensors."""
+        dtype = self.core.x_embedder.weight.dtype
+        # An exported graph must not branch on a size that may be 0; PyTorch saves two copies.
+        none = not torch.compiler.is_exporting() and null_rows.shape[0] == 0
+        text = []
+        for index in range(len(self.core.blocks)):
+            attended: Tensor | Absorbed
+            if text_kv is not None:
+                attended = text_kv[index].to(dtype)
+            else:
+                assert absorbed_keys is not None and absorbed_bias is not None
+                assert absorbed_values is not None
+                attended = Absorbed(
+                    absorbed_keys[index].to(dtype),
+                    absorbed_bias[index],
+                    absorbed_values[index].to(dtype),
+                )
+            text.append(
+                CrossText(attended, prompt_mask, None if none else constant[index].to(dtype))
+            )
+        rows = torch.cat([null_rows, text_rows])
+        noise = self.core.denoise(tokens, pos_embed, modulation, rows, text, outputs)
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
 

@@ -131,8 +131,12 @@ class T5Encoder(nn.Module):
         self.register_buffer("folded_bias", None, persistent=False)
 
     def fold_position_bias(self, num_tokens: int) -> None:
-        """Keep the position bias [1, H, T, T] as a constant, for an export at fixed T."""
-        self.folded_bias = self.position_bias(num_tokens).detach()
+        """Keep the position bias as a constant [1, H, T+1, T+1], for an export up to T tokens.
+
+        It depends on distances only, so that its corner is the bias of a shorter text. One more
+        than T, because torch.export has to know whether the corner is the whole: never.
+        """
+        self.folded_bias = self.position_bias(num_tokens + 1).detach()
 
     def position_bias(self, num_tokens: int) -> Tensor:
         """The learned bias of every query-key distance: [1, H, T, T] float32."""
@@ -147,6 +151,7 @@ class T5Encoder(nn.Module):
         positions = self.folded_bias
         if positions is None:
             positions = self.position_bias(hidden.shape[1])
+        positions = positions[:, :, : hidden.shape[1], : hidden.shape[1]]
         padding = (1 - attention_mask[:, None, None].to(hidden.dtype)) * MASKED
         bias = positions.to(hidden.dtype) + padding
         for layer in self.layers:

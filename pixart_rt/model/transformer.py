@@ -6,20 +6,24 @@ One definition for training, torch.compile and export. A block is
     x ← x + gate_mlp · MLP(LN(x)·(1 + scale_mlp) + shift_mlp)
 where the six vectors are the image's shared modulation plus the block's own table (adaLN-single).
 
-B images, N tokens, T text tokens, D width, H heads, K head width, C caption channels, L blocks.
-B and N are the only dynamic sizes. Parameters have the names of the original checkpoints.
+B images, N tokens, T text tokens, D width, H heads, K head width, C caption channels, L blocks;
+R rows: the images, or with guidance two rows for each, that differ only in their text.
+Numbers of images, rows and tokens are the only dynamic sizes. Parameters have the names of the
+original checkpoints.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixart_rt.config import Kernels, ModelConfig, Quality
+from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
+from pixart_rt.kernels.cross_attention import Absorbed, cross_attention_absorbed
 from pixart_rt.model.conditioning import FREQUENCY_CHANNELS, sinusoid
 from pixart_rt.ops import Normed, Operators, Rows, operators
 
@@ -52,8 +56,20 @@ class SelfAttention(nn.Module):
         return ops.self_attention(ops.linear(y, self.qkv).unflatten(-1, (3, *self.heads)))
 
 
+class CrossText(NamedTuple):
+    """What one block's cross-attention sees of the text (forms: kernels/cross_attention.py).
+
+    Rows whose prompt has one visible token come first: each gets one vector for all its image
+    tokens. The other rows have keys and values.
+    """
+
+    attended: Tensor | Absorbed  # kv [C, T, 2, H, K], or what `absorb` made of it
+    mask: Tensor  # [C, T] boolean, True to attend
+    constant: Tensor | None = None  # [U, 1, D] with U + C = R
+
+
 class CrossAttention(nn.Module):
-    """Attention of image tokens [B, N, D] to text [B, T, D] where prompt_mask [B, T] is True."""
+    """Attention of image tokens [R, N, D] to text."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,10 +78,26 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, ops: Operators, x: Tensor, text: Tensor, prompt_mask: Tensor) -> Tensor:
+    def keys_values(self, captions: Tensor) -> Tensor:
+        """Projected captions [B, T, D] to [B, T, 2, H, K]: the same at every step."""
+        return self.kv_linear(captions).unflatten(-1, (2, *self.heads))
+
+    def forward(self, ops: Operators, x: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        """The standard form, without `proj`."""
         q = ops.linear(x, self.q_linear).unflatten(-1, self.heads)
-        kv = self.kv_linear(text).unflatten(-1, (2, *self.heads))
-        return ops.cross_attention(q, kv, prompt_mask)
+        return ops.cross_attention(q, kv, mask)
+
+    def projected(self, ops: Operators, x: Tensor, text: CrossText) -> Tensor:
+        """Any form, with `proj`: what is added to x."""
+        constant = text.constant
+        rows = x if constant is None else x[constant.shape[0] :]
+        if isinstance(text.attended, Absorbed):
+            out = cross_attention_absorbed(rows, *text.attended, self.proj.bias)
+        else:
+            out = ops.linear(self(ops, rows, text.attended, text.mask), self.proj)
+        if constant is None:
+            return out
+        return torch.cat([constant.to(out.dtype).expand(-1, x.shape[1], -1), out])
 
 
 class Block(nn.Module):
@@ -89,23 +121,32 @@ class Block(nn.Module):
         x: Tensor,
         y: Normed,
         shared: Tensor,
-        text: Tensor,
-        prompt_mask: Tensor,
+        text: CrossText,
         following: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Normed | None]:
-        """x [B, N, D], y its norm, shared [B, 6, D], `following` the next block's table [6, D].
+        """x [R, N, D], y its norm, shared [R, 6, D], `following` the next block's table [6, D].
 
-        Returns x and, unless this is the last block, its norm for the next.
+        With rows [R], x, y and shared are of B images until the text is seen, and of rows from
+        there on: row r is image rows[r]. Returns x and, unless this is the last block, its norm
+        for the next.
         """
-        rows = partial(Rows, self.scale_shift_table, shared)
-        x = ops.linear_residual(self.attn(ops, y), self.attn.proj, x, rows(GATE_MSA))
-        attended = self.cross_attn(ops, x, text, prompt_mask)
-        x, y = ops.linear_residual_norm(attended, self.cross_attn.proj, x, None, rows(SHIFT_MLP))
+        at = partial(Rows, self.scale_shift_table)
+        x = ops.linear_residual(self.attn(ops, y), self.attn.proj, x, at(shared, GATE_MSA))
+        if rows is not None:
+            x, shared = x[rows], shared[rows]
+        cross, norm = self.cross_attn, at(shared, SHIFT_MLP)
+        if text.constant is None and isinstance(text.attended, Tensor):
+            attended = cross(ops, x, text.attended, text.mask)
+            x, y = ops.linear_residual_norm(attended, cross.proj, x, None, norm)
+        else:
+            x, y = ops.residual_norm(cross.projected(ops, x, text), x, norm)
         hidden = ops.linear_gelu(y, self.mlp.fc1)
+        gate = at(shared, GATE_MLP)
         if following is None:
-            return ops.linear_residual(hidden, self.mlp.fc2, x, rows(GATE_MLP)), None
+            return ops.linear_residual(hidden, self.mlp.fc2, x, gate), None
         norm = Rows(following, shared, SHIFT_MSA)
-        return ops.linear_residual_norm(hidden, self.mlp.fc2, x, rows(GATE_MLP), norm)
+        return ops.linear_residual_norm(hidden, self.mlp.fc2, x, gate, norm)
 
 
 class ScalarEmbedder(nn.Module):
@@ -166,10 +207,18 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
 
-    def forward(self, ops: Operators, x: Tensor, embedded: Tensor) -> Tensor:
-        """x [B, N, D] and the embedding [B, 1, D] of the timestep, the same for both rows."""
+    def forward(
+        self, ops: Operators, x: Tensor, embedded: Tensor, outputs: Tensor | None = None
+    ) -> Tensor:
+        """x [B, N, D] and the embedding [B, 1, D] of the timestep, the same for both rows.
+
+        `outputs` are the rows of the projection that are wanted, by default all.
+        """
         shared = embedded.expand(-1, 2, -1).contiguous()
-        return self.linear(ops.ln_modulate(x, Rows(self.scale_shift_table, shared, 0)))
+        x = ops.ln_modulate(x, Rows(self.scale_shift_table, shared, 0))
+        if outputs is None:
+            return self.linear(x)
+        return F.linear(x, self.linear.weight[outputs], self.linear.bias[outputs])
 
 
 class PixArtTransformer(nn.Module):
@@ -186,13 +235,19 @@ class PixArtTransformer(nn.Module):
         self.modulator = Modulator(config)
         self.operators: Operators = operators()
 
-    def use(self, kernels: Kernels, quality: Quality = Quality.HIGH) -> PixArtTransformer:
+    def use(
+        self,
+        kernels: Kernels,
+        quality: Quality = Quality.HIGH,
+        weights: Weights = Weights.FULL,
+    ) -> PixArtTransformer:
         """Switch all blocks between the reference and the fused operators; returns self.
 
         FAST quantizes the weights of the blocks' linears to fp8 here, once; do it after the last
-        change of dtype. Raises ConfigError where `quality` needs other kernels.
+        change of dtype. `weights` says what model/quantize.py made of them. Raises ConfigError
+        where `quality` needs other kernels.
         """
-        self.operators = operators(kernels, quality)
+        self.operators = operators(kernels, quality, weights)
         self.operators.prepare(self.blocks)
         return self
 
@@ -209,14 +264,52 @@ class PixArtTransformer(nn.Module):
         tokens [B, N, C·p·p]; pos_embed [1 or B, N, D] float32; modulation [B, 7, D] float32 from
         `self.modulator`; prompt_embeds [B, T, C]; prompt_mask [B, T] boolean, True to attend.
         """
+        x, y, modulation = self._embed(tokens, pos_embed, modulation)
+        captions = self.y_proj(prompt_embeds.to(x.dtype))
+        ops, shared = self.operators, modulation[:, :6].contiguous()
+        for block, following in self._chain():
+            text = CrossText(block.cross_attn.keys_values(captions), prompt_mask)
+            x, y = block(ops, x, y, shared, text, following)
+        return self.final_layer(ops, x, modulation[:, 6:])
+
+    def denoise(
+        self,
+        tokens: Tensor,
+        pos_embed: Tensor,
+        modulation: Tensor,
+        rows: Tensor,
+        text: Sequence[CrossText],
+        outputs: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` without what is the same at every step or for both halves of guidance.
+
+        rows [R] are the images' indices: row r is image rows[r] with the r-th text. Until the first
+        block's cross-attention rows of one image are equal, and computed once. `text` has an entry
+        for each block (model/text_side.py). Returns [R, N, outputs], by default all.
+        """
+        x, y, modulation = self._embed(tokens, pos_embed, modulation)
+        ops, shared = self.operators, modulation[:, :6].contiguous()
+        for index, (block, following) in enumerate(self._chain()):
+            first = index == 0
+            x, y = block(ops, x, y, shared, text[index], following, rows if first else None)
+            if first:
+                shared, modulation = shared[rows], modulation[rows]
+        return self.final_layer(ops, x, modulation[:, 6:], outputs)
+
+    def _embed(
+        self, tokens: Tensor, pos_embed: Tensor, modulation: Tensor
+    ) -> tuple[Tensor, Normed, Tensor]:
+        """x [B, N, D], its norm for the first block, and the modulation in float32 or wider."""
         dtype = self.x_embedder.weight.dtype
         wide = torch.promote_types(dtype, torch.float32)
         modulation = modulation.to(wide)
         x = (self.x_embedder(tokens.to(dtype)).to(wide) + pos_embed.to(wide)).to(dtype)
-        text = self.y_proj(prompt_embeds.to(dtype))
-        ops, shared = self.operators, modulation[:, :6].contiguous()
-        tables = [cast(Block, block).scale_shift_table for block in self.blocks]
-        y = ops.norm(x, Rows(tables[0], shared, SHIFT_MSA))
-        for block, following in zip(self.blocks, [*tables[1:], None], strict=True):
-            x, y = block(ops, x, y, shared, text, prompt_mask, following)
-        return self.final_layer(ops, x, modulation[:, 6:])
+        table = cast(Block, self.blocks[0]).scale_shift_table
+        shared = modulation[:, :6].contiguous()
+        return x, self.operators.norm(x, Rows(table, shared, SHIFT_MSA)), modulation
+
+    def _chain(self) -> Iterator[tuple[Block, Tensor | None]]:
+        """Each block with the table of the one that follows."""
+        blocks = [cast(Block, block) for block in self.blocks]
+        tables = [block.scale_shift_table for block in blocks]
+        return zip(blocks, [*tables[1:], None], strict=True)

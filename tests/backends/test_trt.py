@@ -2,12 +2,14 @@
 
 import ctypes
 from contextlib import nullcontext
+from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 
 from pixart_rt.backends import get_backend, trt_engine
+from pixart_rt.backends.arena import Arena
 from pixart_rt.backends.base import Availability
 from pixart_rt.backends.runtime_cache import RuntimeCache, cache_folder
 from pixart_rt.backends.trt import import_library, supported_targets
@@ -85,6 +87,9 @@ class FakeStream:
     def synchronize(self):
         pass
 
+    def wait_stream(self, other):
+        pass
+
 
 def fake_engine(trt, calls):
     """An engine of the library's own interface, which doubles latents [1-4, 8] into a half
@@ -133,9 +138,9 @@ def test_an_engine_is_called_as_the_library_s_interface_demands(monkeypatch, tmp
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     cache = create_autospec(RuntimeCache, instance=True)
-    part = Engine(trt, tmp_path / "x.engine", torch.device("cpu"), cache)
+    part = Engine(trt, tmp_path / "x.engine", Arena(torch.device("cpu")), cache)
     assert part.input_names == ("latents",)
-    assert calls == [("profile", 0), ("memory", 1000), ("profile", 1), ("memory", 1000)]
+    assert calls == [("profile", 0), ("profile", 1), ("memory", 1000), ("memory", 1000)]
     for batch in (1, 3, 2):
         latents = torch.randn(8, batch, dtype=torch.float64).t()  # neither contiguous nor float32
         image = part({"latents": latents})
@@ -248,3 +253,38 @@ def test_a_truncated_engine_is_a_bundle_error(make_bundle, tmp_path, transformer
     bundle, manifest = make_bundle("transformer", ("transformer/transformer.engine",))
     with pytest.raises(BundleError, match="damaged"):
         get_backend("tensorrt-rtx").load(bundle, manifest, "transformer", torch.device("cuda"))
+
+
+def test_the_library_s_own_cuda_graphs_are_switched_on_where_asked(monkeypatch, tmp_path):
+    trt = import_library("tensorrt-rtx")
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    for asked in (False, True):
+        engine = fake_engine(trt, [])
+        config = engine.create_runtime_config.return_value
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        monkeypatch.setattr(
+            trt_engine, "deserialize", lambda trt, path, engine=engine: (None, engine)
+        )
+        Engine(trt, tmp_path / "x", Arena(torch.device("cpu")), None, cuda_graphs=asked)
+        expected = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if asked else None
+        assert config.cuda_graph_strategy == (expected or trt.CudaGraphStrategy.DISABLED)
+    with pytest.raises(BackendError, match="has none of its own"):
+        other = SimpleNamespace(__name__="tensorrt", __version__="11")
+        Engine(other, tmp_path / "x", Arena(torch.device("cpu")), None, cuda_graphs=True)
+
+
+def test_engines_share_the_arena(monkeypatch, tmp_path):
+    trt, calls, more = import_library("tensorrt-rtx"), [], []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    small, large = fake_engine(trt, calls), fake_engine(trt, more)
+    large.device_memory_size_v2 = 5000
+    engines = iter([small, large])
+    monkeypatch.setattr(trt_engine, "deserialize", lambda trt, path: (None, next(engines)))
+    arena = Arena(torch.device("cpu"))
+    kept = [Engine(trt, tmp_path / "x", arena, None) for _ in range(2)]
+    assert arena.size == 5000
+    assert calls[-2:] == more[-2:] == [("memory", 5000), ("memory", 5000)]
+    assert len(kept) == 2

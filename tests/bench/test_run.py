@@ -50,7 +50,7 @@ def test_every_series_is_there_once(measured: dict[str, Any]) -> None:
     for each in all_series(measured):
         assert len(each["latency_s"]) == 3, "the warm-up is not counted"
         assert all(len(each["stages_s"][name]) == 3 for name in STAGES)
-        assert each["first_call_s"] > 0
+        assert each["first_call_s"] > 0 and each["prepare_s"] >= 0
         assert each["transformer_calls"] == 2, "once a step, both halves of guidance together"
 
 
@@ -101,7 +101,10 @@ def test_progress_counts_all_that_is_done(measured: dict[str, Any]) -> None:
     request = BenchRequest(bundle=Path(asked["bundle"]), batches=(2, 1), repeats=3, warmup=1,
                            peers=("diffusers",), cold=False)  # fmt: skip
     images = (2 * 2 + 1) * (3 + 1)  # both systems at both sizes, the cached series at one
-    assert _work(request, ("pixart_rt", "diffusers")) == 2 + 2 + images
+    said: list[tuple[int, int]] = []
+    assert _work(request, ("pixart_rt", "diffusers")) == 2 + 2 + 2 * 2 + images
+    run(replace(request, steps=2, repeats=1), "", lambda _, done, total: said.append((done, total)))
+    assert said == [(done, len(said)) for done in range(len(said))]
 
 
 def test_other_weights_are_noticed(bundle_256: Path, pipeline_folder: Any, tmp_path: Path) -> None:
@@ -137,7 +140,8 @@ def test_speedup_is_paired_by_repetition() -> None:
             self.name = name
 
     def series(name: str, prompts: str, totals: list[float]) -> Series:
-        return Series(Named(name), prompts, 1, None, [{"total": each} for each in totals])  # type: ignore[arg-type]
+        samples = [{"total": each} for each in totals]
+        return Series(Named(name), prompts, 1, samples=samples)  # type: ignore[arg-type]
 
     drifting = [
         series("pixart_rt", "new", [1.0, 2.0, 10.0]),

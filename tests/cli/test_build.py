@@ -39,6 +39,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, hollow_bundle: Path) -> list[dict[str
         (["--max-batch", 0], "max_batch"),
         (["--max-memory", 0], "more than 0"),
         (["--target", "sm80", "--backend", "onnxruntime"], "--target sm80"),
+        (["--plugins", "--backend", "onnxruntime"], "plugins were asked with backend onnxruntime"),
+        (["--plugins", "--backend", "tensorrt-rtx", "--components", "vae"], "the transformer"),
         (["--model", "tiny", "--res", 1024, "--precision", "bf16", "--backend", "onnxruntime"],
          "bfloat16"),
     ],
@@ -88,13 +90,19 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
     assert call == {
         "model": "a/b.pth", "out": Path("o"), "cfg_null": CfgNull.Y_EMBEDDING, "heads": 4,
         "max_text_tokens": 300,
-        "sample_size": 64, "max_memory": 3 * 2**29,
+        "sample_size": 64, "max_memory": 3 * 2**29, "memory": None,
         "config": EngineConfig(
             resolution=512, backend="tensorrt-rtx", precision=Precision.BF16,
             text_precision=Precision.FP32, max_batch=3, targets=("sm80", "sm89"),
             components=("text_encoder", "vae_decoder"), text_encoder_backend="torch",
         ),
     }  # fmt: skip
+
+
+def test_plugins_arrive(run: Callable[..., Any], asked: list[dict[str, Any]]) -> None:
+    words = ["--model", "tiny", "--backend", "tensorrt-rtx", "--target", "sm80"]
+    assert run("build", *words, "--plugins").code == run("build", *words).code == 0
+    assert [call["config"].plugins for call in asked] == [True, False]
 
 
 @pytest.mark.parametrize(

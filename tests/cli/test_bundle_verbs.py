@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pixart_rt.bundle import MANIFEST, Manifest
+from pixart_rt.bundle import MANIFEST, Manifest, Measurement, PluginVariant
 
 
 @pytest.fixture
@@ -49,6 +50,17 @@ def test_inspect_shows_the_main_facts(
     for fact in (manifest.key, "onnxruntime", "vae_decoder", "128x512", *parts):
         assert fact in outcome.out
     assert all(version in outcome.out for version in manifest.versions.values())
+
+
+def test_inspect_shows_what_was_measured_of_plugins(run: Callable[..., Any], copy: Path) -> None:
+    manifest = Manifest.read(copy)
+    found = Measurement(plain=9, plugins=8.5, right=True, difference="", shapes={}, date="")
+    variant = PluginVariant(parts=("p.engine",), parity={"rms": 0.25}, measured={"RTX": found})
+    entry = replace(manifest.components["transformer"], plugins=variant)
+    (copy / "manifest.json").write_text(manifest.with_entry("transformer", entry).to_json())
+    shown = " ".join(word for word in run("inspect", copy).out.split() if word != "│")
+    for text in ("p.engine", "plugins parity: rms 0.25", "measured on RTX 9 ms", "(faster)"):
+        assert text in shown
 
 
 def test_inspect_cuts_no_value_on_a_narrow_terminal(

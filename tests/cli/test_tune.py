@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from pixart_rt.bundle import Measurement
+from pixart_rt.export import choose
 from pixart_rt.kernels import tuning
 
 
@@ -49,3 +51,32 @@ def test_on_a_gpu(run, tmp_path, monkeypatch):
     assert outcome.code == 0
     table = json.loads((tmp_path / "t.json").read_text())
     assert table["operators"].keys() == {subject.op for subject in tuning.SUBJECTS}
+
+
+def test_a_bundle_s_plugins_are_measured_and_the_choice_is_said(run, monkeypatch, tmp_path):
+    found = {
+        "transformer": Measurement(
+            plain=12.5, plugins=10.25, right=True, difference="", shapes={}, date=""
+        ),
+        "another": Measurement(
+            plain=12.5, plugins=10.25, right=False, difference="rms error 1", shapes={}, date=""
+        ),
+    }
+    monkeypatch.setattr(choose, "choose_in_bundle", lambda bundle: found)
+    outcome = run("tune", "--bundle", tmp_path)
+    assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path))
+    words = " ".join(outcome.err.split())
+    assert "transformer: 12.5 ms without plugins, 10.25 ms with; it will run with plugins" in words
+    assert "wrong with plugins (rms error 1); it will run without plugins" in words
+
+
+def test_a_bundle_without_plugins_is_refused(run, bundle_256):
+    outcome = run("tune", "--bundle", bundle_256)
+    assert outcome.code == 1
+    assert "build it with --plugins" in outcome.error
+
+
+def test_a_bundle_s_result_has_no_other_place(run, tmp_path):
+    outcome = run("tune", "--bundle", tmp_path, "--out", tmp_path / "t.json")
+    assert outcome.code == 2
+    assert "goes into the bundle" in outcome.error

@@ -22,7 +22,8 @@ CONFIG = ModelConfig(
     num_layers=1, num_heads=1, caption_channels=32, max_text_tokens=20, sample_size=32,
     micro_conditioning=False,
 )  # fmt: skip
-PROFILES = [{"batch": [1, 2, 4], "num_tokens": [231, 256, 256]}]
+ROWS = {"num_null": [0, 1, 2], "num_text": [1, 1, 4], "num_outputs": [16, 16, 32]}
+PROFILES = [{"batch": [1, 1, 2], "num_tokens": [231, 256, 256], **ROWS}]
 RTX = "tensorrt-rtx"
 
 
@@ -52,7 +53,7 @@ def test_an_engine_for_a_gpu_that_is_not_here(fp16, tmp_path):
 
 
 def test_one_engine_for_two_gpus_and_two_profiles(fp16, tmp_path):
-    profiles = [*PROFILES, {"batch": [1, 1, 1], "num_tokens": [100, 128, 128]}]
+    profiles = [*PROFILES, {**ROWS, "batch": [1, 1, 1], "num_tokens": [100, 128, 128]}]
     one, two = tmp_path / "one.engine", tmp_path / "two.engine"
     build_tensorrt(fp16, one, library=RTX, profiles=PROFILES, targets=("sm89",))
     build_tensorrt(fp16, two, library=RTX, profiles=profiles, targets=("sm80", "SM89"))
@@ -97,7 +98,7 @@ def test_an_unknown_library():
         engine_targets("onnx")
 
 
-@pytest.mark.parametrize("values", [[2, 1, 4], [0, 1, 1], [1, 2]])
+@pytest.mark.parametrize("values", [[2, 1, 4], [-1, 1, 1], [0, 0, 0], [1, 2]])
 def test_a_range_is_ordered_and_positive(values):
     with pytest.raises(ConfigError, match="batch has the range"):
         check_profiles([{"batch": values}])

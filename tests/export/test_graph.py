@@ -57,10 +57,17 @@ def transformer(request, tmp_path_factory) -> tuple[Graph, Path, torch.dtype]:
     return graph, path, request.param
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 231), (2, 256), (3, 1000), (1, 3712), (5, 2)])
-def test_transformer_matches_at_every_size(transformer, batch: int, tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "guided", "tokens"),
+    [(1, 1, 231), (2, 0, 256), (3, 2, 1000), (1, 0, 3712), (5, 5, 2)],
+)
+def test_transformer_matches_at_every_size(
+    transformer, batch: int, guided: int, tokens: int
+) -> None:
     _, path, dtype = transformer
-    inputs = transformer_inputs(CONFIG, batch=batch, num_tokens=tokens)
+    inputs = transformer_inputs(CONFIG, batch=batch, num_tokens=tokens, guided=guided)
+    inputs["text_rows"] = inputs["text_rows"].flip(0)
+    inputs["outputs"] = inputs["outputs"][batch::3]
     oracle = DenoiserModule(random_transformer(CONFIG, torch.float32))
     with torch.no_grad():
         expected = oracle(**inputs)
@@ -73,11 +80,15 @@ def test_transformer_names_its_inputs_and_dimensions(transformer) -> None:
     _, path, _ = transformer
     assert dimensions(path) == {
         "tokens": ["batch", "num_tokens", 16],
-        "pos_embed": [1, "num_tokens", 72],
+        "pos_embed": ["batch", "num_tokens", 72],
         "modulation": ["batch", 7, 72],
-        "prompt_embeds": ["batch", 120, 40],
-        "prompt_mask": ["batch", 120],
-        "noise": ["batch", "num_tokens", 32],
+        "null_rows": ["num_null"],
+        "text_rows": ["num_text"],
+        "constant": [CONFIG.num_layers, "num_null", 1, 72],
+        "text_kv": [CONFIG.num_layers, "num_text", 120, 2, 1, 72],
+        "prompt_mask": ["num_text", 120],
+        "outputs": ["num_outputs"],
+        "noise": ["num_null + num_text", "num_tokens", "num_outputs"],
     }
 
 
@@ -140,7 +151,7 @@ def test_the_position_bias_is_folded_once(
     encoder = read_text_encoder(pipeline_folder(32) / "text_encoder", torch.float32)
     export_onnx(text_encoder_graph(encoder, 120), tmp_path / "t5.onnx")
     model = onnx.load(tmp_path / "t5.onnx")
-    shape = [1, encoder.config.num_heads, 120, 120]
+    shape = [1, encoder.config.num_heads, 121, 121]  # one more than the longest text
     tables = [tensor for tensor in model.graph.initializer if list(tensor.dims) == shape]
     assert len(tables) == 1
     biggest = max(t.ByteSize() for t in model.graph.initializer if t not in tables)

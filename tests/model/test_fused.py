@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from pixart_rt.buckets import buckets
 from pixart_rt.config import Kernels, ModelConfig, Quality
 from pixart_rt.errors import ConfigError
-from pixart_rt.kernels import checkpointing, launch
+from pixart_rt.kernels import checkpointing
 from pixart_rt.kernels.decompositions import decompositions
 from pixart_rt.model import keys
 from pixart_rt.model.conditioning import patchify, position_table
@@ -31,12 +31,6 @@ CONFIG = ModelConfig(
 @pytest.fixture
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def no_kernels(monkeypatch):
-    """Operators run their references, as on a CPU without the interpreter."""
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
 
 
 def random_model(config=CONFIG, seed=0):

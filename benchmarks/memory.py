@@ -1,0 +1,221 @@
+"""Predicted memory against measured, component by component.
+
+    python -m benchmarks.memory     writes benchmarks/results/memory.json and the two tables of
+                                    docs/memory.md
+
+Runs on the GPU if there is one, else on the CPU, with random weights of the published shapes:
+XL/2's transformer at 256 px (all of it: 2.4 GB in float32), Stable Diffusion's VAE at 256 px, and
+two of T5-XXL's 24 layers; and a whole request of the tiny model.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import ROOT, write_result
+from pixart_rt import PixArtPipeline
+from pixart_rt.bundle import Manifest
+from pixart_rt.config import EngineConfig, Kernels, Precision, Weights
+from pixart_rt.export.build import build
+from pixart_rt.memory.activations import (
+    text_activations,
+    transformer_activations,
+    vae_activations,
+)
+from pixart_rt.memory.forecast import Setting, forecast
+from pixart_rt.memory.measure import peak_bytes
+from pixart_rt.memory.shapes import bundle_shape, find_shape
+from pixart_rt.memory.tiers import GIB, choices
+from pixart_rt.memory.weights import text_weights, transformer_weights, vae_weights
+from pixart_rt.model.load import DenoiserModule, TextEncoderModule
+from pixart_rt.model.quantize import quantize_weights
+from pixart_rt.model.text_encoder import T5Encoder, keep_dtype
+from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.model.vae import SD_VAE, VaeDecoder, vae_from_config
+
+DOC = ROOT / "docs" / "memory.md"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
+Row = dict[str, Any]
+
+
+def row(
+    what: str, module: torch.nn.Module, weights: int, predicted: int, call: Callable[[], Any]
+) -> Row:
+    """One line of the table; the first call is not measured."""
+    with torch.no_grad():
+        call()
+        measured = peak_bytes(call, DEVICE)
+    held = sum(_stored(parameter) for parameter in module.parameters())
+    gc.collect()
+    return {
+        "what": what,
+        "weights": held,
+        "weights_predicted": weights,
+        "activations": measured,
+        "activations_predicted": predicted,
+        "difference": predicted / measured - 1,
+    }
+
+
+def _stored(parameter: torch.Tensor) -> int:
+    names = getattr(parameter, "tensor_data_names", None)
+    if names is None:
+        return parameter.nbytes
+    optional = getattr(parameter, "optional_tensor_data_names", [])
+    parts = [getattr(parameter, name) for name in (*names, *optional)]
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+def transformer_row(precision: Precision, weights: Weights) -> Row:
+    config = find_shape("PixArt-alpha/PixArt-XL-2-256x256", 256).config
+    torch.set_default_dtype(DTYPES[precision])
+    module = DenoiserModule(PixArtTransformer(config)).eval().requires_grad_(False)
+    torch.set_default_dtype(torch.float32)
+    quantize_weights(module, weights)
+    module = module.to(DEVICE)
+    module.core.use(Kernels.FUSED if ON_GPU else Kernels.REFERENCE, weights=weights)
+    inputs = {
+        "tokens": torch.randn(2, 256, 16),
+        "pos_embed": torch.randn(1, 256, config.hidden_size),
+        "modulation": torch.randn(2, 7, config.hidden_size),
+        "prompt_embeds": torch.randn(2, 120, 4096),
+        "prompt_mask": torch.ones(2, 120, dtype=torch.bool),
+    }
+    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    predicted = transformer_activations(
+        config, precision, rows=2, num_tokens=256, fused=ON_GPU, weights=weights
+    )
+    name = f"transformer XL/2, 256 px, 2 rows, {precision}, {weights} weights"
+    return row(name, module, transformer_weights(config, precision, weights), predicted,
+               lambda: module(**inputs))  # fmt: skip
+
+
+def text_row(precision: Precision, weights: Weights) -> Row:
+    whole = find_shape("PixArt-alpha/PixArt-XL-2-1024-MS", 1024).text
+    assert whole is not None
+    t5 = replace(whole, num_layers=2)
+    module = TextEncoderModule(T5Encoder(t5)).eval().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(keep_dtype(name, DTYPES[precision]))
+    quantize_weights(module, weights)
+    module = module.to(DEVICE)
+    ids = torch.randint(0, t5.vocab_size, (2, 120), device=DEVICE)
+    mask = torch.ones_like(ids)
+    predicted = text_activations(t5, precision, rows=2, num_tokens=120, weights=weights)
+    name = f"T5-XXL, 2 layers, 2 prompts, {precision}, {weights} weights"
+    return row(name, module, text_weights(t5, precision, weights), predicted,
+               lambda: module(input_ids=ids, attention_mask=mask))  # fmt: skip
+
+
+def vae_row(precision: Precision) -> Row:
+    shape = find_shape("xl-random", 256).vae
+    module = VaeDecoder(vae_from_config(SD_VAE)).to(DEVICE, DTYPES[precision])
+    latents = torch.randn(1, 4, 32, 32, device=DEVICE)
+    predicted = vae_activations(
+        shape, precision, rows=1, height=32, width=32, conv_copies=0 if ON_GPU else 1
+    )
+    name = f"Stable Diffusion's VAE, 256 px, {precision}"
+    return row(name, module, vae_weights(shape, precision), predicted,
+               lambda: module(latents=latents))  # fmt: skip
+
+
+def request_row(resolution: int) -> Row:
+    """A whole request of tiny: the peak of all its stages, weights aside."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = EngineConfig(resolution=resolution, backend="torch")
+        bundle = build("tiny", Path(folder) / "tiny", config).path
+        pipe = PixArtPipeline.from_bundle(bundle, DEVICE)
+        shape = bundle_shape(bundle, Manifest.read(bundle))
+    setting = Setting(
+        precision=Precision.FP32, text_precision=Precision.FP32, fused=ON_GPU,
+        conv_copies=0 if ON_GPU else 1, cached_prompts=2,
+    )  # fmt: skip
+    found = forecast(shape, resolution, setting, 2)
+    weights = sum(part.weights for part in found.parts.values())
+
+    def call() -> Any:
+        pipe.prompt_encoder._cache.clear()  # as the first request found it
+        return pipe("a red circle", num_inference_steps=2, output_type="pt")
+
+    done = row(f"tiny, a request at {resolution} px, fp32", torch.nn.Module(), weights,
+               found.peak - weights, call)  # fmt: skip
+    return {**done, "weights": weights}
+
+
+def tiers() -> list[Row]:
+    """Every tier of the published 1024 px model."""
+    shape = find_shape("PixArt-alpha/PixArt-XL-2-1024-MS", 1024)
+    return [
+        {"tier": each.tier.name, "peak": each.forecast.peak, **each.forecast.stages,
+         "gives_up": each.tier.gives_up}
+        for each in choices(shape, 1024, Setting())
+    ]  # fmt: skip
+
+
+def tables(rows: list[Row], predicted: list[Row]) -> tuple[str, str]:
+    mib = 1 << 20
+    lines = ["| what | weights, MiB | activations measured, MiB | predicted | difference |",
+             "|--|--:|--:|--:|--:|"]  # fmt: skip
+    lines += [
+        f"| {r['what']} | {r['weights'] / mib:.1f} | {r['activations'] / mib:.1f} | "
+        f"{r['activations_predicted'] / mib:.1f} | {r['difference']:+.1%} |"
+        for r in rows
+    ]
+    other = ["| tier | encode, GiB | denoise | decode | peak | gives up |",
+             "|--|--:|--:|--:|--:|--|"]  # fmt: skip
+    other += [
+        "| " + " | ".join([f"`{r['tier']}`", *(f"{r[k] / GIB:.2f}" for k in
+                          ("encode", "denoise", "decode", "peak")), r["gives_up"]]) + " |"
+        for r in predicted
+    ]  # fmt: skip
+    return "\n".join(lines), "\n".join(other)
+
+
+def put(text: str, name: str, table: str) -> str:
+    """The document with the table between `<!-- name -->` and `<!-- end -->` replaced."""
+    head, mark, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, tail = rest.partition("<!-- end -->")
+    assert mark and end, f"{DOC} has no place for {name}"
+    return head + mark + table + "\n" + end + tail
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    full, int8, fp8 = Weights.FULL, Weights.INT8, Weights.FP8
+    half = (Precision.BF16, Precision.FP16) if ON_GPU else (Precision.BF16,)
+    rows = [transformer_row(Precision.FP32, full)]
+    for precision in half:
+        rows += [transformer_row(precision, weights) for weights in (full, int8, fp8)]
+    rows += [text_row(Precision.FP32, full)]
+    for precision in half:
+        rows += [text_row(precision, weights) for weights in (full, int8, fp8)]
+    rows += [vae_row(precision) for precision in (Precision.FP32, *(half if ON_GPU else ()))]
+    rows += [request_row(256), request_row(1024)]
+    worst = max(abs(r["difference"]) for r in rows)
+    exact = all(r["weights"] == r["weights_predicted"] for r in rows)
+    predicted = tiers()
+    values = {"device": str(DEVICE), "worst": worst, "weights_exact": exact, "rows": rows,
+              "tiers": predicted}  # fmt: skip
+    path = write_result("memory", values)
+    measured, tier_table = tables(rows, predicted)
+    DOC.write_text(put(put(DOC.read_text(), "measured", measured), "tiers", tier_table))
+    print(path)
+    return 0 if exact and worst <= 0.10 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Weight-only quantization of a PyTorch component's linears, by torchao.
+
+Weights are int8 or float8 (e4m3) with a scale for each output; activations and arithmetic keep the
+component's precision. A bundle keeps the original weights: they are quantized when it is loaded, on
+the CPU, one linear after the other, so that a GPU never sees more than the quantized ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from pixart_rt.config import Weights
+from pixart_rt.errors import BackendError
+
+# What torchao and those who find it log when imported: kernels that it has for other machines.
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+
+
+def quantize_weights(module: nn.Module, weights: Weights) -> None:
+    """Quantize the linears of a component's repeated layers, in place. FULL leaves them.
+
+    Those are T5's layers (`layers`) and the transformer's blocks (`blocks`): nearly all weights.
+    What stands beside them is small and stays: embeddings, norms, caption projection, last layer.
+    Raises BackendError where torchao is not installed.
+    """
+    if weights is Weights.FULL:
+        return
+    config = _config(weights)
+    from torchao.quantization import quantize_
+
+    quantize_(module, config, filter_fn=_in_a_layer)
+
+
+def _in_a_layer(module: nn.Module, name: str) -> bool:
+    words = name.split(".")
+    return isinstance(module, nn.Linear) and ("layers" in words or "blocks" in words)
+
+
+def _config(weights: Weights) -> Any:
+    loggers = [logging.getLogger(name) for name in NOISY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+    except ImportError as error:
+        raise BackendError(
+            f"{weights} weights were asked, but torchao is not installed ({error}); "
+            "pip install 'pixart_rt[quant]'"
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    kind = Int8WeightOnlyConfig if weights is Weights.INT8 else Float8WeightOnlyConfig
+    return kind(set_inductor_config=False)  # the process's compiler settings are not ours

@@ -1,0 +1,82 @@
+"""Modules of any shape, and their inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pixart_rt.config import ModelConfig, Precision
+from pixart_rt.memory.shapes import VaeShape
+from pixart_rt.model.load import DenoiserModule, TextEncoderModule
+from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
+from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.model.vae import VaeDecoder, vae_from_config
+
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
+
+
+def vae_values(vae: VaeShape, groups: int = 8) -> dict[str, Any]:
+    """The diffusers configuration of a shape."""
+    depth = len(vae.channels)
+    return {
+        "block_out_channels": list(vae.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * depth,
+        "up_block_types": ["UpDecoderBlock2D"] * depth,
+        "layers_per_block": vae.resnets - 1,
+        "latent_channels": vae.latent_channels,
+        "mid_block_add_attention": vae.mid_attention,
+        "use_post_quant_conv": vae.post_quant_conv,
+        "norm_num_groups": groups,
+    }
+
+
+class Make:
+    """Components in eval mode, on the CPU or whatever device context is present."""
+
+    def transformer(self, config: ModelConfig, precision: Precision) -> DenoiserModule:
+        torch.set_default_dtype(DTYPES[precision])  # FakeTensor modules cannot be cast
+        try:
+            return DenoiserModule(PixArtTransformer(config)).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def transformer_inputs(
+        self, config: ModelConfig, rows: int, num_tokens: int
+    ) -> dict[str, Tensor]:
+        length, width = config.max_text_tokens, config.hidden_size
+        return {
+            "tokens": torch.randn(rows, num_tokens, config.token_channels),
+            "pos_embed": torch.randn(1, num_tokens, width),
+            "modulation": torch.randn(rows, 7, width),
+            "prompt_embeds": torch.randn(rows, length, config.caption_channels),
+            "prompt_mask": torch.ones(rows, length, dtype=torch.bool),
+        }
+
+    def text_encoder(self, t5: T5Config, precision: Precision) -> nn.Module:
+        module = TextEncoderModule(T5Encoder(t5)).eval().requires_grad_(False)
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(keep_dtype(name, DTYPES[precision]))
+        return module
+
+    def text_inputs(self, t5: T5Config, rows: int, num_tokens: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.randint(0, t5.vocab_size, (rows, num_tokens)),
+            "attention_mask": torch.ones(rows, num_tokens, dtype=torch.long),
+        }
+
+    def vae(self, vae: VaeShape, precision: Precision) -> VaeDecoder:
+        module = VaeDecoder(vae_from_config(vae_values(vae)))
+        return module.to(DTYPES[precision]).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make() -> Make:
+    torch.manual_seed(0)
+    return Make()

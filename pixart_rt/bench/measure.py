@@ -73,7 +73,8 @@ def measure(
 ) -> dict[str, list[dict[str, float]]]:
     """Fill series of one batch size with samples.
 
-    Returns, for every peer, the differences of its images from ours at every repetition.
+    Returns, for every peer, the differences of its images from ours at every repetition; and for
+    ours, those from our own images of the repetition before, which have another prompt and seed.
     """
     batch = series[0].batch
     assert all(each.batch == batch for each in series)
@@ -84,6 +85,7 @@ def measure(
             started = time.perf_counter()
             each.system.prepare(batch)
             each.prepare = time.perf_counter() - started
+    before: list[Any] | None = None
     for repetition in range(-warmup, repeats):
         texts = {NEW: prompts.new(batch), CACHED: prompts.cached(batch)}
         seeds = [seed + batch * (repetition + warmup) + k for k in range(batch)]
@@ -99,6 +101,9 @@ def measure(
                 images[each.system.name] = made
         for name in images.keys() - {OURS}:
             found.setdefault(name, []).append(differences(images[OURS], images[name]))
+        if before is not None:
+            found.setdefault(OURS, []).append(differences(images[OURS], before))
+        before = images[OURS]
     return found
 
 

@@ -78,7 +78,7 @@ def run(request: BenchRequest, command: str, progress: Progress | None = None) -
             }
             for system in systems
         },
-        "agreement": {name: worst(pairs, bound) for name, pairs in found.items()},
+        "agreement": {name: worst(found[name], found[OURS], bound) for name in request.peers},
         "speedup": {name: speedup(series, name) for name in request.peers},
         "roofline": _roofline(request, manifest, bucket, rates),
     }
@@ -137,7 +137,7 @@ def _warm(
     assert request.warmup is not None
     prompts = Prompts(request.prompt)
     done: list[Series] = []
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in request.peers}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, *request.peers)}
     for batch in request.batches:
         series = [Series(system, NEW, batch) for system in systems]
         if batch == request.batches[0]:

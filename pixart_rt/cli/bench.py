@@ -223,10 +223,8 @@ def _systems(result: dict[str, Any]) -> Table:
 
 
 def _psnr(agreement: dict[str, Any]) -> str:
-    if agreement["psnr_db"] is None:
-        return "equal"
-    verdict = "" if agreement["agrees"] else f", bound {agreement['bound_psnr_db']:g}: DIFFERENT"
-    return f"{agreement['psnr_db']:.1f}{verdict}"
+    found = "equal" if agreement["psnr_db"] is None else f"{agreement['psnr_db']:.1f}"
+    return found if agreement["agrees"] else f"{found}: DIFFERENT"
 
 
 def _warn_if_busy(result: dict[str, Any]) -> None:
@@ -241,8 +239,11 @@ def _warn_if_busy(result: dict[str, Any]) -> None:
 def _refuse_different_images(result: dict[str, Any]) -> None:
     for name, agreement in result["agreement"].items():
         if not agreement["agrees"]:
+            unrelated = agreement["unrelated_psnr_db"]
             raise NumericsError(
-                f"the images of {name} and ours agree by {agreement['psnr_db']:.1f} dB only, at "
-                f"least {agreement['bound_psnr_db']:g} were asked: the comparison is worth "
-                "nothing; check --peer-model and `pixart-rt verify`, or set --min-psnr"
+                f"the images of {name} and ours agree by {_psnr(agreement)} dB only; at least "
+                f"{agreement['bound_psnr_db']:g} are needed, and more than the "
+                f"{'equality' if unrelated is None else f'{unrelated:.1f}'} of different images of "
+                "this run: the comparison is worth nothing; check --peer-model and `pixart-rt "
+                "verify`, or set --min-psnr"
             )

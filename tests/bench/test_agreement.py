@@ -22,18 +22,28 @@ def test_differences_are_the_worst_pairs() -> None:
     assert differences([image(255)], [image(0)])["psnr_db"] == 0, "bytes must not wrap around"
 
 
+FAR = differences([image(0)], [image(200)])  # 2.1 dB
+SAME = differences([image(7)], [image(7)])
+
+
 def test_equal_images_are_written_without_infinity() -> None:
-    same = differences([image(7)], [image(7)])
-    assert same == {"psnr_db": math.inf, "mean_abs": 0, "max_abs": 0}
-    assert worst([same], 40.0) == {
+    found = differences([image(7)], [image(7)])
+    assert found == {"psnr_db": math.inf, "mean_abs": 0, "max_abs": 0}
+    assert worst([SAME], [FAR], 40.0) == {
         "images": 1, "bound_psnr_db": 40.0, "psnr_db": None, "mean_abs": 0, "max_abs": 0,
-        "agrees": True,
+        "unrelated_psnr_db": FAR["psnr_db"], "agrees": True,
     }  # fmt: skip
 
 
 def test_one_bad_pair_is_enough() -> None:
-    pairs = [differences([image(7)], [image(7)]), differences([image(0)], [image(200)])]
-    assert worst(pairs, 20.0)["agrees"] is False
+    assert worst([SAME, FAR], [FAR], 1.0)["agrees"] is False, "no closer than different images"
+    assert worst([SAME, FAR], [{**FAR, "psnr_db": 2.0}], 2.1)["agrees"] is True
+    assert worst([SAME, FAR], [{**FAR, "psnr_db": 2.0}], 2.2)["agrees"] is False
+
+
+def test_a_model_that_always_draws_the_same_proves_nothing() -> None:
+    found = worst([SAME], [SAME], 40.0)
+    assert found["agrees"] is False and found["unrelated_psnr_db"] is None
 
 
 def test_noise_is_not_an_image() -> None:

@@ -84,6 +84,7 @@ def test_the_peers_images_are_ours(measured: dict[str, Any]) -> None:
     assert agreement["images"] == 2 * (3 + 1), "every repetition of both batch sizes, warm-up too"
     assert agreement["psnr_db"] is None or agreement["psnr_db"] > 50  # float32 on both sides
     assert agreement["mean_abs"] < 0.5
+    assert agreement["unrelated_psnr_db"] < 50, "images of other prompts and seeds are others"
 
 
 def test_floors_are_below_each_other_and_positive(measured: dict[str, Any]) -> None:

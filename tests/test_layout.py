@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {"backends", "denoising", "graphs", "loop", "memory", "plan", "prompts", "schedulers"}
     ),
     frozenset({"pipeline", "doctor"}),
-    frozenset({"data", "evaluation", "export", "training"}),
+    frozenset({"bench", "data", "evaluation", "export", "training"}),
     frozenset({"cli", "__main__"}),
 )
 BESIDE = LAYERS[5]
@@ -147,7 +147,8 @@ def test_a_public_name_is_loaded_when_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["build"], ["generate"], ["plan"], ["verify"], ["doctor"], ["convert"]]
+    "verb",
+    [[], ["build"], ["generate"], ["plan"], ["verify"], ["doctor"], ["convert"], ["bench"]],
 )
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:
     code = f"from pixart_rt.cli import main\nassert main([*{verb}, '--help']) == 0"

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from pixart_rt.cli.bench import bench
 from pixart_rt.cli.build import build
 from pixart_rt.cli.convert import convert
 from pixart_rt.cli.doctor import doctor
@@ -48,5 +49,5 @@ def root(
     """
 
 
-for verb in (build, generate, plan, convert, inspect, verify, tune, doctor):
+for verb in (build, generate, plan, convert, inspect, verify, bench, tune, doctor):
     app.command()(verb)

@@ -127,7 +127,7 @@ def build(
     parts = _components(components, model)
     if vram is not None and backend == "auto":
         backend = "torch"  # the one whose tiers are all there
-    config = _engine_config(
+    config = engine_config(
         res, backend, _split(target or []), precision, text_precision, parts, text_encoder,
         max_batch, quality, plugins, weights, text_weights,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def build(
     _show(result, as_json)
 
 
-def _engine_config(
+def engine_config(
     res: int,
     backend: str,
     targets: tuple[str, ...],

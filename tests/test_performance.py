@@ -1,0 +1,89 @@
+"""The tables of docs/performance.md come from measurements alone."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pixart_rt
+from pixart_rt.bench.request import BenchRequest
+from pixart_rt.bench.run import run
+
+
+@pytest.fixture(scope="module")
+def result(bundle_256: Path) -> dict[str, Any]:
+    request = BenchRequest(bundle=bundle_256, steps=2, repeats=1, peers=("diffusers",), cold=False)
+    return run(request, "pixart-rt bench made up")
+
+
+@pytest.fixture
+def performance(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command's module; `benchmarks` is a folder of the checkout, not of the package."""
+    monkeypatch.syspath_prepend(str(Path(pixart_rt.__file__).parents[1]))
+    return importlib.import_module("benchmarks.performance")
+
+
+@pytest.fixture
+def doc(performance: Any, tmp_path: Path) -> Path:
+    """The document with its markers, and a folder for results beside it."""
+    path = tmp_path / "docs" / "performance.md"
+    path.parent.mkdir()
+    path.write_text(performance.DOC.read_text())
+    (tmp_path / "results").mkdir()
+    return path
+
+
+def write(doc: Path, name: str, result: dict[str, Any]) -> Path:
+    path = doc.parents[1] / "results" / name
+    path.write_text(json.dumps(result))
+    return path
+
+
+def test_tables_stand_between_their_markers(
+    performance: Any, doc: Path, result: dict[str, Any]
+) -> None:
+    results = write(doc, "bench-a.json", result).parent
+    (results / "bench-a-stages.png").touch()
+    before = doc.read_text()
+    performance.write(doc, results)
+    text = doc.read_text()
+    cpu = text.split("<!-- cpu:begin -->")[1].split("<!-- cpu:end -->")[0]
+    assert "pixart-rt bench made up" in cpu and "![bench-a-stages](../results/" in cpu
+    rows = [line for line in cpu.splitlines() if line.startswith("| diffusers |")]
+    assert len(rows) == 2
+    factor = result["speedup"]["diffusers"]["paired"]
+    assert f"| {factor:.2f}× |" in rows[1]
+    p50 = result["systems"]["diffusers"]["series"][0]["p50_s"]
+    assert performance.short(p50) in rows[0]
+    assert text.split("<!-- cpu:begin -->")[0] == before.split("<!-- cpu:begin -->")[0]
+    for table in cpu.split("\n\n"):
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1, "every row has the columns of its head"
+    performance.write(doc, results)
+    assert doc.read_text() == text, "again is the same"
+
+
+def test_devices_have_sections_of_their_own(
+    performance: Any, doc: Path, result: dict[str, Any]
+) -> None:
+    other = copy.deepcopy(result)
+    other["request"]["device"], other["hardware"]["gpu"] = "cuda", "a GPU"
+    performance.write(doc, write(doc, "bench-gpu.json", other).parent)
+    cpu, gpu = doc.read_text().split("<!-- cpu:end -->")
+    assert "a GPU; " in gpu and "Not measured yet." in cpu.split("<!-- cpu:begin -->")[1]
+
+
+def test_different_images_make_no_table(
+    performance: Any, doc: Path, result: dict[str, Any]
+) -> None:
+    other = copy.deepcopy(result)
+    other["agreement"]["diffusers"]["agrees"] = False
+    before = doc.read_text()
+    with pytest.raises(SystemExit, match="drew other images"):
+        performance.write(doc, write(doc, "bench-b.json", other).parent)
+    assert doc.read_text() == before

@@ -11,6 +11,7 @@ from pixart_rt.cli.convert import convert
 from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
+from pixart_rt.cli.reparameterize import reparameterize
 from pixart_rt.cli.tune import tune
 from pixart_rt.cli.verify import verify
 from pixart_rt.version import __version__
@@ -47,5 +48,5 @@ def root(
     """
 
 
-for verb in (build, generate, convert, inspect, verify, tune, doctor):
+for verb in (build, generate, convert, reparameterize, inspect, verify, tune, doctor):
     app.command()(verb)

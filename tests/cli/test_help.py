@@ -14,7 +14,7 @@ import pytest
 
 import pixart_rt
 
-VERBS = ("build", "generate", "convert", "inspect", "verify", "tune", "doctor")
+VERBS = ("build", "generate", "convert", "reparameterize", "inspect", "verify", "tune", "doctor")
 
 
 def examples(text: str) -> list[list[str]]:

@@ -97,7 +97,7 @@ class PlainDiT:
         return rows[:, None].chunk(count, dim=-1)
 
     def attention(self, name: str, x: Tensor) -> Tensor:
-        B, N, D = x.shape
+        D = x.shape[-1]
         qkv = self.linear(f"{name}.attn.qkv", x)
         out = torch.empty_like(x)
         K = D // self.heads
@@ -115,7 +115,7 @@ class PlainDiT:
         pos_embed: Tensor | None = None,
     ) -> Tensor:
         """latents [B, C, h, w] to [B, out_channels, h, w]."""
-        B, C, h, w = latents.shape
+        B, _, h, w = latents.shape
         c = self.condition(timestep, labels)
         kernel, bias = self.state["x_embedder.proj.weight"], self.state["x_embedder.proj.bias"]
         x = torch.nn.functional.conv2d(latents.double(), kernel, bias, stride=2)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.kernels import launch
+from pixart_rt.kernels.checkpointing import policy
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
 from pixart_rt.training.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.training.dit_checkpoint import load_dit, read_dit, write_dit
@@ -92,6 +96,38 @@ def test_fused_operators_match(path):
         )
 
 
+@pytest.mark.parametrize("kernels", [Kernels.REFERENCE, Kernels.FUSED])
+def test_bfloat16_autocast(path, state, plain_dit, kernels, monkeypatch):
+    """As a trainer runs it: float32 weights and residual stream, bfloat16 products."""
+    monkeypatch.setattr(launch, "interpreting", lambda: False)  # the interpreter has no bfloat16
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_dit(read_dit(path, heads=2)).to(device).use(kernels).train()
+    with torch.autocast(device.type, torch.bfloat16):
+        output = run(model, *(each.to(device) for each in inputs()))
+    output.float().square().sum().backward()
+    expected = plain_dit(state, heads=2)(*inputs())
+    error = (output.double().cpu() - expected).norm() / expected.norm()
+    assert 1e-4 < error < 3e-2, "8 bits of a product in each of a dozen linears, and not float32's"
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def test_checkpointed_blocks_give_the_same_gradients(path):
+    """Selective activation checkpointing, as for the text model's blocks."""
+    grads = []
+    for checkpointed in (False, True):
+        model = load_dit(read_dit(path, heads=2))
+        if checkpointed:
+            for block in model.blocks:
+                block.forward = partial(
+                    checkpoint, block.forward, use_reentrant=False,
+                    context_fn=partial(create_selective_checkpoint_contexts, policy),
+                )  # fmt: skip
+        run(model, *inputs()).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        assert torch.equal(plain, again)
+
+
 def test_the_start_of_training_is_the_identity():
     model = initialize_dit(DiT(DiTConfig(num_classes=3, num_layers=2, num_heads=1, sample_size=8)))
     seen = []
@@ -117,9 +153,9 @@ def test_xl_2_has_the_published_number_of_parameters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pt_there_and_back(tmp_path, state, dtype):
     torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, tmp_path / "a.pt")
-    checkpoint = read_dit(tmp_path / "a.pt", heads=2)
-    assert checkpoint.config == DiTConfig(num_classes=10, num_layers=3, num_heads=2, sample_size=8)
-    write_dit(checkpoint, tmp_path / "b.pt")
+    found = read_dit(tmp_path / "a.pt", heads=2)
+    assert found.config == DiTConfig(num_classes=10, num_layers=3, num_heads=2, sample_size=8)
+    write_dit(found, tmp_path / "b.pt")
     written = torch.load(tmp_path / "b.pt", weights_only=True)
     assert written.keys() == state.keys()
     for name, tensor in state.items():

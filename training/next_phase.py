@@ -16,8 +16,8 @@ from pixart_rt.config import ModelConfig
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.checkpoint import TransformerCheckpoint
 from pixart_rt.model.keys import expected_shapes
+from pixart_rt.training.initialize import initial_value
 
-NEW_STD = 0.02  # of a new embedder's first linear (the original code)
 _MAY_CHANGE = ("sample_size", "interpolation_scale", "micro_conditioning")
 
 
@@ -47,7 +47,7 @@ def for_next_phase(
         if name in checkpoint.state:
             state[name] = checkpoint.state[name]
             continue
-        state[name] = torch.zeros(shape)
-        if name.endswith("mlp.0.weight"):
-            state[name].normal_(std=NEW_STD, generator=random)
+        state[name] = initial_value(name, shape, random)
+        if name.endswith("mlp.2.weight"):
+            state[name].zero_()
     return replace(checkpoint, config=config, state=state)

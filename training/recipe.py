@@ -34,9 +34,9 @@ class Start(StrEnum):
 
     RANDOM = "random"
     PREVIOUS = "previous"
-    """The phase before."""
+    """The phase before, of the same kind; in the first phase a checkpoint that the run is given."""
     REPARAMETERIZED = "reparameterized"
-    """The phase before, a DiT, made a text model."""
+    """The phase before, a DiT, made a text model; in the first phase a DiT the run is given."""
 
 
 class Weights(StrEnum):
@@ -76,10 +76,9 @@ class Phase:
         if self.of_classes and (self.multi_scale or self.micro_conditioning):
             raise ConfigError(f"stage {self.stage} trains squares; leave out multi_scale and "
                               "micro_conditioning")  # fmt: skip
-        if self.of_classes != (self.start is Start.RANDOM):
+        if self.of_classes and self.start is Start.REPARAMETERIZED:
             raise ConfigError(
-                f"stage {self.stage} cannot start {self.start}: a DiT starts random, a text model "
-                "from the phase before"
+                f"stage {self.stage} cannot start {self.start}, which makes a text model"
             )
 
     @property
@@ -135,14 +134,14 @@ class Recipe:
 
     @staticmethod
     def _check_order(before: Phase | None, phase: Phase) -> None:
-        from_dit = before is not None and before.of_classes
-        if before is None and phase.start is Start.REPARAMETERIZED:
-            return  # from a published DiT, which the run is given
-        if phase.start is not Start.RANDOM and from_dit != (phase.start is Start.REPARAMETERIZED):
-            found = "nothing" if before is None else f"{before.name}, stage {before.stage}"
+        if before is None or phase.start is Start.RANDOM:
+            return
+        was_dit = phase.of_classes or phase.start is Start.REPARAMETERIZED
+        if before.of_classes != was_dit:
             raise ConfigError(
-                f"phase {phase.name} starts {phase.start}, but before it is {found}; a DiT is "
-                f"followed by {Start.REPARAMETERIZED}, a text model by {Start.PREVIOUS}"
+                f"phase {phase.name}, stage {phase.stage}, starts {phase.start}, but before it is "
+                f"{before.name}, stage {before.stage}; a DiT becomes a text model by "
+                f"{Start.REPARAMETERIZED}, and goes on as what it is by {Start.PREVIOUS}"
             )
 
     @property

@@ -28,16 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixart_rt.bundle import sha256
-from pixart_rt.config import CfgNull, ModelConfig
+from pixart_rt.config import CfgNull
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.checkpoint import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.model.conditioning import sinusoid
 from pixart_rt.model.keys import expected_shapes
 from pixart_rt.training.dit_checkpoint import DiTCheckpoint, read_dit
+from pixart_rt.training.initialize import initial_value
 from pixart_rt.training.text_start import TBlock, TextStart
 from pixart_rt.version import __version__
-
-NEW_STD = 0.02  # of the caption projection's weights, and of a random t_block (the original code)
 
 
 def reparameterize(dit: DiTCheckpoint, start: TextStart) -> TransformerCheckpoint:
@@ -56,7 +55,12 @@ def reparameterize(dit: DiTCheckpoint, start: TextStart) -> TransformerCheckpoin
         max_text_tokens=start.max_text_tokens,
         cfg_null=start.cfg_null,
     )
-    new = _text_parts(config, random)
+    shapes = expected_shapes(config)
+    new = {  # what a DiT has not: the captions' projection, and cross-attention that adds nothing
+        name: initial_value(name, shape, random)
+        for name, shape in shapes.items()
+        if name.startswith("y_proj.") or ".cross_attn." in name
+    }
     shared = _shared_linear(dit, start.t_block, random)
     new["modulator.t_block.1.weight"], new["modulator.t_block.1.bias"] = shared
     embedded = _embedding(dit.state, start.t)
@@ -68,7 +72,7 @@ def reparameterize(dit: DiTCheckpoint, start: TextStart) -> TransformerCheckpoin
     new["final_layer.scale_shift_table"] = final - embedded
     state = {
         name: (new[name] if name in new else dit.state[name.removeprefix("modulator.")]).float()
-        for name in expected_shapes(config)
+        for name in shapes
     }
     null = None
     if config.cfg_null is CfgNull.Y_EMBEDDING:  # as the original code draws it; never trained
@@ -134,26 +138,15 @@ def _shared_linear(
     layers = range(dit.config.num_layers)
     weight, bias = (tensor.double() for tensor in _adaln(dit.state, "blocks.0"))
     if choice is TBlock.RANDOM:
-        return NEW_STD * torch.randn(weight.shape, generator=random), torch.zeros(bias.shape)
+        names = (
+            ("modulator.t_block.1.weight", weight.shape),
+            ("modulator.t_block.1.bias", bias.shape),
+        )
+        new_weight, new_bias = (initial_value(*each, random) for each in names)
+        return new_weight, new_bias
     if choice is TBlock.MEAN:
         for i in layers[1:]:  # one block at a time: XL's linears are 0.9 GB together
             one = _adaln(dit.state, f"blocks.{i}")
             weight, bias = weight + one[0], bias + one[1]
         weight, bias = weight / len(layers), bias / len(layers)
     return weight.float(), bias.float()
-
-
-def _text_parts(config: ModelConfig, random: torch.Generator) -> dict[str, Tensor]:
-    """What a DiT has not: the captions' projection, and cross-attention that adds nothing yet."""
-    new = {}
-    for name, shape in expected_shapes(config).items():
-        if "cross_attn." not in name and not name.startswith("y_proj."):
-            continue
-        new[name] = torch.zeros(shape)
-        if name.endswith("bias") or name.endswith("cross_attn.proj.weight"):
-            continue
-        if name.startswith("y_proj."):
-            new[name].normal_(std=NEW_STD, generator=random)
-        else:
-            torch.nn.init.xavier_uniform_(new[name], generator=random)
-    return new

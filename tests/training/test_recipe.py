@@ -145,7 +145,8 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
         ("resolution = 512", "resolution = 500", "resolution 500 is not one of"),
         ('start = "previous"', 'start = "reparameterized"', "starts reparameterized, but before"),
         ('start = "reparameterized"', 'start = "previous"', "starts previous, but before it is"),
-        ('start = "reparameterized"', 'start = "random"', "a DiT starts random, a text model"),
+        ('start = "random"', 'start = "reparameterized"', "which makes a text model"),
+        ('stage = "high-aesthetics"', 'stage = "pixel-dependency"', "starts previous, but before"),
         ('name = "aesthetics-256"', 'name = "text-image-256"', "names of their own"),
         ("text_dropout = 0.1", "text_dropout = 1.5", "between 0 and 1"),
         ("t = 500", "t = 1000", "text_start: t must be a timestep"),
@@ -157,6 +158,13 @@ def test_a_mistake_is_one_line_that_names_its_place(tmp_path, old, new, message)
     with pytest.raises(ConfigError, match=message) as caught:
         read_recipe(changed(tmp_path, old, new))
     assert "r.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_text_model_may_start_from_scratch_or_from_what_is_given(tmp_path, recipe):
+    scratch = read_recipe(changed(tmp_path, 'start = "reparameterized"', 'start = "random"'))
+    assert scratch.phases[1].start is Start.RANDOM
+    for first in (1, 2):  # from a DiT, or a text model, that the run is given
+        assert replace(recipe, phases=recipe.phases[first:]).phases[0] is recipe.phases[first]
 
 
 def test_what_is_no_file(tmp_path):

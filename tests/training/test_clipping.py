@@ -14,11 +14,15 @@ from pixart_rt.training.came import CAME
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(request):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3, bias=False))
     model(torch.randn(5, 6)).square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    model.to(request.param)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.to(request.param)
     return model
 
 

@@ -44,6 +44,22 @@ def test_updates_match_a_float64_loop(model, decay, dtype, device):
         torch.testing.assert_close(average.double().flatten(), wanted, atol=2e-6, rtol=0)
 
 
+@pytest.mark.gpu
+def test_kept_on_the_cpu_it_is_the_average_of_a_model_on_the_gpu(model):
+    kept = {
+        name: Ema(model.to("cuda"), 0.9, device) for name, device in (("gpu", None), ("cpu", "cpu"))
+    }
+    for _ in walk(model, 5):
+        for ema in kept.values():
+            ema.update()
+    for name, average in kept["cpu"].averages.items():
+        beside = kept["gpu"].averages[name]
+        assert (average.device.type, beside.device.type) == ("cpu", "cuda")
+        torch.testing.assert_close(average, beside.cpu(), atol=1e-6, rtol=0)
+    kept["cpu"].copy_to(model)
+    assert torch.equal(model[0].weight.cpu(), kept["cpu"].averages["0.weight"])
+
+
 def test_the_average_is_not_the_model(model):
     ema = Ema(model, 0.5)
     before = ema.averages["0.weight"].clone()

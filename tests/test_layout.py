@@ -148,7 +148,17 @@ def test_a_public_name_is_loaded_when_used() -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    [[], ["build"], ["generate"], ["plan"], ["verify"], ["doctor"], ["convert"], ["bench"]],
+    [
+        [],
+        ["build"],
+        ["generate"],
+        ["plan"],
+        ["verify"],
+        ["doctor"],
+        ["convert"],
+        ["bench"],
+        ["reparameterize"],
+    ],
 )
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:
     code = f"from pixart_rt.cli import main\nassert main([*{verb}, '--help']) == 0"

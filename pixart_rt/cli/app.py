@@ -13,6 +13,7 @@ from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
 from pixart_rt.cli.plan import plan
+from pixart_rt.cli.reparameterize import reparameterize
 from pixart_rt.cli.tune import tune
 from pixart_rt.cli.verify import verify
 from pixart_rt.version import __version__
@@ -49,5 +50,7 @@ def root(
     """
 
 
-for verb in (build, generate, plan, convert, inspect, verify, bench, tune, doctor):
+for verb in (
+    build, generate, plan, convert, reparameterize, inspect, verify, bench, tune, doctor,
+):  # fmt: skip
     app.command()(verb)

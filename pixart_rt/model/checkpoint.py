@@ -1,9 +1,11 @@
 """Transformer checkpoints: diffusers folders and original .pth files, read, written, converted.
 
 Both hold the same numbers (keys.py), so every way there and back is exact. What diffusers has no
-place for, the original code's null embedding, is kept beside the weights:
+place for is kept beside the weights: the original code's null embedding, and how the weights were
+made where that is known.
 
-    transformer/config.json  diffusion_pytorch_model.safetensors  y_embedding.safetensors
+    transformer/config.json  diffusion_pytorch_model.safetensors
+                y_embedding.safetensors  origin.json
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ from pixart_rt.model.transformer import PixArtTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Y_EMBEDDING_FILE = "y_embedding.safetensors"
+ORIGIN_FILE = "origin.json"
 STATE_KEYS = ("state_dict", "state_dict_ema")  # the first is what the original code samples with
 _STORED = "pixart_rt"  # our settings in a .pth, beside its state_dict
+_ORIGIN = "pixart_rt_origin"
 _PTH_NULL, _DIFFUSERS_NULL = "y_embedder.y_embedding", "caption_projection.y_embedding"
 _FAMILY_TEXT_TOKENS = {
     "PixArtAlphaPipeline": DEFAULT_TEXT_TOKENS,
@@ -54,6 +58,7 @@ class TransformerCheckpoint:
     state: dict[str, Tensor]
     y_embedding: Tensor | None  # [T, C], the original code's null prompt
     source: str
+    origin: dict[str, Any] | None = None  # how the weights were made: plain values, for people
 
 
 def read_transformer(
@@ -125,7 +130,12 @@ def write_diffusers(checkpoint: TransformerCheckpoint, folder: Path) -> dict[str
         if checkpoint.y_embedding is not None:
             null = {"y_embedding": checkpoint.y_embedding.contiguous()}
             save_file(null, temporary / Y_EMBEDDING_FILE)
+        if checkpoint.origin is not None:
+            origin = json.dumps(checkpoint.origin, indent=2)
+            (temporary / ORIGIN_FILE).write_text(origin + "\n")
     kept = [] if checkpoint.y_embedding is None else [f"y_embedding, in {Y_EMBEDDING_FILE}"]
+    if checkpoint.origin is not None:
+        kept.append(f"how the weights were made, in {ORIGIN_FILE}")
     dropped = ["pos_embed, which diffusers recomputes"]
     return _summary(checkpoint, folder, len(tensors), kept, dropped)
 
@@ -147,9 +157,15 @@ def write_pth(checkpoint: TransformerCheckpoint, path: Path) -> dict[str, Any]:
     else:
         tensors[_PTH_NULL] = checkpoint.y_embedding
         kept.append("y_embedding")
-    stored = {**config.to_dict(), "cfg_null": str(config.cfg_null)}
+    saved = {
+        STATE_KEYS[0]: tensors,
+        _STORED: {**config.to_dict(), "cfg_null": str(config.cfg_null)},
+    }
+    if checkpoint.origin is not None:
+        saved[_ORIGIN] = checkpoint.origin
+        kept.append("how the weights were made, beside the state_dict")
     with replacing(path) as temporary:
-        torch.save({STATE_KEYS[0]: tensors, _STORED: stored}, temporary)
+        torch.save(saved, temporary)
     return _summary(checkpoint, path, len(tensors), kept, dropped)
 
 
@@ -202,7 +218,9 @@ def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:
     state = keys.to_ours(
         tensors, config, keys.diffusers_names, known=[_DIFFUSERS_NULL], source=str(folder)
     )
-    return TransformerCheckpoint(config, state, null, str(path))
+    told = folder / ORIGIN_FILE
+    origin = _read_json(told) if told.is_file() else None
+    return TransformerCheckpoint(config, state, null, str(path), origin)
 
 
 def _read_pth(path: Path, flags: Flags, which: str | None) -> TransformerCheckpoint:
@@ -225,7 +243,8 @@ def _read_pth(path: Path, flags: Flags, which: str | None) -> TransformerCheckpo
     state = keys.to_ours(
         tensors, config, keys.original_names, known=["pos_embed", _PTH_NULL], source=str(path)
     )
-    return TransformerCheckpoint(config, state, tensors.get(_PTH_NULL), str(path))
+    origin = loaded.get(_ORIGIN) if present else None
+    return TransformerCheckpoint(config, state, tensors.get(_PTH_NULL), str(path), origin)
 
 
 def _stored_settings(loaded: dict[str, Any], path: Path) -> dict[str, Any]:

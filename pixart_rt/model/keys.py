@@ -96,13 +96,16 @@ def to_ours(
     *,
     known: Iterable[str],
     source: str,
+    shapes: Mapping[str, torch.Size] | None = None,
 ) -> dict[str, Tensor]:
     """A file's tensors under our names. `known` are file names that may be there besides.
+
+    `shapes` are those of another model than the text transformer (training/dit.py), by our names.
 
     Raises CheckpointError for a tensor that is missing, unknown, of another shape or not finite:
     one line with the first of its kind and their number.
     """
-    shapes = expected_shapes(config)
+    shapes = expected_shapes(config) if shapes is None else shapes
     names = {ours: namer(ours) for ours in shapes}
     used = {name for group in names.values() for name in group}
     refuse_variants(tensors, source)
@@ -161,6 +164,6 @@ def _report(problem: str, names: list[str], source: str) -> None:
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise CheckpointError(
-            f"{source} {problem} {min(names)}{others}; is it a whole PixArt transformer "
+            f"{source} {problem} {min(names)}{others}; is it a whole transformer "
             "of this configuration?"
         )

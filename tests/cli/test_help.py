@@ -14,7 +14,9 @@ import pytest
 
 import pixart_rt
 
-VERBS = ("build", "generate", "plan", "convert", "inspect", "verify", "bench", "tune", "doctor")
+VERBS = (
+    "build", "generate", "plan", "convert", "reparameterize", "inspect", "verify", "bench", "tune", "doctor",
+)  # fmt: skip
 
 
 def examples(text: str) -> list[list[str]]:

@@ -1,0 +1,155 @@
+"""A training recipe: the phases of a run, read from TOML into settings that refuse to be wrong.
+
+    recipe = read_recipe(Path("recipes/pixart-alpha.toml"))
+    for line in report(recipe): print(line)          # recipe_report.py
+
+Imports no torch; what the two presets do is in presets.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+from pixart_rt.buckets import RESOLUTIONS
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import ConfigError
+from pixart_rt.training.presets import PRESETS, Preset, Settings
+from pixart_rt.training.settings_file import read_settings
+from pixart_rt.training.text_start import TextStart
+
+
+class Stage(StrEnum):
+    """The paper's three stages (Section 2.2)."""
+
+    PIXEL_DEPENDENCY = "pixel-dependency"
+    """A class-conditional DiT."""
+    TEXT_IMAGE_ALIGNMENT = "text-image-alignment"
+    HIGH_AESTHETICS = "high-aesthetics"
+
+
+class Start(StrEnum):
+    """Where a phase's weights come from."""
+
+    RANDOM = "random"
+    PREVIOUS = "previous"
+    """The phase before, of the same kind; in the first phase a checkpoint that the run is given."""
+    REPARAMETERIZED = "reparameterized"
+    """The phase before, a DiT, made a text model; in the first phase a DiT the run is given."""
+
+
+class Weights(StrEnum):
+    """Which of the weights of the phase before."""
+
+    EMA = "ema"
+    RAW = "raw"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One row of the paper's Table 4."""
+
+    name: str
+    stage: Stage
+    start: Start
+    start_weights: Weights = Weights.EMA
+    resolution: int  # pixels per side of the square; with multi_scale of its area
+    multi_scale: bool = False  # all 40 aspect ratios, one in each step
+    micro_conditioning: bool = False
+    data: str
+    num_images: int
+    steps: int  # of the optimiser
+    batch_per_gpu: int
+    original_batch_per_gpu: int | None = None  # in the released configuration, if it differs
+    num_gpus: int
+    lr: float  # before a preset's rule
+    v100_days: float | None = None  # what the paper's run took
+    in_original_code: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "lr"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.resolution not in RESOLUTIONS:
+            raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
+        if self.of_classes and (self.multi_scale or self.micro_conditioning):
+            raise ConfigError(f"stage {self.stage} trains squares; leave out multi_scale and "
+                              "micro_conditioning")  # fmt: skip
+        if self.of_classes and self.start is Start.REPARAMETERIZED:
+            raise ConfigError(
+                f"stage {self.stage} cannot start {self.start}, which makes a text model"
+            )
+
+    @property
+    def of_classes(self) -> bool:
+        """Whether labels condition this phase, not text."""
+        return self.stage is Stage.PIXEL_DEPENDENCY
+
+    def global_batch(self, settings: Settings) -> int:
+        """Images of one optimiser step, of all GPUs."""
+        own = self.original_batch_per_gpu if settings.original_batches else None
+        return (own or self.batch_per_gpu) * self.num_gpus
+
+    def num_samples(self, settings: Settings) -> int:
+        """Images that the phase sees, repeated ones counted each time."""
+        return self.steps * self.global_batch(settings)
+
+    def effective_lr(self, settings: Settings) -> float:
+        return settings.effective_lr(self.lr, self.global_batch(settings))
+
+    def model_config(self, settings: Settings, model: ModelConfig) -> ModelConfig:
+        """`model` at this phase's resolution, positions and micro-conditioning."""
+        return replace(
+            model,
+            sample_size=self.resolution // 8,
+            interpolation_scale=settings.interpolation_scale(self.resolution),
+            micro_conditioning=self.micro_conditioning,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A whole run: its phases in order, and what they share."""
+
+    preset: Preset
+    phases: tuple[Phase, ...]
+    ema_decay: float = 0.9999
+    text_dropout: float = 0.1  # captions replaced by the null of the model's `cfg_null`
+    label_dropout: float = 0.1
+    min_snr_gamma: float | None = None
+    text_start: TextStart = field(default_factory=TextStart)
+
+    def __post_init__(self) -> None:
+        names = [phase.name for phase in self.phases]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"phases need names of their own, and at least one; got {names}")
+        for name in ("ema_decay", "text_dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        before: Phase | None = None
+        for phase in self.phases:
+            self._check_order(before, phase)
+            before = phase
+
+    @staticmethod
+    def _check_order(before: Phase | None, phase: Phase) -> None:
+        if before is None or phase.start is Start.RANDOM:
+            return
+        was_dit = phase.of_classes or phase.start is Start.REPARAMETERIZED
+        if before.of_classes != was_dit:
+            raise ConfigError(
+                f"phase {phase.name}, stage {phase.stage}, starts {phase.start}, but before it is "
+                f"{before.name}, stage {before.stage}; a DiT becomes a text model by "
+                f"{Start.REPARAMETERIZED}, and goes on as what it is by {Start.PREVIOUS}"
+            )
+
+    @property
+    def settings(self) -> Settings:
+        return PRESETS[self.preset]
+
+
+def read_recipe(path: Path, preset: Preset | None = None) -> Recipe:
+    """The recipe in a TOML file; `preset` replaces the file's. Raises ConfigError, one line."""
+    recipe = read_settings(Recipe, path)
+    return recipe if preset is None else replace(recipe, preset=preset)

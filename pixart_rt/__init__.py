@@ -25,9 +25,13 @@ from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
     from pixart_rt.export.build import build
-    from pixart_rt.pipeline import PixArtPipeline
+    from pixart_rt.pipeline import PixArtPipeline, Request
 
-_LAZY = {"PixArtPipeline": "pixart_rt.pipeline", "build": "pixart_rt.export.build"}
+_LAZY = {
+    "PixArtPipeline": "pixart_rt.pipeline",
+    "Request": "pixart_rt.pipeline",
+    "build": "pixart_rt.export.build",
+}
 
 __all__ = [
     "BackendError",
@@ -44,6 +48,7 @@ __all__ = [
     "PixArtError",
     "PixArtPipeline",
     "Precision",
+    "Request",
     "SamplingConfig",
     "Scheduler",
     "__version__",
@@ -52,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the two names that need torch when they are first used, not on import."""
+    """Load the names that need torch when they are first used, not on import."""
     if name not in _LAZY:
         raise AttributeError(f"module 'pixart_rt' has no attribute {name!r}")
     from importlib import import_module

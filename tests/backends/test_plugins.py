@@ -340,7 +340,7 @@ def test_without_a_driver(monkeypatch):
 def test_an_engine_that_a_plugin_stopped_says_why():
     trt_plugins._failures.append("cuLaunchKernel says 'no'")
     engine = trt_engine.Engine.__new__(trt_engine.Engine)
-    engine._arena = SimpleNamespace(device=None, take=lambda stream: None)
+    engine._device, engine._arena = None, SimpleNamespace(take=lambda stream: None)
     engine._path = Path("x.engine")
     context = SimpleNamespace(execute_async_v3=lambda stream: False)
     stream = SimpleNamespace(cuda_stream=5)

@@ -39,14 +39,14 @@ def test_a_dropped_caption_is_what_sampling_calls_unconditional(captions, source
     embeds, mask = captions
     empty, empty_mask = sources["empty_prompt"]
 
-    def encoder(prompts):
+    def encoder(prompts, whole):
         assert set(prompts) == {""}
         n = len(prompts)
-        return Encoded(empty.expand(n, T, C), empty_mask.expand(n, T))
+        counts = (int(empty_mask.sum()),) * n
+        return Encoded(empty.expand(n, T, C), empty_mask.expand(n, T), counts)
 
-    expected = unconditional(
-        convention, Encoded(embeds, mask), [""] * B, encoder, sources["y_embedding"]
-    )
+    given = Encoded(embeds, mask, tuple(mask.sum(1).tolist()))
+    expected = unconditional(convention, given, [""] * B, encoder, sources["y_embedding"])
     dropped = torch.tensor([True, False, True, True])
     found, found_mask = drop_captions(embeds, mask, dropped, null_text(convention, **sources))
     assert torch.equal(found[dropped], expected.embeds[dropped])

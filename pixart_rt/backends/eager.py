@@ -32,9 +32,10 @@ class EagerBackend:
 def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -> torch.nn.Module:
     """The module of a component on `device`, in the precision it was written with.
 
-    A transformer runs the fused operators on a GPU, and in fp8 anywhere.
+    A transformer runs the fused operators on a GPU, and in fp8 anywhere; a VAE decoder on a GPU.
     """
     from pixart_rt.model.load import DenoiserModule, load_module  # diffusers: seconds to import
+    from pixart_rt.model.vae import VaeDecoder
 
     check_device(device)
     entry_of(bundle, manifest, name)
@@ -43,4 +44,6 @@ def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -
         quality = manifest.quality
         fused = device.type == "cuda" or quality is Quality.FAST
         module.core.use(Kernels.FUSED if fused else Kernels.REFERENCE, quality)
+    if isinstance(module, VaeDecoder):
+        module.use(Kernels.FUSED if device.type == "cuda" else Kernels.REFERENCE)
     return module

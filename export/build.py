@@ -37,6 +37,7 @@ from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
 from pixart_rt.export.engine import check_targets
 from pixart_rt.export.parts import Plan, plan_component
+from pixart_rt.export.preview import write_preview
 from pixart_rt.export.source import Source, open_source
 from pixart_rt.schedulers import stored_scheduler
 from pixart_rt.version import __version__
@@ -129,6 +130,10 @@ def build(
     with writing(out, replace=True) as folder:
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
+        if "vae_decoder" in config.components:
+            report("vae_decoder: previews", len(plans), len(plans))
+            fit = write_preview(folder, source.vae())
+            manifest = replace(manifest, vae={**manifest.vae, **fit})
         seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
         manifest = replace(manifest, build=seconds, files=_write_rest(folder, source))
         (folder / MANIFEST).write_text(manifest.to_json())

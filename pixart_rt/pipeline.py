@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import PixArtImageProcessor
+from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,8 +26,10 @@ from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.conditioning import patchify, unpatchify
 from pixart_rt.plan import load_modulator, make_plan
+from pixart_rt.preview import LinearPreview, Previewer, TinyPreview, to_pictures
 from pixart_rt.prompts import Encoded, PromptEncoder, unconditional
 from pixart_rt.schedulers import make_scheduler, uses_learned_variance
+from pixart_rt.tiling import TiledDecoder
 
 VAE_SCALE_FACTOR = 8  # pixels per latent pixel
 DTYPES = {
@@ -93,6 +96,7 @@ class PixArtPipeline:
             path = self.folder / "y_embedding.safetensors"
             if path.is_file():
                 self.y_embedding = load_file(path)["y_embedding"].float().to(device)
+        self._previewer: Previewer | None = None  # the bundle's own, read when first asked
         self._interrupted = False
 
     @classmethod
@@ -128,6 +132,20 @@ class PixArtPipeline:
         """Stop the image in work: its call raises Cancelled before the next step."""
         self._interrupted = True
 
+    def preview(self, latents: Tensor, size: int | None = None) -> list[Image]:
+        """Small pictures of latents [B, C, h, w], such as a step's callback is given.
+
+        size: the longest side in pixels; by default that of the latents, or with a preview decoder
+        the image's. Raises BundleError for a bundle that was built without previews.
+        """
+        if self._previewer is None:
+            self._previewer = LinearPreview.read(self.folder)
+        return to_pictures(self._previewer(latents), size)
+
+    def load_preview_decoder(self, folder: str | Path) -> None:
+        """Preview with a diffusers AutoencoderTiny from now on. Raises CheckpointError."""
+        self._previewer = TinyPreview(Path(folder), self.config.in_channels, self.device)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -148,6 +166,7 @@ class PixArtPipeline:
         negative_prompt_attention_mask: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         output_type: str = "pil",
+        vae_tiling: bool = False,
     ) -> PipelineOutput:
         """Make `num_images_per_prompt` images of every prompt.
 
@@ -163,6 +182,7 @@ class PixArtPipeline:
         callback_on_step_end(pipe, step, timestep, {"latents": latents}) may return new latents;
             images are made `max_batch` at a time, and each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
+        vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
         it on the CPU and copy it. The finished images are checked once for NaN.
         Raises ConfigError for impossible arguments, Cancelled after `interrupt`, NumericsError
@@ -186,6 +206,8 @@ class PixArtPipeline:
             self._given(negative_prompt_embeds, negative_prompt_attention_mask),
         )
         seeds = _seeds(seed, len(texts))
+        profiles = self.manifest.components["vae_decoder"].profiles
+        decode = TiledDecoder(self.vae_decoder, profiles) if vae_tiling else self.vae_decoder
         images = []
         for start in range(0, len(texts), self.max_batch):
             rows = slice(start, start + self.max_batch)
@@ -197,7 +219,7 @@ class PixArtPipeline:
                 sampling,
                 callback_on_step_end,
             )
-            images.append(latents if output_type == "latent" else self.vae_decoder(latents=latents))
+            images.append(latents if output_type == "latent" else decode(latents=latents))
         whole = torch.cat(images)
         if not bool(whole.isfinite().all()):
             raise NumericsError(

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels", "errors", "version", "files"}),
     frozenset({"ops", "buckets", "config"}),
     frozenset({"model", "bundle", "images"}),
-    frozenset({"backends", "plan", "graphs", "schedulers", "prompts"}),
+    frozenset({"backends", "plan", "graphs", "schedulers", "prompts", "preview", "tiling"}),
     frozenset({"pipeline", "doctor"}),
     frozenset({"data", "evaluation", "export", "training"}),
     frozenset({"cli", "__main__"}),

@@ -41,15 +41,14 @@ class FusedGroupNorm(nn.Module):
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of q [B, N, K] to k and v [B, M, K], in float32 or wider between the products."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    tensor_cores = q.is_cuda and q.dtype != wide  # half-precision factors, float32 scores
-    if not tensor_cores:
+    mixed = q.is_cuda and q.dtype != wide  # half-precision factors and float32 scores
+    if not mixed:
         q, k = q.to(wide), k.to(wide)
     rows = max(1, SCORE_BYTES // (len(q) * k.shape[1] * wide.itemsize))
     out = v.new_empty(len(q), q.shape[1], v.shape[2])
     for start in range(0, q.shape[1], rows):
         chunk = q[:, start : start + rows]
-        extra = {"out_dtype": wide} if tensor_cores else {}
-        scores = torch.bmm(chunk, k.mT, **extra)
+        scores = torch.bmm(chunk, k.mT, wide) if mixed else torch.bmm(chunk, k.mT)
         weights = scores.mul_(scale).softmax(-1).to(v.dtype)
         out[:, start : start + rows] = torch.bmm(weights, v)
     return out
@@ -112,7 +111,7 @@ def fused_modules(decoder: nn.Module) -> Iterator[Swap]:
 
 
 def _norms_then_silu(block: ResnetBlock2D) -> bool:
-    """Whether both norms of a block are followed by SiLU and nothing between, and no time enters."""
+    """Whether SiLU follows both norms of a block directly, and no time enters."""
     return (
         isinstance(block.nonlinearity, nn.SiLU)
         and block.time_emb_proj is None

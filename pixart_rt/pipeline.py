@@ -26,7 +26,7 @@ from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.conditioning import patchify, unpatchify
 from pixart_rt.plan import load_modulator, make_plan
-from pixart_rt.preview import LinearPreview, Previewer, TinyPreview, to_pictures
+from pixart_rt.preview import ColourPreview, Previewer, TinyPreview, to_pictures
 from pixart_rt.prompts import Encoded, PromptEncoder, unconditional
 from pixart_rt.schedulers import make_scheduler, uses_learned_variance
 from pixart_rt.tiling import TiledDecoder
@@ -139,7 +139,7 @@ class PixArtPipeline:
         the image's. Raises BundleError for a bundle that was built without previews.
         """
         if self._previewer is None:
-            self._previewer = LinearPreview.read(self.folder)
+            self._previewer = ColourPreview.read(self.folder)
         return to_pictures(self._previewer(latents), size)
 
     def load_preview_decoder(self, folder: str | Path) -> None:
@@ -179,8 +179,9 @@ class PixArtPipeline:
         prompt_embeds [B, T, C] and prompt_attention_mask [B, T] replace the prompt, and likewise
             the negative ones.
         scheduler: one of Scheduler; by default the checkpoint's own, DPM-Solver++ or LCM.
-        callback_on_step_end(pipe, step, timestep, {"latents": latents}) may return new latents;
-            images are made `max_batch` at a time, and each batch calls it for every step.
+        callback_on_step_end(pipe, step, timestep, {"latents": ..., "denoised": ...}) may return
+            new latents; `denoised` is the step's estimate of the final ones, which `preview`
+            shows. Images are made `max_batch` at a time; each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
         vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
@@ -325,9 +326,11 @@ class PixArtPipeline:
             scaled = solver.scale_model_input(latents, timestep)
             noise = self._predict(scaled, plan.pos_embed, plan.modulation[step], text, bucket)
             noise = self._guide(noise, null is not None, sampling)
-            latents = solver.step(noise, timestep, latents, **extra, return_dict=False)[0]
+            latents, *rest = solver.step(noise, timestep, latents, **extra, return_dict=False)
             if callback is not None:
-                changed = callback(self, step, timestep, {"latents": latents}) or {}
+                denoised = rest[0] if rest else solver.model_outputs[-1]
+                tensors = {"latents": latents, "denoised": denoised}
+                changed = callback(self, step, timestep, tensors) or {}
                 latents = changed.get("latents", latents)
         return latents
 

@@ -1,11 +1,14 @@
 """Previews of an image in work: latents to a small picture, at a cost that a step does not feel.
 
-    rgb = latents·P[:C] + P[C]        one 3-vector per latent pixel, P [C+1, 3]
+    u = (latent pixel, 1)      rgb = (relu(u·H), u)·P
 
-The projection P is fitted to the VAE's own encoder when a bundle is built (export/preview.py) and
-lies in the bundle. diffusers' AutoencoderTiny, a decoder of a few layers, is the sharper choice.
+One colour for a latent pixel. H [C+1, K] are fixed random directions and P [K+C+1, 3] is fitted to
+the bundle's VAE when it is built (export/preview.py). Without H this would be the linear projection
+that is used for Stable Diffusion; the colours of other latents, the tiny model's among them, bend.
+diffusers' AutoencoderTiny, a decoder of a few layers, is the sharper choice.
 
-B images, C latent channels, h×w latent pixels. Latents are as the sampler has them.
+B images, C latent channels, h×w latent pixels. Latents are as the sampler has them; those of a step
+hold its noise, its estimate of the finished image does not.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from pixart_rt.errors import BundleError, CheckpointError
 
-PREVIEW = "preview.safetensors"  # in a bundle: {"projection": [C+1, 3] float32}
+PREVIEW = "preview.safetensors"  # in a bundle: {"features": H, "projection": P}, float32
 
 
 class Previewer(Protocol):
@@ -30,16 +34,16 @@ class Previewer(Protocol):
     def __call__(self, latents: Tensor) -> Tensor: ...
 
 
-class LinearPreview:
-    """The linear projection, at latent resolution: an eighth of the image's side."""
+class ColourPreview:
+    """The bundle's own preview, at latent resolution: an eighth of the image's side."""
 
-    def __init__(self, projection: Tensor) -> None:
-        """projection [C+1, 3]: a row for each latent channel, then the constant."""
-        self._projection = projection
+    def __init__(self, features: Tensor, projection: Tensor) -> None:
+        """features [C+1, K] and projection [K+C+1, 3]."""
+        self._features, self._projection = features, projection
 
     @classmethod
-    def read(cls, bundle: Path) -> LinearPreview:
-        """A bundle's projection. Raises BundleError where there is none."""
+    def read(cls, bundle: Path) -> ColourPreview:
+        """What lies in a bundle. Raises BundleError where there is none."""
         path = Path(bundle) / PREVIEW
         if not path.is_file():
             raise BundleError(
@@ -47,14 +51,23 @@ class LinearPreview:
                 "or use pipe.load_preview_decoder with an AutoencoderTiny folder"
             )
         try:
-            return cls(load_file(path)["projection"])
+            tensors = load_file(path)
+            return cls(tensors["features"], tensors["projection"])
         except (SafetensorError, KeyError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
 
     def __call__(self, latents: Tensor) -> Tensor:
-        matrix = self._projection = self._projection.to(latents.device)  # moved once
-        pixels = latents.movedim(1, -1).float() @ matrix[:-1] + matrix[-1]
+        if self._features.device != latents.device:  # once
+            self._features = self._features.to(latents.device)
+            self._projection = self._projection.to(latents.device)
+        pixels = expand(latents.float(), self._features) @ self._projection
         return pixels.movedim(-1, 1).clamp(0, 1)
+
+
+def expand(latents: Tensor, features: Tensor) -> Tensor:
+    """latents [B, C, h, w] to what the projection takes, [B, h, w, K+C+1]."""
+    u = F.pad(latents.movedim(1, -1), (0, 1), value=1.0)
+    return torch.cat([torch.relu(u @ features), u], -1)
 
 
 class TinyPreview:

@@ -11,6 +11,7 @@ import typer
 from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, print_json
+from pixart_rt.cli.previews import PreviewWriter, check_previews
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.version import __version__
@@ -51,6 +52,15 @@ def generate(
     scheduler: Annotated[
         Scheduler | None, typer.Option(help="The sampler. Default: the checkpoint's own.")
     ] = None,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder for a small PNG of every step.")
+    ] = None,
+    preview_every: Annotated[
+        int, typer.Option(min=1, help="With --preview: only every so many steps.")
+    ] = 1,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, nearly the same.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -74,9 +84,12 @@ def generate(
     if guidance is None:
         guidance = 1.0 if sampler is Scheduler.LCM else SamplingConfig().guidance_scale
     sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, scheduler=sampler)
+    if preview is not None:
+        check_previews(preview, bundle, force=force)
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
-    size = {"aspect_ratio": aspect, "height": height, "width": width}
-    result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, size)
+    options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": vae_tiling}
+    writer = None if preview is None else PreviewWriter(preview, preview_every, steps)
+    result, seconds = _run(bundle, manifest, prompt, negative, num, seed, sampling, options, writer)
     facts = _facts(result, manifest, negative, sampling)
     written = _write(result, facts, paths, grid, force)
     if as_json:
@@ -112,7 +125,8 @@ def _run(
     num: int,
     seed: int,
     sampling: SamplingConfig,
-    size: dict[str, Any],
+    options: dict[str, Any],
+    previews: PreviewWriter | None,
 ) -> tuple[PipelineOutput, float]:
     """The images, and the seconds they took without loading the bundle."""
     batches = -(-num // int(manifest.engine_config["max_batch"]))
@@ -121,8 +135,10 @@ def _run(
         progress(f"loading {bundle}", 0, total)
         from pixart_rt.pipeline import PixArtPipeline  # torch, diffusers: seconds to import
 
-        def count(_pipe: PixArtPipeline, step: int, _timestep: Any, _tensors: Any) -> None:
+        def count(pipe: PixArtPipeline, step: int, _timestep: Any, tensors: Any) -> None:
             nonlocal done
+            if previews is not None:
+                previews(pipe, step, tensors)
             done += 1
             last = step + 1 == sampling.num_inference_steps
             progress("decoding" if last else "denoising", min(done, total), total)
@@ -139,7 +155,7 @@ def _run(
             num_images_per_prompt=num,
             seed=seed,
             callback_on_step_end=count,
-            **size,
+            **options,
         )
     return result, time.monotonic() - started
 

@@ -39,8 +39,13 @@ TARGETS = {  # compute capability -> dtypes; sm_70 has no tensor cores in Triton
     (9, 0): (torch.float16, torch.bfloat16, torch.float32),
     (12, 0): (torch.bfloat16,),
 }
-ELEMENTWISE = ("ln_modulate", "gate_residual", "solver")
-FLOAT32 = ("ln_modulate", "gate_residual", "linear")  # attention in float32 is PyTorch's
+ELEMENTWISE = ("ln_modulate", "gate_residual", "solver", "group_norm_silu")
+FLOAT32 = (
+    "ln_modulate",
+    "gate_residual",
+    "linear",
+    "group_norm_silu",
+)  # attention in float32 is PyTorch's
 SHARED_LIMIT = {"sm_70": 98304, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376}  # per block
 DOC = ROOT / "docs" / "kernels.md"
 SECTIONS = ("resources", "traffic")  # of the page: <!-- name:begin --> ... <!-- name:end -->

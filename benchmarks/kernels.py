@@ -37,6 +37,7 @@ from pixart_rt.kernels.gate_residual import (
     gate_residual_ln_modulate,
     gate_residual_ln_modulate_ref,
 )
+from pixart_rt.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from pixart_rt.kernels.linear import (
     linear_gate_residual,
     linear_gate_residual_ref,
@@ -142,6 +143,13 @@ def cases(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Iterator[
         x, last, c = normal(s, (half, N, 16), (half, N, 16), (8,), kind=torch.float32)
         return *normal(s + 1, (2 * half, N, 32)), x, last, c, 4
 
+    side = int(2 * N**0.5)  # the widest blocks of an SD VAE, at latent resolution
+
+    def image(s: int) -> tuple[Any, ...]:
+        x, w, b = normal(s, (B, 512, side, side), (512,), (512,))
+        return x.contiguous(memory_format=torch.channels_last), w, b, 32, 1e-6
+
+    yield Case("group_norm_silu", shape, image, group_norm_silu, group_norm_silu_ref, trains=False)
     yield Case("cfg_dpmpp_step", shape, step, cfg_dpmpp_step, cfg_dpmpp_step_ref, trains=False)
 
 

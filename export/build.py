@@ -39,6 +39,7 @@ from pixart_rt.export.compile import compile_component
 from pixart_rt.export.engine import check_targets
 from pixart_rt.export.parts import DTYPES, Plan, plan_component
 from pixart_rt.export.plugins import check_plugin_targets
+from pixart_rt.export.preview import write_preview
 from pixart_rt.export.source import Source, open_source
 from pixart_rt.model.text_side import TEXT_SIDE
 from pixart_rt.schedulers import stored_scheduler
@@ -134,6 +135,10 @@ def build(
     with writing(out, replace=True) as folder:
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
+        if "vae_decoder" in config.components:
+            report("vae_decoder: previews", len(plans), len(plans))
+            fit = write_preview(folder, source.vae())
+            manifest = replace(manifest, vae={**manifest.vae, **fit})
         seconds = {**manifest.build, "total_seconds": round(time.monotonic() - started, 1)}
         if memory is not None:
             seconds["memory"] = memory

@@ -15,13 +15,17 @@ from pixart_rt.kernels import (
     cross_attention,
     fp8_linear,
     gate_residual,
+    group_norm_silu,
     linear,
     ln_modulate,
     solver,
 )
 from pixart_rt.kernels.launch import Operator, capability, interpreting, refuse
 
-FILES = (ln_modulate, gate_residual, attention, cross_attention, linear, fp8_linear, solver)
+FILES = (
+    ln_modulate, gate_residual, attention, cross_attention, linear, fp8_linear, solver,
+    group_norm_silu,
+)  # fmt: skip
 OPERATORS: tuple[Operator, ...] = tuple(each for file in FILES for each in file.OPERATORS)
 
 # Largest relative error between kernel and reference, both rounding their inputs and outputs.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pixart_rt.kernels import attention, cross_attention, fp8_linear, linear, ln_modulate
 from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate_ref
+from pixart_rt.kernels.group_norm_silu import group_norm_silu_ref
 from pixart_rt.kernels.solver import cfg_dpmpp_step_ref
 
 _OURS = torch.ops.pixart_rt
@@ -78,4 +79,5 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         _OURS.fp8_linear.default: _fp8_linear,
         _OURS.fp8_linear_residual.default: fp8_linear.fp8_linear_residual_ref,
         _OURS.cfg_dpmpp_step.default: cfg_dpmpp_step_ref,
+        _OURS.group_norm_silu.default: group_norm_silu_ref,
     }

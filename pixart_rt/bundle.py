@@ -7,6 +7,7 @@
       text_side.safetensors   caption projection, keys and values, once for each prompt
       null_prompt.safetensors the text encoder's output for the empty prompt
       y_embedding.safetensors only with the original unconditional convention
+      preview.safetensors     latents to the colours of a preview, with a VAE decoder
       tokenizer/  scheduler/  as diffusers writes them
 
 A bundle is written to a temporary folder beside its place and renamed: whole or absent.
@@ -101,7 +102,7 @@ class Manifest:
     engine_config: dict[str, Any]
     components: dict[str, ComponentEntry]
     files: dict[str, str]  # files that belong to no component, relative path -> sha256
-    vae: dict[str, Any]  # scaling_factor, latent_channels
+    vae: dict[str, Any]  # scaling_factor, latent_channels, preview_rms_error (colours 0..1)
     scheduler: str  # the default sampler
     buckets: list[list[int]]  # [height, width] in pixels
     versions: dict[str, str]  # of the libraries that built it

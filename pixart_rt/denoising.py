@@ -29,7 +29,8 @@ from pixart_rt.schedulers import uses_learned_variance
 
 VAE_SCALE_FACTOR = 8  # pixels per latent pixel
 Before = Callable[[int], None]  # called with the step that comes next; may raise
-After = Callable[[int, Tensor, list[Tensor]], list[Tensor]]  # step, timestep, latents of each image
+# step, timestep, latents of each image, and what the step takes for the finished ones
+After = Callable[[int, Tensor, list[Tensor], list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,9 +233,11 @@ class Denoiser:
             )
             noise = unpatchify(noise, bucket.grid, self.config.patch_size)
             noise = self._guide(noise, scales, sampling.scheduler)
-            latents = solver.step(noise, timestep, latents, **extra, return_dict=False)[0]
+            latents, *rest = solver.step(noise, timestep, latents, **extra, return_dict=False)
             if after is not None:
-                latents = torch.cat(after(step, timestep, list(latents.split(1))))
+                denoised = rest[0] if rest else solver.model_outputs[-1]
+                both = list(latents.split(1)), list(denoised.split(1))
+                latents = torch.cat(after(step, timestep, *both))
         return list(latents.split(1))
 
     def _guide(self, noise: Tensor, scales: Tensor, scheduler: Scheduler) -> Tensor:
@@ -273,10 +276,11 @@ class _Steps:
         self._denoiser, self._items, self._plan = denoiser, items, plan
         self._before, self._after = before, after
 
-    def __call__(self, step: int, x: Tensor) -> Tensor:
+    def __call__(self, step: int, x: Tensor, x0: Tensor) -> Tensor:
         if self._after is not None:
             shown = self._denoiser.latents(x, self._items)
-            latents = self._after(step, self._plan.timesteps[step], shown)
+            denoised = self._denoiser.latents(x0, self._items)
+            latents = self._after(step, self._plan.timesteps[step], shown, denoised)
             if latents is not shown:
                 x = self._denoiser.tokens(latents)
         if step + 1 < len(self._plan.timesteps):

@@ -16,7 +16,7 @@ from torch import Tensor
 from pixart_rt.backends.base import Component
 from pixart_rt.kernels.solver import cfg_dpmpp_step
 
-OnStep = Callable[[int, Tensor], Tensor]  # step, x after it -> x to go on with
+OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> x to go on with
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,5 +99,5 @@ def run_loop(
         )
         x, x0 = cfg_dpmpp_step(noise, x, x0, inputs.coefficients[step], channels)
         if on_step is not None:
-            x = on_step(step, x)
+            x = on_step(step, x, x0)
     return x

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.image_processor import PixArtImageProcessor
+from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,8 +37,10 @@ from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.text_side import TEXT_SIDE, TextSide
 from pixart_rt.plan import Planner, load_modulator
+from pixart_rt.preview import ColourPreview, Previewer, TinyPreview, to_pictures
 from pixart_rt.prompts import NULL_PROMPT, Encoded, PromptEncoder, TextCache, unconditional
 from pixart_rt.schedulers import uses_learned_variance
+from pixart_rt.tiling import TiledDecoder
 
 DTYPES = {
     Precision.FP32: torch.float32,
@@ -129,6 +132,7 @@ class PixArtPipeline:
             if path.is_file():
                 self.y_embedding = load_file(path)["y_embedding"].float().to(device)
         self.denoiser = self._make_denoiser(components["transformer"])
+        self._previewer: Previewer | None = None  # the bundle's own, read when first asked
         self._interrupted = False
 
     def _make_denoiser(self, transformer: Component) -> Denoiser:
@@ -198,6 +202,20 @@ class PixArtPipeline:
         """Stop the image in work: its call raises Cancelled before the next step."""
         self._interrupted = True
 
+    def preview(self, latents: Tensor, size: int | None = None) -> list[Image]:
+        """Small pictures of latents [B, C, h, w], such as a step's callback is given.
+
+        size: the longest side in pixels; by default that of the latents, or with a preview decoder
+        the image's. Raises BundleError for a bundle that was built without previews.
+        """
+        if self._previewer is None:
+            self._previewer = ColourPreview.read(self.folder)
+        return to_pictures(self._previewer(latents), size)
+
+    def load_preview_decoder(self, folder: str | Path) -> None:
+        """Preview with a diffusers AutoencoderTiny from now on. Raises CheckpointError."""
+        self._previewer = TinyPreview(Path(folder), self.config.in_channels, self.device)
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -219,6 +237,7 @@ class PixArtPipeline:
         negative_prompt_attention_mask: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         output_type: str = "pil",
+        vae_tiling: bool = False,
     ) -> PipelineOutput:
         """Make `num_images_per_prompt` images of every prompt.
 
@@ -233,10 +252,12 @@ class PixArtPipeline:
         prompt_embeds [B, T, C] and prompt_attention_mask [B, T] replace the prompt, and likewise
             the negative ones.
         scheduler: one of Scheduler; by default the checkpoint's own, DPM-Solver++ or LCM.
-        callback_on_step_end(pipe, step, timestep, {"latents": latents}) may return new latents;
-            images are made `max_batch` at a time, and each batch calls it for every step.
+        callback_on_step_end(pipe, step, timestep, {"latents": ..., "denoised": ...}) may return
+            new latents; `denoised` is the step's estimate of the final ones, which `preview`
+            shows. Images are made `max_batch` at a time; each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
         A batch without a callback replays its CUDA graph, if `warmup` captured one.
+        vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
         it on the CPU and copy it. The finished images are checked once for NaN.
         Raises ConfigError for impossible arguments, Cancelled after `interrupt`, NumericsError
@@ -269,12 +290,14 @@ class PixArtPipeline:
             row.item(bucket, seed, sampling.guidance_scale)
             for row, seed in zip(repeated, seeds, strict=True)
         ]
+        profiles = self.manifest.components["vae_decoder"].profiles
+        decode = TiledDecoder(self.vae_decoder, profiles) if vae_tiling else self.vae_decoder
         images = []
         for start in range(0, len(items), self.max_batch):
             chunk = items[start : start + self.max_batch]
             after = self._after(callback_on_step_end)
             latents = torch.cat(self.denoiser(chunk, sampling, self._before(sampling), after))
-            images.append(latents if output_type == "latent" else self.vae_decoder(latents=latents))
+            images.append(latents if output_type == "latent" else decode(latents=latents))
         whole = torch.cat(images)
         self._require_finite(whole, sampling)
         finished = _finish(whole, height, width, output_type)
@@ -410,10 +433,12 @@ class PixArtPipeline:
         if callback is None:
             return None
 
-        def after(step: int, timestep: Tensor, latents: list[Tensor]) -> list[Tensor]:
+        def after(
+            step: int, timestep: Tensor, latents: list[Tensor], denoised: list[Tensor]
+        ) -> list[Tensor]:
             batch = torch.cat(latents)
-            changed = callback(self, step, timestep, {"latents": batch}) or {}
-            new = changed.get("latents", batch)
+            tensors = {"latents": batch, "denoised": torch.cat(denoised)}
+            new = (callback(self, step, timestep, tensors) or {}).get("latents", batch)
             return latents if new is batch else list(new.split(1))
 
         return after

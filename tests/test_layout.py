@@ -23,7 +23,18 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops", "buckets", "config"}),
     frozenset({"model", "bundle", "images"}),
     frozenset(
-        {"backends", "denoising", "graphs", "loop", "memory", "plan", "prompts", "schedulers"}
+        {
+            "backends",
+            "denoising",
+            "graphs",
+            "loop",
+            "memory",
+            "plan",
+            "preview",
+            "prompts",
+            "schedulers",
+            "tiling",
+        }
     ),
     frozenset({"pipeline", "doctor"}),
     frozenset({"bench", "data", "evaluation", "export", "training"}),

@@ -56,10 +56,11 @@ def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -
     """The module of a component on `device`, in the precision it was written with.
 
     Weights that the bundle wants quantized are, on the CPU, before they go to the device. A
-    transformer runs the fused operators on a GPU, and in fp8 anywhere.
+    transformer runs the fused operators on a GPU, and in fp8 anywhere; a VAE decoder on a GPU.
     """
     from pixart_rt.model.load import DenoiserModule, load_module  # diffusers: seconds to import
     from pixart_rt.model.quantize import quantize_weights
+    from pixart_rt.model.vae import VaeDecoder
 
     check_device(device)
     entry_of(bundle, manifest, name)
@@ -71,4 +72,6 @@ def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -
         quality = manifest.quality
         fused = device.type == "cuda" or quality is Quality.FAST
         module.core.use(Kernels.FUSED if fused else Kernels.REFERENCE, quality, weights)
+    if isinstance(module, VaeDecoder):
+        module.use(Kernels.FUSED if device.type == "cuda" else Kernels.REFERENCE)
     return module

@@ -11,6 +11,7 @@ import typer
 from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, note, print_json
+from pixart_rt.cli.previews import PreviewWriter, check_previews
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.version import __version__
@@ -60,6 +61,15 @@ def generate(
         Path | None,
         typer.Option(metavar="DIR", help="Keep the prompts' embeddings there for the next time."),
     ] = None,
+    preview: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder for a small PNG of every step.")
+    ] = None,
+    preview_every: Annotated[
+        int, typer.Option(min=1, help="With --preview: only every so many steps.")
+    ] = 1,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, nearly the same.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -83,11 +93,16 @@ def generate(
     if guidance is None:
         guidance = 1.0 if sampler is Scheduler.LCM else SamplingConfig().guidance_scale
     sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, scheduler=sampler)
+    if preview is not None:
+        check_previews(preview, bundle, force=force)
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
-    size = {"aspect_ratio": aspect, "height": height, "width": width}
+    options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": vae_tiling}
+    writer = None if preview is None else PreviewWriter(preview, preview_every, steps)
     fit = None if vram is None else _fit(bundle, manifest, vram)
+    loading = {"prompt_cache": prompt_cache, "text_place": fit.text_place if fit else None}
+    at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
     result, seconds = _run(
-        bundle, manifest, prompt, negative, num, seed, sampling, size, fit, prompt_cache
+        bundle, at_once, loading, prompt, negative, num, seed, sampling, options, writer
     )
     facts = _facts(result, manifest, negative, sampling)
     written = _write(result, facts, paths, grid, force)
@@ -134,32 +149,32 @@ def _output_paths(output: Path, num: int, grid: bool) -> list[Path]:
 
 def _run(
     bundle: Path,
-    manifest: Manifest,
+    at_once: int,
+    loading: dict[str, Any],
     prompt: str,
     negative: str,
     num: int,
     seed: int,
     sampling: SamplingConfig,
-    size: dict[str, Any],
-    fit: LoadChoice | None,
-    prompt_cache: Path | None,
+    options: dict[str, Any],
+    previews: PreviewWriter | None,
 ) -> tuple[PipelineOutput, float]:
-    """The images, and the seconds they took without loading the bundle."""
-    at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
+    """The images, `at_once` in a batch, and the seconds they took without loading the bundle."""
     batches = -(-num // at_once)
     total, done = sampling.num_inference_steps * batches, 0
     with Steps() as progress:
         progress(f"loading {bundle}", 0, total)
         from pixart_rt.pipeline import PixArtPipeline  # torch, diffusers: seconds to import
 
-        def count(_pipe: PixArtPipeline, step: int, _timestep: Any, _tensors: Any) -> None:
+        def count(pipe: PixArtPipeline, step: int, _timestep: Any, tensors: Any) -> None:
             nonlocal done
+            if previews is not None:
+                previews(pipe, step, tensors)
             done += 1
             last = step + 1 == sampling.num_inference_steps
             progress("decoding" if last else "denoising", min(done, total), total)
 
-        place = fit.text_place if fit else None
-        pipe = PixArtPipeline.from_bundle(bundle, text_place=place, prompt_cache=prompt_cache)
+        pipe = PixArtPipeline.from_bundle(bundle, **loading)
         pipe.max_batch = at_once
         progress("reading the prompt", 0, total)
         started = time.monotonic()
@@ -172,7 +187,7 @@ def _run(
             num_images_per_prompt=num,
             seed=seed,
             callback_on_step_end=count,
-            **size,
+            **options,
         )
     return result, time.monotonic() - started
 

@@ -1,7 +1,8 @@
 """The VAE decoder, diffusers' AutoencoderKL without its encoder, latents rescaled inside.
 
 B images, C latent channels, h×w latent pixels. The scaling factor comes from the VAE's own config:
-0.18215 for PixArt-alpha, 0.13025 for PixArt-Sigma.
+0.18215 for PixArt-alpha, 0.13025 for PixArt-Sigma. `use` chooses diffusers' modules or the fused
+ones of vae_fused.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError
+from pixart_rt.kernels.catalog import self_test
+from pixart_rt.model.vae_fused import Swap, fused_modules, swap
 
 SD_VAE: dict[str, Any] = {  # the shape of sd-vae-ft-ema, for random weights
     "block_out_channels": [128, 256, 512, 512],
@@ -33,10 +37,29 @@ class VaeDecoder(nn.Module):
         self.scaling_factor = float(vae.config.scaling_factor)
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
+        self.layout = torch.contiguous_format
+        self._unfused: list[Swap] = []  # the modules that the fused ones stand for
+
+    def use(self, kernels: Kernels) -> VaeDecoder:
+        """Run channels-last, with diffusers' modules or the fused ones; returns self.
+
+        Channels-last also pays on a CPU: 0.67 to 0.85 of the time of contiguous tensors, medians
+        of pairs, tiny and SD VAE, 128 to 1024 px (float32, two shared cores, torch 2.13).
+        """
+        swap(self._unfused)
+        self._unfused = []
+        self.layout = torch.channels_last
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if kernels is Kernels.FUSED:
+            weight = self.decoder.conv_in.weight
+            if weight.is_cuda:
+                self_test(weight.device, weight.dtype)
+            self._unfused = swap(list(fused_modules(self.decoder)))
+        return self
 
     def forward(self, latents: Tensor) -> Tensor:
         dtype = self.decoder.conv_in.weight.dtype
-        latents = (latents / self.scaling_factor).to(dtype)
+        latents = (latents / self.scaling_factor).to(dtype, memory_format=self.layout)
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).to(torch.promote_types(dtype, torch.float32))

@@ -8,7 +8,7 @@ from pixart_rt.errors import BackendError, BundleError
 from pixart_rt.export.graph import transformer_inputs
 from pixart_rt.model.load import save_module
 
-from .conftest import CONFIG
+from .conftest import CONFIG, VAE
 
 CPU = torch.device("cpu")
 
@@ -81,3 +81,15 @@ def test_compiled_serves_all_sizes_with_two_compilations(torch_bundle, transform
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2  # batches above one, and one
     assert not counters["graph_break"]
+
+
+def test_eager_decodes_channels_last_what_the_module_decodes(make_bundle, vae_decoder, tmp_path):
+    (tmp_path / "vae_decoder").mkdir()
+    save_module(tmp_path / "vae_decoder", vae_decoder, VAE)
+    bundle = make_bundle("vae_decoder", ("vae_decoder/model.safetensors",))
+    for device in [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]:
+        component = get_backend("torch").load(*bundle, "vae_decoder", device)
+        latents = torch.randn(2, 4, 5, 7)
+        image = component(latents=latents.to(device)).cpu()
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(image, vae_decoder(latents), atol=1e-4, rtol=1e-4)

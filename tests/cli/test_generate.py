@@ -134,3 +134,32 @@ def test_lcm_runs_without_guidance_by_default(
                   "--steps", 1)  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert read_metadata(out)["guidance_scale"] == "1.0"
+
+
+def test_previews_of_every_second_step(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "previews"
+    words = ["generate", PROMPT, "--bundle", bundle_256, "-o", tmp_path / "o.png", "-n", 3,
+             "--steps", 5, "--preview", folder, "--preview-every", 2, "--vae-tiling"]  # fmt: skip
+    assert run(*words).code == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"image-{i:03}-step-{s:03}.png" for i in range(3) for s in (2, 4)]
+    with Image.open(folder / names[0]) as picture:
+        assert picture.size == (32, 32)
+    assert read_metadata(folder / names[0]) == {"step": "2", "steps": "5"}
+    refused = run(*words, "--aspect", "1:1")
+    assert refused.code == 2 and "exists" in refused.error
+    words[words.index("-o") + 1] = tmp_path / "other.png"
+    refused = run(*words)
+    assert refused.code == 2 and "is not empty" in refused.error
+
+
+def test_previews_of_a_bundle_without_them_are_refused_before_loading(
+    run: Callable[..., Any], hollow_bundle: Path
+) -> None:
+    folder = hollow_bundle.parent / "previews"
+    outcome = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", "o.png", "--preview", folder)
+    assert outcome.code == 1
+    assert "has no preview.safetensors" in outcome.error
+    assert not folder.exists()

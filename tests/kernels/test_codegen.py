@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = ("attention", "cross_attention", "linear", "fp8_linear")  # files with matrix products
-ELEMENTWISE = {"ln_modulate", "gate_residual", "solver"}
+ELEMENTWISE = {"ln_modulate", "gate_residual", "solver", "group_norm_silu"}
 PRODUCTS = {
     "_attention_kernel", "_attention_backward_kv_kernel", "_attention_backward_q_kernel",
     "_absorbed_scores_kernel", "_linear_kernel",

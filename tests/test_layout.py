@@ -20,13 +20,23 @@ ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixar
 # the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels", "errors", "version", "files"}),
-    frozenset({"ops", "buckets", "config"}),
-    frozenset({"model", "bundle", "images"}),
+    frozenset({"ops", "approximate", "buckets", "config"}),
+    frozenset({"model", "bundle", "images", "similarity"}),
     frozenset(
-        {"backends", "denoising", "graphs", "loop", "memory", "plan", "prompts", "schedulers"}
+        {
+            "backends",
+            "denoising",
+            "graphs",
+            "loop",
+            "memory",
+            "plan",
+            "prompts",
+            "reuse",
+            "schedulers",
+        }
     ),
     frozenset({"pipeline", "doctor"}),
-    frozenset({"data", "evaluation", "export", "training"}),
+    frozenset({"data", "evaluation", "export", "fidelity", "training"}),
     frozenset({"cli", "__main__"}),
 )
 BESIDE = LAYERS[5]
@@ -147,7 +157,8 @@ def test_a_public_name_is_loaded_when_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["build"], ["generate"], ["plan"], ["verify"], ["doctor"], ["convert"]]
+    "verb",
+    [[], ["build"], ["generate"], ["fidelity"], ["plan"], ["verify"], ["doctor"], ["convert"]],
 )
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:
     code = f"from pixart_rt.cli import main\nassert main([*{verb}, '--help']) == 0"

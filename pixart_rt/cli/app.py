@@ -9,6 +9,7 @@ import typer
 from pixart_rt.cli.build import build
 from pixart_rt.cli.convert import convert
 from pixart_rt.cli.doctor import doctor
+from pixart_rt.cli.fidelity import fidelity
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
 from pixart_rt.cli.plan import plan
@@ -48,5 +49,5 @@ def root(
     """
 
 
-for verb in (build, generate, plan, convert, inspect, verify, tune, doctor):
+for verb in (build, generate, fidelity, plan, convert, inspect, verify, tune, doctor):
     app.command()(verb)

@@ -14,7 +14,7 @@ import pytest
 
 import pixart_rt
 
-VERBS = ("build", "generate", "plan", "convert", "inspect", "verify", "tune", "doctor")
+VERBS = ("build", "generate", "fidelity", "plan", "convert", "inspect", "verify", "tune", "doctor")
 
 
 def examples(text: str) -> list[list[str]]:

@@ -129,7 +129,7 @@ class Denoiser:
         if not self.on_tokens(plan):
             return
         inputs = self._inputs(items, sampling, plan)
-        if self.device.type != "cuda" or not self.transformer.capturable:
+        if not self._captures():
             for guides in {True, False} & set(inputs.guides):
                 self._run(replace(inputs, guides=(guides,)))
             return
@@ -139,6 +139,9 @@ class Denoiser:
         key = self._graph_key(inputs, skips)
         if key not in self.graphs:
             self.graphs.capture(key, partial(self._run, skips=skips), inputs)
+
+    def _captures(self) -> bool:
+        return self.device.type == "cuda" and self.transformer.capturable
 
     def _graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
         weights: Hashable = self.transformer.version()

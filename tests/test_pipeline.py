@@ -223,9 +223,9 @@ def test_dmd_is_one_call_at_timestep_400(pipe: PixArtPipeline) -> None:
         kept *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
     expected = (x.double() - (1 - kept) ** 0.5 * eps.double()) / kept**0.5
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
-    ddpm = diffusers.DDPMScheduler(
-        beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
-    )
+    from diffusers import DDPMScheduler
+
+    ddpm = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
     theirs = ddpm.step(eps, 400, x).pred_original_sample
     torch.testing.assert_close(actual, theirs, atol=1e-4, rtol=1e-4)  # float32 cumulative products
 

@@ -180,7 +180,9 @@ def _origin(bundle: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _table(judged: list[Judged]) -> Table:
-    table = Table("setting", "steps", "skipped", "unguided", "PSNR dB", "worst", "SSIM", "worst")
+    table = Table()
+    for name in ("setting", "steps", "skipped", "unguided", "PSNR", "worst", "SSIM", "worst"):
+        table.add_column(name, no_wrap=name == "setting")
     for each in judged:
         table.add_row(
             each.name, str(each.num_steps), f"{each.skipped:g}", str(each.unguided),

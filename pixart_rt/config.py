@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from pixart_rt.approximate import Approximation
 from pixart_rt.buckets import PIXELS_PER_TOKEN, RESOLUTIONS, token_range
 from pixart_rt.errors import ConfigError
 
@@ -266,13 +267,14 @@ def check_weights(config: EngineConfig) -> None:
 
 
 class Scheduler(StrEnum):
-    """The samplers, by name. All but LCM run any PixArt checkpoint."""
+    """The samplers, by name. All but LCM and DMD run any PixArt checkpoint."""
 
     DPM_SOLVER = "dpm-solver++"
     SA_SOLVER = "sa-solver"
     DDIM = "ddim"
     IDDPM = "iddpm"
     LCM = "lcm"
+    DMD = "dmd"
 
 
 MOST_STEPS = {
@@ -281,7 +283,9 @@ MOST_STEPS = {
     Scheduler.DDIM: 1000,
     Scheduler.IDDPM: 1000,
     Scheduler.LCM: 50,  # the steps it was distilled from
+    Scheduler.DMD: 1,
 }
+DISTILLED = frozenset({Scheduler.LCM, Scheduler.DMD})  # guidance is in their checkpoints' weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,13 +297,14 @@ class SamplingConfig:
     scheduler: Scheduler = Scheduler.DPM_SOLVER
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """The part of the steps, from first to last, that is guided (arXiv:2404.07724)."""
+    approximate: Approximation | None = None
 
     def __post_init__(self) -> None:
         most = MOST_STEPS[self.scheduler]
         if not 1 <= self.num_inference_steps <= most:
             raise ConfigError(
-                f"num_inference_steps must be between 1 and {most} with {self.scheduler}, got "
-                f"{self.num_inference_steps}"
+                f"num_inference_steps must be {'between 1 and ' if most > 1 else ''}{most} with "
+                f"{self.scheduler}, got {self.num_inference_steps}"
             )
         if not self.guidance_scale >= 0:
             raise ConfigError(f"guidance_scale must be >= 0, got {self.guidance_scale}")

@@ -15,9 +15,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pixart_rt.approximate import FirstBlockCache, StepCache
 from pixart_rt.backends.base import ABSORBED, Component
 from pixart_rt.buckets import Bucket, nearest_bucket
 from pixart_rt.config import ModelConfig, SamplingConfig, Saving, Scheduler
+from pixart_rt.errors import ConfigError
 from pixart_rt.graphs import GraphKey, Graphs
 from pixart_rt.kernels.launch import SM80
 from pixart_rt.loop import LoopInputs, TextInputs, run_loop
@@ -25,6 +27,7 @@ from pixart_rt.model.conditioning import depatchify, patchify, unpatchify
 from pixart_rt.model.text_side import PromptText
 from pixart_rt.plan import Plan, PlanKey, Planner
 from pixart_rt.prompts import Encoded, TextCache
+from pixart_rt.reuse import FirstBlockRun, Skipping, steps_to_skip
 from pixart_rt.schedulers import uses_learned_variance
 
 VAE_SCALE_FACTOR = 8  # pixels per latent pixel
@@ -61,6 +64,7 @@ class Denoiser:
         self.transformer, self.config, self.planner = transformer, config, planner
         self.texts, self.device, self.savings = texts, device, savings
         self.graphs = Graphs()
+        self.skipped: tuple[int, ...] = ()  # the steps at which the latest call reused others
         can_absorb = device.type == "cpu" or torch.cuda.get_device_capability(device) >= SM80
         self._absorbs = can_absorb and transformer.also_takes.issuperset(ABSORBED)
         everything = torch.arange(config.patch_size**2 * config.out_channels)
@@ -75,10 +79,38 @@ class Denoiser:
         buckets unless `on_tokens(sampling)`. `after` may replace the latents of each step.
         """
         plan = self.planner(_key(items, sampling))
+        model = self._model(sampling, plan)
         before(0)
-        if self.on_tokens(plan):
-            return self._on_tokens(items, sampling, plan, before, after)
-        return self._on_latents(items, sampling, plan, before, after)
+        run = self._on_tokens if self.on_tokens(plan) else self._on_latents
+        latents = run(items, sampling, plan, model, before, after)
+        self.skipped = model.skipped
+        return latents
+
+    def check(self, sampling: SamplingConfig) -> None:
+        """Raises ConfigError where the transformer cannot do what `sampling` asks."""
+        if isinstance(sampling.approximate, FirstBlockCache) and self._cacheable() is None:
+            raise ConfigError(
+                f"{sampling.approximate} was asked, but this transformer cannot stop after its "
+                "first block; use a step cache, or a bundle built with --backend torch"
+            )
+
+    def _cacheable(self) -> Callable[..., Tensor] | None:
+        # Engines have none, nor have wrappers that a caller put around the transformer.
+        return getattr(self.transformer, "cacheable", None)
+
+    def _model(self, sampling: SamplingConfig, plan: Plan) -> Skipping | FirstBlockRun:
+        """The transformer as one run of a loop calls it, once for each step."""
+        approximate, steps = sampling.approximate, len(plan.timesteps)
+        if isinstance(approximate, FirstBlockCache):
+            self.check(sampling)
+            cacheable = self._cacheable()
+            assert cacheable is not None
+            return FirstBlockRun(cacheable, steps, approximate.threshold)
+        if isinstance(approximate, StepCache):
+            guides = _guides(sampling, steps)
+            skips = steps_to_skip(plan.changes, guides, approximate.threshold)
+            return Skipping(self.transformer, skips)
+        return Skipping(self.transformer)
 
     def on_tokens(self, plan: Plan) -> bool:
         """Whether the loop of loop.py runs for this plan."""
@@ -98,36 +130,43 @@ class Denoiser:
         if not self.on_tokens(plan):
             return
         inputs = self._inputs(items, sampling, plan)
-        if self.device.type != "cuda" or not self.transformer.capturable:
+        if not self._captures():
             for guides in {True, False} & set(inputs.guides):
                 self._run(replace(inputs, guides=(guides,)))
             return
-        key = self._graph_key(inputs)
+        skips = self._model(sampling, plan).planned
+        if skips is None:
+            return
+        key = self._graph_key(inputs, skips)
         if key not in self.graphs:
-            self.graphs.capture(key, self._run, inputs)
+            self.graphs.capture(key, partial(self._run, skips=skips), inputs)
 
-    def _graph_key(self, inputs: LoopInputs) -> GraphKey:
+    def _captures(self) -> bool:
+        return self.device.type == "cuda" and self.transformer.capturable
+
+    def _graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
         weights: Hashable = self.transformer.version()
-        return GraphKey.of(inputs, weights)
+        return GraphKey.of(inputs, weights, skips)
 
-    def _run(self, inputs: LoopInputs) -> Tensor:
-        return run_loop(self.transformer, inputs, self.config.in_channels)
+    def _run(self, inputs: LoopInputs, skips: tuple[int, ...] = ()) -> Tensor:
+        return run_loop(Skipping(self.transformer, skips), inputs, self.config.in_channels)
 
     def _on_tokens(
         self,
         items: Sequence[Item],
         sampling: SamplingConfig,
         plan: Plan,
+        model: Skipping | FirstBlockRun,
         before: Before,
         after: After | None,
     ) -> list[Tensor]:
         inputs = self._inputs(items, sampling, plan)
         x = None
-        if after is None and len(self.graphs):
-            x = self.graphs.replay(self._graph_key(inputs), inputs)
+        if after is None and model.planned is not None and len(self.graphs):
+            x = self.graphs.replay(self._graph_key(inputs, model.planned), inputs)
         if x is None:
             steps = _Steps(self, items, plan, before, after)
-            x = run_loop(self.transformer, inputs, self.config.in_channels, steps)
+            x = run_loop(model, inputs, self.config.in_channels, steps)
         return self.latents(x, items)
 
     def latents(self, x: Tensor, items: Sequence[Item]) -> list[Tensor]:
@@ -205,6 +244,7 @@ class Denoiser:
         items: Sequence[Item],
         sampling: SamplingConfig,
         plan: Plan,
+        model: Skipping | FirstBlockRun,
         before: Before,
         after: After | None,
     ) -> list[Tensor]:
@@ -222,7 +262,7 @@ class Denoiser:
             if step:
                 before(step)
             text = guided if guides[step] and guided is not None else plain
-            noise = self.transformer(
+            noise = model(
                 tokens=patchify(
                     solver.scale_model_input(latents, timestep), self.config.patch_size
                 ),

@@ -42,13 +42,14 @@ class GraphKey:
     weights: Hashable  # changes whenever a weight does
     guides: tuple[bool, ...]
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    skips: tuple[int, ...] = ()  # the steps at which the model does not run
 
     @classmethod
-    def of(cls, inputs: LoopInputs, weights: Hashable) -> GraphKey:
+    def of(cls, inputs: LoopInputs, weights: Hashable, skips: tuple[int, ...] = ()) -> GraphKey:
         """The key of a request's inputs for the present weights."""
         tensors = inputs.tensors().items()
         shapes = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors)
-        return cls(weights, inputs.guides, shapes)
+        return cls(weights, inputs.guides, shapes, skips)
 
 
 @dataclass(frozen=True, slots=True)

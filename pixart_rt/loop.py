@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from pixart_rt.backends.base import Component
 from pixart_rt.kernels.solver import cfg_dpmpp_step
 
 OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> x to go on with
@@ -84,7 +83,10 @@ TENSORS = ("x", "pos_embed", "modulation", "coefficients", "outputs")
 
 
 def run_loop(
-    transformer: Component, inputs: LoopInputs, channels: int, on_step: OnStep | None = None
+    transformer: Callable[..., Tensor],
+    inputs: LoopInputs,
+    channels: int,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """The tokens [B, N, C·p·p] after the last step."""
     x = x0 = inputs.x

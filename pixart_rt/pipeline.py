@@ -18,12 +18,14 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pixart_rt.approximate import Approximation, StepCache
 from pixart_rt.backends.base import Component
 from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket, bucket_for_aspect, choose_bucket
 from pixart_rt.buckets import buckets as _all_buckets
 from pixart_rt.bundle import Manifest, damaged_files
 from pixart_rt.config import (
+    DISTILLED,
     CfgNull,
     Precision,
     Quality,
@@ -63,6 +65,7 @@ class PipelineOutput:
     prompts: list[str]
     seeds: list[int]
     bucket: Bucket
+    skipped_steps: list[tuple[int, ...]]  # of each image, from 0; empty unless `approximate`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +87,7 @@ class _Placed:
     def __init__(self, component: Component, device: torch.device) -> None:
         self.component, self.device = component, device
         self.also_takes, self.capturable = component.also_takes, component.capturable
+        self.cacheable = getattr(component, "cacheable", None)  # few backends' are
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         return self.component(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
@@ -238,11 +242,12 @@ class PixArtPipeline:
         callback_on_step_end: StepCallback | None = None,
         output_type: str = "pil",
         vae_tiling: bool = False,
+        approximate: Approximation | None = None,
     ) -> PipelineOutput:
         """Make `num_images_per_prompt` images of every prompt.
 
         guidance_scale: 4.5 by default; 1 or less runs without the unconditional half, as LCM
-            does by default.
+            and DMD do by default.
         guidance_interval: the part of the steps that is guided; the others run without the
             unconditional half, at half the cost, and make another image.
         aspect_ratio: "W:H", the nearest of the 40 trained buckets; or height and width in pixels,
@@ -252,6 +257,9 @@ class PixArtPipeline:
         prompt_embeds [B, T, C] and prompt_attention_mask [B, T] replace the prompt, and likewise
             the negative ones.
         scheduler: one of Scheduler; by default the checkpoint's own, DPM-Solver++ or LCM.
+        approximate: reuse earlier steps, for another image at less work (approximate.py); the
+            output says which steps were skipped. With FirstBlockCache the host waits for the
+            device once a step, and a step is skipped only where the whole batch allows it.
         callback_on_step_end(pipe, step, timestep, {"latents": ..., "denoised": ...}) may return
             new latents; `denoised` is the step's estimate of the final ones, which `preview`
             shows. Images are made `max_batch` at a time; each batch calls it for every step.
@@ -264,7 +272,9 @@ class PixArtPipeline:
         for an image that is not finite.
         """
         self._interrupted = False
-        sampling = self._sampling(num_inference_steps, guidance_scale, scheduler, guidance_interval)
+        sampling = self._sampling(
+            num_inference_steps, guidance_scale, scheduler, guidance_interval, approximate
+        )
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(
                 f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}"
@@ -292,17 +302,20 @@ class PixArtPipeline:
         ]
         profiles = self.manifest.components["vae_decoder"].profiles
         decode = TiledDecoder(self.vae_decoder, profiles) if vae_tiling else self.vae_decoder
-        images = []
+        images, skipped = [], []
         for start in range(0, len(items), self.max_batch):
             chunk = items[start : start + self.max_batch]
             after = self._after(callback_on_step_end)
             latents = torch.cat(self.denoiser(chunk, sampling, self._before(sampling), after))
+            skipped += [self.denoiser.skipped] * len(chunk)
             images.append(latents if output_type == "latent" else decode(latents=latents))
         whole = torch.cat(images)
         self._require_finite(whole, sampling)
         finished = _finish(whole, height, width, output_type)
         texts = [row.text or "" for row in repeated]
-        return PipelineOutput(images=finished, prompts=texts, seeds=seeds, bucket=bucket)
+        return PipelineOutput(
+            images=finished, prompts=texts, seeds=seeds, bucket=bucket, skipped_steps=skipped
+        )
 
     @torch.inference_mode()
     def generate_many(
@@ -367,6 +380,7 @@ class PixArtPipeline:
         guidance_scale: float | None = None,
         scheduler: str | Scheduler | None = None,
         prompts: Sequence[str] = WARMUP_PROMPTS,
+        approximate: StepCache | None = None,
         progress: Progress | None = None,
     ) -> int:
         """Do now what the first request of each shape would wait for; returns the graphs captured.
@@ -375,12 +389,15 @@ class PixArtPipeline:
             have far fewer token counts, and the graphs are by token count.
         prompts: one of each length that will be asked: cross-attention has another form for up to
             16, 32 and 64 tokens and above.
+        approximate: that of the requests to come; their graphs hold the steps that are not skipped.
         progress: called with a name, shapes done and shapes in all; by default a bar on stderr.
         On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph, which a
         later request of the same shape replays, unless it has a callback. Elsewhere a step runs
         once for each shape, which compiles what is compiled at first use.
         """
-        sampling = self._sampling(num_inference_steps, guidance_scale, scheduler)
+        sampling = self._sampling(
+            num_inference_steps, guidance_scale, scheduler, approximate=approximate
+        )
         shapes: dict[int, Bucket] = {}
         for each in buckets if buckets is not None else _all_buckets(self.resolution):
             bucket = each if isinstance(each, Bucket) else bucket_for_aspect(self.resolution, each)
@@ -402,20 +419,23 @@ class PixArtPipeline:
         guidance_scale: float | None,
         scheduler: str | Scheduler | None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        approximate: Approximation | None = None,
     ) -> SamplingConfig:
         """Checked settings, with the checkpoint's own where nothing is asked."""
         chosen = _enum(scheduler or self.manifest.scheduler)
         if guidance_scale is None:
-            guidance_scale = 1.0 if chosen is Scheduler.LCM else 4.5
+            guidance_scale = 1.0 if chosen in DISTILLED else 4.5
         sampling = SamplingConfig(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             scheduler=chosen,
             guidance_interval=guidance_interval,
+            approximate=approximate,
         )
-        if chosen is Scheduler.LCM and sampling.guided:
+        self.denoiser.check(sampling)
+        if chosen in DISTILLED and sampling.guided:
             raise ConfigError(
-                f"guidance_scale {guidance_scale} was asked with LCM, whose guidance is "
+                f"guidance_scale {guidance_scale} was asked with {chosen}, whose guidance is "
                 "distilled into the model; leave it out or use 1"
             )
         if uses_learned_variance(chosen) and not self.config.learned_variance:

@@ -23,6 +23,7 @@ from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.model.conditioning import position_table
 from pixart_rt.model.transformer import Modulator
+from pixart_rt.reuse import modulation_changes
 from pixart_rt.schedulers import dpmpp_coefficients, make_scheduler
 
 PLAN_BYTES = 1 << 28  # kept at most; XL at 1024 px, 20 steps, one image: 20 MB
@@ -49,6 +50,7 @@ class Plan:
         Tensor | None
     )  # [S, 8] of kernels/solver.py, on the CPU; None: not DPM-Solver++ 2M
     noise_scale: float  # of the initial noise
+    changes: tuple[float, ...]  # of the modulation at each step, for reuse.py
 
     @property
     def num_bytes(self) -> int:
@@ -98,6 +100,7 @@ class Planner:
         steps = solver.timesteps
         parts = {bucket: self._of_bucket(bucket, steps) for bucket in dict.fromkeys(key.buckets)}
         positions, modulations = zip(*(parts[bucket] for bucket in key.buckets), strict=True)
+        modulation = torch.stack(modulations, dim=1)
         coefficients = None
         if key.scheduler is Scheduler.DPM_SOLVER:
             with suppress(ConfigError):  # a checkpoint with another variant: diffusers' steps run
@@ -106,9 +109,10 @@ class Planner:
             key,
             steps,
             torch.cat(positions).to(self.device),
-            torch.stack(modulations, dim=1).to(self.device),
+            modulation.to(self.device),
             coefficients,
             float(solver.init_noise_sigma),
+            tuple(modulation_changes(modulation).tolist()),
         )
 
     def _of_bucket(self, bucket: Bucket, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ TRAINING_SCHEDULE: dict[str, Any] = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
 }
+DMD_TIMESTEP = 400  # at which PixArt-Alpha-DMD-XL-2-512x512 was trained and is called
 SHARED = (*TRAINING_SCHEDULE, "prediction_type", "timestep_spacing")
 
 
@@ -52,12 +53,49 @@ def make_scheduler(name: Scheduler, folder: Path) -> Any:
             variance_type="learned_range", clip_sample=False, **schedule
         ),
         Scheduler.LCM: lambda: diffusers.LCMScheduler(clip_sample=False, **schedule),
+        Scheduler.DMD: lambda: OneStep(diffusers.DDPMScheduler(**schedule).alphas_cumprod),
     }
     return makers[name]()
 
 
+class OneStep:
+    """Noise to image in one call of the model at one timestep, for DMD students (arXiv:2311.18828).
+
+        x0 = (x - sqrt(1 - a) eps) / sqrt(a),    a = alphas_cumprod[400]
+
+    with x the initial noise of variance 1, as the published PixArt-DMD demo runs: timesteps [400],
+    one step, no guidance. It has the methods of a diffusers scheduler that the loop calls.
+    """
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        """alphas_cumprod [1000] of the training schedule."""
+        self._alpha = float(alphas_cumprod[DMD_TIMESTEP])
+        self.timesteps = torch.tensor([DMD_TIMESTEP])
+
+    def set_timesteps(self, num_inference_steps: int, device: str = "cpu") -> None:
+        assert num_inference_steps == 1, "SamplingConfig refuses others"
+
+    def scale_model_input(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x
+
+    def step(
+        self,
+        noise: Tensor,
+        timestep: Tensor,
+        x: Tensor,
+        generator: object = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        return ((x - (1 - self._alpha) ** 0.5 * noise) / self._alpha**0.5,)
+
+
 def stored_scheduler(folder: Path) -> Scheduler:
-    """The sampler that a checkpoint's scheduler folder asks for: LCM, or DPM-Solver++."""
+    """The sampler that a checkpoint's scheduler folder asks for: LCM, or DPM-Solver++.
+
+    A DMD student's folder names DDPM, as those of other checkpoints do, so DMD must be asked for.
+    """
     path = Path(folder) / "scheduler_config.json"
     stored = json.loads(path.read_text()) if path.is_file() else {}
     is_lcm = stored.get("_class_name") == "LCMScheduler"

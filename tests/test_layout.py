@@ -20,8 +20,8 @@ ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixar
 # the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels", "errors", "version", "files"}),
-    frozenset({"ops", "buckets", "config"}),
-    frozenset({"model", "bundle", "images"}),
+    frozenset({"ops", "approximate", "buckets", "config"}),
+    frozenset({"model", "bundle", "images", "similarity"}),
     frozenset(
         {
             "backends",
@@ -32,12 +32,13 @@ LAYERS: tuple[frozenset[str], ...] = (
             "plan",
             "preview",
             "prompts",
+            "reuse",
             "schedulers",
             "tiling",
         }
     ),
     frozenset({"pipeline", "doctor"}),
-    frozenset({"bench", "data", "evaluation", "export", "training"}),
+    frozenset({"bench", "data", "evaluation", "export", "fidelity", "training"}),
     frozenset({"cli", "__main__"}),
 )
 BESIDE = LAYERS[5]
@@ -163,6 +164,7 @@ def test_a_public_name_is_loaded_when_used() -> None:
         [],
         ["build"],
         ["generate"],
+        ["fidelity"],
         ["plan"],
         ["verify"],
         ["doctor"],

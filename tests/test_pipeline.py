@@ -189,6 +189,47 @@ def test_other_schedulers_match_their_diffusers_loop(
     torch.testing.assert_close(actual, x, atol=2e-3, rtol=2e-3)  # float32 errors, guided 4.5 times
 
 
+def test_dmd_is_one_call_at_timestep_400(pipe: PixArtPipeline) -> None:
+    """Against the formula on the model's own output, and diffusers' DDPM at that timestep."""
+    seen: dict[str, torch.Tensor] = {}
+    transformer = pipe.transformer
+
+    class Recorder:
+        also_takes, capturable = transformer.also_takes, False
+
+        def version(self) -> int:
+            return 0
+
+        def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+            assert not seen, "one call"
+            seen.update(inputs, output=transformer(**inputs))
+            return seen["output"]
+
+    pipe.transformer = Recorder()
+    steps: list[int] = []
+    try:
+        actual = latents(
+            pipe, scheduler="dmd", num_inference_steps=1, seed=21,
+            callback_on_step_end=lambda _p, _s, timestep, _v: steps.append(int(timestep)),
+        )  # fmt: skip
+    finally:
+        pipe.transformer = transformer
+    assert steps == [400] and len(seen["text_rows"]) == 1 and not len(seen["null_rows"])
+    x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(21))
+    # A token's outputs are its 2x2 pixels, each with its 4 channels.
+    eps = seen["output"].reshape(1, 16, 16, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+    kept = 1.0
+    for t in range(401):
+        kept *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
+    expected = (x.double() - (1 - kept) ** 0.5 * eps.double()) / kept**0.5
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    from diffusers import DDPMScheduler
+
+    ddpm = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    theirs = ddpm.step(eps, 400, x).pred_original_sample
+    torch.testing.assert_close(actual, theirs, atol=1e-4, rtol=1e-4)  # float32 cumulative products
+
+
 def test_one_step_works_and_is_finite(pipe: PixArtPipeline) -> None:
     assert latents(pipe, num_inference_steps=1).isfinite().all()
 
@@ -231,6 +272,8 @@ def test_interrupt_stops_before_the_next_step(pipe: PixArtPipeline) -> None:
         ({"num_inference_steps": 1000}, "between 1 and 999"),
         ({"seed": [1, 2]}, "2 seeds were given for 1 images"),
         ({"scheduler": "lcm", "guidance_scale": 4.5}, "distilled"),
+        ({"scheduler": "dmd", "guidance_scale": 2, "num_inference_steps": 1}, "asked with dmd"),
+        ({"scheduler": "dmd"}, "must be 1 with dmd, got 20"),
         ({"prompt": []}, "empty"),
         ({"output_type": "gif"}, "output_type"),
         ({"num_images_per_prompt": 0}, "at least 1"),

@@ -47,9 +47,9 @@ class EagerBackend:
             module = load_on(bundle, manifest, name, torch.device("cpu"))
             return Chain(name, [FunctionPart(Offloaded(module, device), part_inputs(name, 0))])
         module = load_on(bundle, manifest, name, device)
-        return Chain(
-            name, [FunctionPart(module, part_inputs(name, 0))], forms_of(name), module, True
-        )
+        parts = [FunctionPart(module, part_inputs(name, 0))]
+        cacheable = module if name == "transformer" else None
+        return Chain(name, parts, forms_of(name), module, True, cacheable)
 
 
 def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -> torch.nn.Module:

@@ -40,14 +40,18 @@ class Chain:
         also_takes: frozenset[str] = frozenset(),
         module: torch.nn.Module | None = None,
         capturable: bool = False,
+        cacheable: Callable[..., Tensor] | None = None,
     ) -> None:
         """module: the one whose weights the parts read while they run, if there is one.
         capturable: whether a CUDA graph may hold the launches: PyTorch's allocator, no host waits.
+        cacheable: the transformer with the further argument `cache` (model/transformer.py), where
+            it is no engine, which cannot stop after its first block.
         """
         self.name = name
         self.parts = tuple(parts)
         self.also_takes = also_takes
         self.capturable = capturable
+        self.cacheable = cacheable
         self._module = module
 
     def version(self) -> Hashable:

@@ -10,6 +10,7 @@ from pixart_rt.cli.bench import bench
 from pixart_rt.cli.build import build
 from pixart_rt.cli.convert import convert
 from pixart_rt.cli.doctor import doctor
+from pixart_rt.cli.fidelity import fidelity
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
 from pixart_rt.cli.plan import plan
@@ -51,6 +52,6 @@ def root(
 
 
 for verb in (
-    build, generate, plan, convert, reparameterize, inspect, verify, bench, tune, doctor,
+    build, generate, fidelity, plan, convert, reparameterize, inspect, verify, bench, tune, doctor,
 ):  # fmt: skip
     app.command()(verb)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pixart_rt.approximate import one_approximation
 from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.cli.previews import PreviewWriter, check_previews
-from pixart_rt.config import SamplingConfig, Scheduler
+from pixart_rt.config import DISTILLED, SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.version import __version__
 
@@ -44,7 +45,7 @@ def generate(
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale. Default: 4.5; 1 with lcm.")
+        float | None, typer.Option(help="Guidance scale. Default: 4.5; 1 with lcm and dmd.")
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=_LARGEST_SEED, help="Image k draws from seed + k.")
@@ -52,6 +53,18 @@ def generate(
     negative: Annotated[str, typer.Option(help="What the image should not show.")] = "",
     scheduler: Annotated[
         Scheduler | None, typer.Option(help="The sampler. Default: the checkpoint's own.")
+    ] = None,
+    step_cache: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="Approximate: skip steps of little change, such as 0.1."),
+    ] = None,
+    first_block_cache: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="Approximate: the same by content; torch bundles only."),
+    ] = None,
+    guidance_stop: Annotated[
+        float | None,
+        typer.Option(metavar="PART", help="Approximate: guide only this part of the steps."),
     ] = None,
     vram: Annotated[
         str | None,
@@ -91,8 +104,14 @@ def generate(
     manifest = Manifest.read(bundle)
     sampler = scheduler or Scheduler(manifest.scheduler)
     if guidance is None:
-        guidance = 1.0 if sampler is Scheduler.LCM else SamplingConfig().guidance_scale
-    sampling = SamplingConfig(num_inference_steps=steps, guidance_scale=guidance, scheduler=sampler)
+        guidance = 1.0 if sampler in DISTILLED else SamplingConfig().guidance_scale
+    sampling = SamplingConfig(
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        scheduler=sampler,
+        guidance_interval=(0.0, 1.0 if guidance_stop is None else guidance_stop),
+        approximate=one_approximation(step_cache, first_block_cache),
+    )
     if preview is not None:
         check_previews(preview, bundle, force=force)
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
@@ -183,7 +202,9 @@ def _run(
             negative,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
+            guidance_interval=sampling.guidance_interval,
             scheduler=sampling.scheduler,
+            approximate=sampling.approximate,
             num_images_per_prompt=num,
             seed=seed,
             callback_on_step_end=count,
@@ -208,9 +229,23 @@ def _facts(
             "model": manifest.model["name"],
             "bundle": manifest.key,
             "pixart_rt": __version__,
+            **_approximations(sampling, skipped),
         }
-        for image, prompt, seed in zip(result.images, result.prompts, result.seeds, strict=True)
+        for image, prompt, seed, skipped in zip(
+            result.images, result.prompts, result.seeds, result.skipped_steps, strict=True
+        )
     ]
+
+
+def _approximations(sampling: SamplingConfig, skipped: tuple[int, ...]) -> dict[str, Any]:
+    """Why an image is not the exact one; nothing if it is. Steps count from 0."""
+    facts: dict[str, Any] = {}
+    if sampling.approximate is not None:
+        facts = {"approximate": str(sampling.approximate),
+                 "skipped_steps": " ".join(str(step) for step in skipped)}  # fmt: skip
+    if sampling.guidance_interval[1] < 1:
+        facts["guidance_stop"] = sampling.guidance_interval[1]
+    return facts
 
 
 def _write(

@@ -20,7 +20,7 @@ from pixart_rt.errors import BundleError, CheckpointError
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.tensors import TensorFolder
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
-from pixart_rt.model.transformer import Block, CrossText, PixArtTransformer
+from pixart_rt.model.transformer import Block, BlockCache, CrossText, PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config
 
 
@@ -73,6 +73,7 @@ class DenoiserModule(nn.Module):
         absorbed_keys: Tensor | None = None,
         absorbed_bias: Tensor | None = None,
         absorbed_values: Tensor | None = None,
+        cache: BlockCache | None = None,
     ) -> Tensor:
         """Shapes as in backends/base.py. Either text_kv or the three absorbed tensors."""
         dtype = self.core.x_embedder.weight.dtype
@@ -95,7 +96,7 @@ class DenoiserModule(nn.Module):
                 CrossText(attended, prompt_mask, None if none else constant[index].to(dtype))
             )
         rows = torch.cat([null_rows, text_rows])
-        noise = self.core.denoise(tokens, pos_embed, modulation, rows, text, outputs)
+        noise = self.core.denoise(tokens, pos_embed, modulation, rows, text, outputs, cache)
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +221,18 @@ class FinalLayer(nn.Module):
         return F.linear(x, self.linear.weight[outputs], self.linear.bias[outputs])
 
 
+class BlockCache(Protocol):
+    """Whether the blocks after the first may be left out of a call (reuse.py)."""
+
+    def reused(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """x [R, N, D] after the last block, for x before and after the first; None: compute it."""
+        ...
+
+    def keep(self, last: Tensor) -> None:
+        """x [R, N, D] after the last block, of a call that computed it."""
+        ...
+
+
 class PixArtTransformer(nn.Module):
     """Patch tokens, positions, modulation and text to the predicted noise (and variance)."""
 
@@ -280,20 +292,29 @@ class PixArtTransformer(nn.Module):
         rows: Tensor,
         text: Sequence[CrossText],
         outputs: Tensor | None = None,
+        cache: BlockCache | None = None,
     ) -> Tensor:
         """`forward` without what is the same at every step or for both halves of guidance.
 
         rows [R] are the images' indices: row r is image rows[r] with the r-th text. Until the first
         block's cross-attention rows of one image are equal, and computed once. `text` has an entry
-        for each block (model/text_side.py). Returns [R, N, outputs], by default all.
+        for each block (model/text_side.py). Returns [R, N, outputs], by default all. A `cache` may
+        stand in for the blocks after the first.
         """
         x, y, modulation = self._embed(tokens, pos_embed, modulation)
         ops, shared = self.operators, modulation[:, :6].contiguous()
         for index, (block, following) in enumerate(self._chain()):
             first = index == 0
+            before = x[rows] if first and cache is not None else None
             x, y = block(ops, x, y, shared, text[index], following, rows if first else None)
             if first:
                 shared, modulation = shared[rows], modulation[rows]
+            if cache is not None and before is not None:
+                reused = cache.reused(before, x)
+                if reused is not None:
+                    return self.final_layer(ops, reused, modulation[:, 6:], outputs)
+        if cache is not None:
+            cache.keep(x)
         return self.final_layer(ops, x, modulation[:, 6:], outputs)
 
     def _embed(

@@ -27,6 +27,10 @@ PROMPT = "a red circle above a blue square"
         (["--steps", 0], "between 1 and"),
         (["--guidance", -1], "guidance_scale"),
         (["--guidance", "nan"], "guidance_scale"),
+        (["--step-cache", -1], "a number >= 0"),
+        (["--step-cache", 0.1, "--first-block-cache", 0.1], "choose one"),
+        (["--guidance-stop", 1.5], "guidance_interval"),
+        (["--scheduler", "dmd"], "must be 1 with dmd"),
     ],
 )
 def test_impossible_settings_are_refused_before_loading(
@@ -124,6 +128,30 @@ def test_a_grid_is_one_captioned_file(
     with Image.open(out) as sheet:
         assert sheet.width >= 2 * 96 and sheet.height >= 2 * 64 + 2 * 11  # captions below
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_an_approximate_image_says_so(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    outcome = run("generate", PROMPT, "--bundle", bundle_256, "-o", tmp_path / "o.png", "--steps",
+                  6, "--step-cache", 100, "--guidance-stop", 0.5, "--json")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    facts = read_metadata(tmp_path / "o.png")
+    assert facts["approximate"] == "step-cache 100"
+    assert facts["skipped_steps"] == "1 2 4", "not the first, the last, and where guidance ends"
+    assert facts["guidance_stop"] == "0.5"
+    [image] = json.loads(outcome.out)["images"]
+    assert {name: str(value) for name, value in image.items()} == facts
+
+
+def test_an_engine_has_no_first_block_cache(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path
+) -> None:
+    outcome = run("generate", PROMPT, "--bundle", bundle_256, "-o", tmp_path / "o.png",
+                  "--first-block-cache", 0.1)  # fmt: skip
+    assert outcome.code == 2
+    assert "--backend torch" in outcome.error and "step cache" in outcome.error
+    assert not list(tmp_path.iterdir())
 
 
 def test_lcm_runs_without_guidance_by_default(

@@ -15,8 +15,8 @@ import pytest
 import pixart_rt
 
 VERBS = (
-    "build", "generate", "plan", "convert", "reparameterize", "inspect", "verify", "bench",
-    "tune", "doctor",
+    "build", "generate", "fidelity", "plan", "convert", "reparameterize", "inspect", "verify",
+    "bench", "tune", "doctor",
 )  # fmt: skip
 
 

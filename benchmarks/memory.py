@@ -4,8 +4,8 @@
                                     docs/memory.md
 
 Runs on the GPU if there is one, else on the CPU, with random weights of the published shapes:
-XL/2's transformer at 256 px (all of it: 2.1 GB in float32) and its text side, Stable Diffusion's VAE at 256 px, and
-two of T5-XXL's 24 layers; and a whole request of the tiny model.
+XL/2's transformer at 256 px (all of it: 2.1 GB in float32) and its text side, Stable Diffusion's
+VAE at 256 px, and two of T5-XXL's 24 layers; and whole requests of the tiny model.
 """
 
 from __future__ import annotations

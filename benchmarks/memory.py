@@ -4,8 +4,8 @@
                                     docs/memory.md
 
 Runs on the GPU if there is one, else on the CPU, with random weights of the published shapes:
-XL/2's transformer at 256 px (all of it: 2.4 GB in float32), Stable Diffusion's VAE at 256 px, and
-two of T5-XXL's 24 layers; and a whole request of the tiny model.
+XL/2's transformer at 256 px (all of it: 2.1 GB in float32) and its text side, Stable Diffusion's
+VAE at 256 px, and two of T5-XXL's 24 layers; and whole requests of the tiny model.
 """
 
 from __future__ import annotations
@@ -25,19 +25,32 @@ from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import EngineConfig, Kernels, Precision, Weights
 from pixart_rt.export.build import build
+from pixart_rt.export.graph import transformer_inputs
 from pixart_rt.memory.activations import (
     text_activations,
     transformer_activations,
     vae_activations,
 )
-from pixart_rt.memory.forecast import Setting, forecast
+from pixart_rt.memory.forecast import STAGES, Setting, forecast
 from pixart_rt.memory.measure import peak_bytes
 from pixart_rt.memory.shapes import bundle_shape, find_shape
+from pixart_rt.memory.text_side import (
+    Words,
+    absorb_activations,
+    kv_bytes,
+    text_side_activations,
+)
 from pixart_rt.memory.tiers import GIB, choices
-from pixart_rt.memory.weights import text_weights, transformer_weights, vae_weights
+from pixart_rt.memory.weights import (
+    text_side_weights,
+    text_weights,
+    transformer_weights,
+    vae_weights,
+)
 from pixart_rt.model.load import DenoiserModule, TextEncoderModule
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Encoder, keep_dtype
+from pixart_rt.model.text_side import TextSide
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, VaeDecoder, vae_from_config
 
@@ -81,27 +94,51 @@ def _stored(parameter: torch.Tensor) -> int:
 
 
 def transformer_row(precision: Precision, weights: Weights) -> Row:
-    config = find_shape("PixArt-alpha/PixArt-XL-2-256x256", 256).config
-    torch.set_default_dtype(DTYPES[precision])
+    """A guided image whose prompt has its longest absorbed form."""
+    config, length = find_shape("PixArt-alpha/PixArt-XL-2-256x256", 256).config, 64
+    dtype = DTYPES[precision]
+    torch.set_default_dtype(dtype)
     module = DenoiserModule(PixArtTransformer(config)).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     quantize_weights(module, weights)
     module = module.to(DEVICE)
     module.core.use(Kernels.FUSED if ON_GPU else Kernels.REFERENCE, weights=weights)
-    inputs = {
-        "tokens": torch.randn(2, 256, 16),
-        "pos_embed": torch.randn(1, 256, config.hidden_size),
-        "modulation": torch.randn(2, 7, config.hidden_size),
-        "prompt_embeds": torch.randn(2, 120, 4096),
-        "prompt_mask": torch.ones(2, 120, dtype=torch.bool),
+    inputs = transformer_inputs(config, batch=1, num_tokens=256)
+    del inputs["text_kv"]
+    slots = (config.num_layers, 1, config.num_heads * length)
+    inputs |= {
+        "constant": inputs["constant"].to(dtype),
+        "absorbed_keys": torch.randn(*slots, config.hidden_size, dtype=dtype),
+        "absorbed_values": torch.randn(*slots, config.hidden_size, dtype=dtype),
+        "absorbed_bias": torch.randn(*slots).unflatten(2, (config.num_heads, length)),
     }
     inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     predicted = transformer_activations(
-        config, precision, rows=2, num_tokens=256, fused=ON_GPU, weights=weights
-    )
-    name = f"transformer XL/2, 256 px, 2 rows, {precision}, {weights} weights"
+        config, precision, rows=2, num_tokens=256, constant=1, length=length, fused=ON_GPU,
+        weights=weights,
+    )  # fmt: skip
+    name = f"transformer XL/2, 256 px, a guided image, {precision}, {weights} weights"
     return row(name, module, transformer_weights(config, precision, weights), predicted,
                lambda: module(**inputs))  # fmt: skip
+
+
+def text_side_row(precision: Precision) -> Row:
+    """A prompt of 60 tokens: its keys and values and, beside them, their absorbed form."""
+    config = find_shape("PixArt-alpha/PixArt-XL-2-256x256", 256).config
+    side = TextSide(config).to(DEVICE, DTYPES[precision]).eval().requires_grad_(False)
+    embeds = torch.randn(1, config.max_text_tokens, config.caption_channels, device=DEVICE)
+    mask = torch.arange(config.max_text_tokens, device=DEVICE)[None] < 60
+
+    def call() -> Any:
+        text = side(embeds, mask, 60)
+        return text, side.absorbed(text)
+
+    predicted = max(
+        text_side_activations(config, precision),
+        kv_bytes(config, precision) + absorb_activations(config, precision, 1, 64),
+    )
+    name = f"text side of XL/2, a prompt of 60 tokens, {precision}"
+    return row(name, side, text_side_weights(config, precision), predicted, call)
 
 
 def text_row(precision: Precision, weights: Weights) -> Row:
@@ -133,27 +170,40 @@ def vae_row(precision: Precision) -> Row:
                lambda: module(latents=latents))  # fmt: skip
 
 
-def request_row(resolution: int) -> Row:
-    """A whole request of tiny: the peak of all its stages, weights aside."""
+def request_row(resolution: int, output_type: str = "pt") -> Row:
+    """A first request of tiny: the peak of all its stages, weights aside; for latents it is before
+    the decoder.
+    """
+    prompt = "a small yellow circle above a purple square " * 3
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(resolution=resolution, backend="torch")
         bundle = build("tiny", Path(folder) / "tiny", config).path
         pipe = PixArtPipeline.from_bundle(bundle, DEVICE)
         shape = bundle_shape(bundle, Manifest.read(bundle))
+        pipe(" ", num_inference_steps=1, output_type=output_type)  # libraries' own first memory
+        pipe = PixArtPipeline.from_bundle(bundle, DEVICE)
+    assert pipe.prompt_encoder is not None
+    words = Words(int(pipe.prompt_encoder.tokenizer([prompt]).attention_mask.sum()))
     setting = Setting(
         precision=Precision.FP32, text_precision=Precision.FP32, fused=ON_GPU,
-        conv_copies=0 if ON_GPU else 1, cached_prompts=2,
+        conv_copies=0 if ON_GPU else 1, cached_prompts=1, words=words,
     )  # fmt: skip
     found = forecast(shape, resolution, setting, 2)
     weights = sum(part.weights for part in found.parts.values())
-
-    def call() -> Any:
-        pipe.prompt_encoder._cache.clear()  # as the first request found it
-        return pipe("a red circle", num_inference_steps=2, output_type="pt")
-
-    done = row(f"tiny, a request at {resolution} px, fp32", torch.nn.Module(), weights,
-               found.peak - weights, call)  # fmt: skip
-    return {**done, "weights": weights}
+    stages = found.stages if output_type == "pt" else {**found.stages, "decode": 0}
+    measured = peak_bytes(
+        lambda: pipe(prompt, num_inference_steps=2, output_type=output_type), DEVICE
+    )
+    predicted = max(stages.values()) - found.loaded
+    what = "a request" if output_type == "pt" else "its stages before the decoder"
+    return {
+        "what": f"tiny, {what} at {resolution} px, fp32",
+        "weights": weights,
+        "weights_predicted": weights,
+        "activations": measured,
+        "activations_predicted": predicted,
+        "difference": predicted / measured - 1,
+    }
 
 
 def tiers() -> list[Row]:
@@ -175,11 +225,11 @@ def tables(rows: list[Row], predicted: list[Row]) -> tuple[str, str]:
         f"{r['activations_predicted'] / mib:.1f} | {r['difference']:+.1%} |"
         for r in rows
     ]
-    other = ["| tier | encode, GiB | denoise | decode | peak | gives up |",
-             "|--|--:|--:|--:|--:|--|"]  # fmt: skip
+    other = ["| tier | encode, GiB | prepare | denoise | decode | peak | gives up |",
+             "|--|--:|--:|--:|--:|--:|--|"]  # fmt: skip
     other += [
         "| " + " | ".join([f"`{r['tier']}`", *(f"{r[k] / GIB:.2f}" for k in
-                          ("encode", "denoise", "decode", "peak")), r["gives_up"]]) + " |"
+                          (*STAGES, "peak")), r["gives_up"]]) + " |"
         for r in predicted
     ]  # fmt: skip
     return "\n".join(lines), "\n".join(other)
@@ -200,11 +250,13 @@ def main() -> int:
     rows = [transformer_row(Precision.FP32, full)]
     for precision in half:
         rows += [transformer_row(precision, weights) for weights in (full, int8, fp8)]
+    rows += [text_side_row(precision) for precision in (Precision.FP32, *half)]
     rows += [text_row(Precision.FP32, full)]
     for precision in half:
         rows += [text_row(precision, weights) for weights in (full, int8, fp8)]
     rows += [vae_row(precision) for precision in (Precision.FP32, *(half if ON_GPU else ()))]
-    rows += [request_row(256), request_row(1024)]
+    for resolution in (256, 1024):
+        rows += [request_row(resolution), request_row(resolution, "latent")]
     worst = max(abs(r["difference"]) for r in rows)
     exact = all(r["weights"] == r["weights_predicted"] for r in rows)
     predicted = tiers()

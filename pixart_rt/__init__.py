@@ -62,4 +62,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'pixart_rt' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LAZY[name]), name)
+    from pixart_rt.quiet import quiet_imports
+
+    with quiet_imports():
+        return getattr(import_module(_LAZY[name]), name)

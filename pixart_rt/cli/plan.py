@@ -115,7 +115,8 @@ def forecast_record(forecast: Forecast) -> dict[str, Any]:
         "peak": forecast.peak,
         "peak_stage": forecast.peak_stage,
         "stages": forecast.stages,
-        "prompt_cache": forecast.prompt_cache,
+        "null_prompt": forecast.null_prompt,
+        "caches": forecast.caches,
         "components": {
             name: {
                 "dtype": part.dtype,
@@ -142,7 +143,8 @@ def _tables(shown: Choice, found: list[Choice]) -> list[Any]:
     for name, part in shown.forecast.parts.items():
         sizes = (part.weights, part.brought, part.activations)
         parts.add_row(name, part.dtype, *(_size(size) for size in sizes))
-    parts.add_row("prompt cache", "fp32", _size(shown.forecast.prompt_cache), _size(0), _size(0))
+    caches = shown.forecast.caches + shown.forecast.null_prompt
+    parts.add_row("prompts and plans", "", _size(caches), _size(0), _size(0))
     tiers = Table("tier", title=f"predicted peak by stage, {unit}")
     for stage in shown.forecast.stages:
         tiers.add_column(stage, justify="right")

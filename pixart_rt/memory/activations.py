@@ -21,38 +21,53 @@ def transformer_activations(
     *,
     rows: int,
     num_tokens: int,
+    constant: int = 0,
+    length: int = 0,
     fused: bool = False,
     quality: Quality = Quality.HIGH,
     weights: Weights = Weights.FULL,
 ) -> int:
-    """One forward of the transformer core; `rows` is the batch, doubled by guidance.
+    """One step of the transformer core; `rows` is the batch, doubled by guidance.
 
-    With a = B·N·D·s, one activation of the block, the moment is the end of a block. Held are x and
-    its norm at the block's entry, the cross-attention's output, x and its norm after it (5a) and
-    the MLP's hidden state (4a), and then
-        fused                 the new x and its norm                                   → 11a
-        reference, lossless   the new x, normed, and the two tensors that modulate it  → 13a
-        reference, high       the same, in float32 (3 · B·N·D·4)                       → 10a + 3w
-    Beside them, throughout: the projected text B·T·D·s, and of float32 the modulation, 6 rows of
-    it made contiguous and 6 summed with a table: 19·B·D·4; two statistics for each token.
-    Quantized weights are widened for their product, one linear at a time, at most 4D·D numbers
-    beside 10a; and the GELU, no longer fused, makes the least 13a.
+    constant: the rows among them whose text is one vector. length: L of the absorbed form of the
+    others' text, 0 for keys and values (kernels/cross_attention.py).
+
+    With a = B·N·D·s, one activation of the block, the moment is the end of a block, but the first,
+    which works on images until it sees text. Held are x and its norm at the block's entry, x and
+    its norm after the cross-attention (4a), its output where all rows have keys and values, which
+    is then a variable of the block (1a), the MLP's hidden state (4a), and beside these 8 or 9
+        fused                 the new x and its norm                                      2a
+        reference, lossless   the new x, normed, and the two tensors that modulate it     4a
+        reference, high       the same, in float32                                        a + 3w
+    with w = B·N·D·4. Throughout, of float32, the modulation of images and rows, 6 rows of it made
+    contiguous and 6 summed with a table: 19·B·D·4; two statistics for each token. Quantized weights
+    are widened for their product, one linear at a time, at most 4D·D numbers beside 9a or 10a; and
+    the GELU, no longer fused, makes the least 12a or 13a.
+
+    The reference's absorbed form has, of C rows with H heads, two tensors of scores C·N·H·L·4, the
+    output C·N·D·4 and, in half precision, widened values C·H·L·D·4 beside 3a.
     """
     s, D = SIZE[precision], config.hidden_size
     one, wide = rows * num_tokens * D * s, rows * num_tokens * D * WIDE
+    named = 4 if constant or length else 5
     if fused:
-        block = 11 * one
+        block = (named + 6) * one
     elif quality is Quality.LOSSLESS:
-        block = 13 * one
+        block = (named + 8) * one
     else:
-        block = 10 * one + 3 * wide
+        block = (named + 5) * one + 3 * wide
     product = 0
     if weights is not Weights.FULL:
-        block = max(block, 13 * one)
-        product = 10 * one + widened_bytes(4 * D, D, s, weights)
-    text = rows * config.max_text_tokens * D * s
+        block = max(block, (named + 8) * one)
+        product = (named + 5) * one + widened_bytes(4 * D, D, s, weights)
+    cross = 0
+    if length and not fused:
+        attended = rows - constant
+        scores = attended * num_tokens * config.num_heads * length * WIDE
+        values = attended * config.num_heads * length * D * WIDE if s < WIDE else 0
+        cross = 3 * one + values + 2 * scores + attended * num_tokens * D * WIDE
     small = 19 * rows * D * WIDE + 2 * rows * num_tokens * WIDE
-    return max(block, product) + text + small
+    return max(block, product, cross) + small
 
 
 def text_activations(

@@ -1,15 +1,16 @@
 """Peak memory of a whole request: which weights are on the device when, and what runs beside them.
 
-A pipeline loads all components first, then goes through three stages for each request:
+A pipeline loads all components first, then goes through four stages for each request:
 
     encode    text encoder on every new prompt
+    prepare   text side on every new prompt; its absorbed form; the plan
     denoise   transformer, num_inference_steps times
     decode    VAE, once a batch
 
-In all of them the resident weights are on the device, and the prompt cache. A stage adds the
-activations of the one component that runs; nothing of the previous stage but its results is still
-held, so PyTorch's caching allocator gives a later stage the same memory: it is the arena that the
-components share, and the peak is the largest stage, not their sum.
+In all of them the resident weights are on the device, and the caches. A stage adds the activations
+of the one component that runs; nothing of the previous stage but its results is still held, so
+PyTorch's caching allocator gives a later stage the same memory: it is the arena that the components
+share, and the peak is the largest stage, not their sum.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pixart_rt.buckets import Bucket, buckets, token_range
-from pixart_rt.config import ModelConfig, Precision, Quality, TextPlace, Weights
+from pixart_rt.config import ModelConfig, Precision, Quality, TextPlace, Weights, text_lengths
 from pixart_rt.memory.activations import (
     WIDE,
     text_activations,
@@ -25,12 +26,19 @@ from pixart_rt.memory.activations import (
     vae_activations,
 )
 from pixart_rt.memory.shapes import ModelShape
-from pixart_rt.memory.weights import text_weights, transformer_weights, vae_weights
+from pixart_rt.memory.text_side import TextMemory, Words, any_words, kv_bytes
+from pixart_rt.memory.weights import (
+    text_side_weights,
+    text_weights,
+    transformer_weights,
+    vae_weights,
+)
+from pixart_rt.plan import PLAN_BYTES
+from pixart_rt.prompts import CACHED_PROMPTS, CACHED_TEXT_BYTES
 
-CACHED_PROMPTS = 256  # that prompts.py keeps; a pipeline that has run long holds them all
 LATENT_SHRINK = 8  # pixels per latent pixel
-LATENT_COPIES = 10  # noise, scaled latents, both halves' prediction and its parts, solver history
-STAGES = ("encode", "denoise", "decode")
+LATENT_COPIES = 6  # noise, latents and x0 before and after a step, both halves' prediction
+STAGES = ("encode", "prepare", "denoise", "decode")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +54,8 @@ class Setting:
     batch: int = 1  # images at once; guidance doubles the transformer's rows
     fused: bool = True  # the transformer's kernels: on a GPU they are
     conv_copies: int = 0  # as in vae_activations: 1 on a CPU
-    cached_prompts: int = CACHED_PROMPTS
+    cached_prompts: int | None = None  # and one plan; None: caches as full as they get
+    words: Words | None = None  # None: whatever prompts there are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +73,14 @@ class Forecast:
     """Predicted bytes on the device."""
 
     parts: dict[str, Part]
-    prompt_cache: int
+    null_prompt: int  # embeddings of the empty prompt, loaded with the weights
+    caches: int  # of prompts, their keys and values, and plans
     stages: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> int:
+        """What is there before the first request."""
+        return sum(part.weights for part in self.parts.values()) + self.null_prompt
 
     @property
     def peak(self) -> int:
@@ -80,52 +95,108 @@ def forecast(shape: ModelShape, resolution: int, setting: Setting, steps: int = 
     """The prediction for requests at `resolution`, whatever their aspect ratio.
 
     Beside weights and activations, of float32 and B images, T text tokens of C channels:
-        prompt cache   cached prompts · T·C·4, and a boolean mask
-        encode         nothing else
-        denoise        the request's embeddings, twice (conditional and not) and once more joined:
-                       4·B·T·C·4; the position table N·D·4; modulation steps·7·D·4; latents,
-                       predictions and the solver's history: 10 tensors of a latent's size
-        decode         the request's embeddings 2·B·T·C·4, latents, and the image twice
+        caches         embeddings T·C·4 and keys and values of each prompt; a plan, positions and
+                       modulation B·(N + 7·steps)·D·4; full: 256 prompts, 40 shapes, bounded
+        prepare        the request's embeddings, conditional and not 2·B·T·C·4, and once more of one
+                       of them; what `TextMemory` says; noise
+        denoise        embeddings 2·B·T·C·4; the rows' text; 6 tensors of a latent's size
+        decode         the same embeddings, the absorbed form of the last prompts, latents, and the
+                       image twice
     """
-    parts = _parts(shape, resolution, setting)
+    words = any_words(shape.config) if setting.words is None else (setting.words,)
+    texts = [_text(shape, setting, each) for each in words]
+    parts = _parts(shape, resolution, setting, texts)
     config, B = shape.config, setting.batch
-    embeds = config.max_text_tokens * config.caption_channels * WIDE
-    cache = setting.cached_prompts * (embeds + config.max_text_tokens)
-    resident = sum(part.weights for part in parts.values()) + cache
+    embeds = config.max_text_tokens * (config.caption_channels * WIDE + 1)
     _, tokens = token_range(resolution)
+    caches = _caches(shape, resolution, setting, embeds, B * (tokens + steps * 7))
+    found = Forecast(parts=parts, null_prompt=embeds if shape.text else 0, caches=caches)
+    resident = found.loaded + caches
     latents = B * config.in_channels * tokens * config.patch_size**2 * WIDE
-    tables = (tokens + steps * 7) * config.hidden_size * WIDE
     image = B * 3 * tokens * (LATENT_SHRINK * config.patch_size) ** 2 * WIDE
-    stages = {}
     if "text_encoder" in parts:
         text = parts["text_encoder"]
-        stages["encode"] = resident + text.brought + text.activations
-    stages["denoise"] = (
-        resident + parts["transformer"].activations
-        + 4 * B * embeds + tables + LATENT_COPIES * latents
+        found.stages["encode"] = resident + text.brought + text.activations
+    request = resident + 2 * B * embeds
+    found.stages["prepare"] = request + parts["text_side"].activations + B * embeds + 2 * latents
+    found.stages["denoise"] = request + LATENT_COPIES * latents + max(
+        _step(shape.config, tokens, setting, text) + text.denoise for text in texts
     )  # fmt: skip
     decoding = max(parts["vae_decoder"].activations, 3 * image)  # at the end, joined and finished
-    stages["decode"] = resident + decoding + 2 * B * embeds + latents
-    return Forecast(parts=parts, prompt_cache=cache, stages=stages)
+    kept = max(text.kept for text in texts)
+    found.stages["decode"] = request + decoding + kept + latents
+    return found
 
 
-def _parts(shape: ModelShape, resolution: int, setting: Setting) -> dict[str, Part]:
+def _text(shape: ModelShape, setting: Setting, words: Words) -> TextMemory:
+    return TextMemory(
+        config=shape.config,
+        precision=_side_precision(setting),
+        batch=setting.batch,
+        words=words,
+        absorbs=setting.quality is not Quality.LOSSLESS,
+        named=shape.text is not None,
+        replaces=setting.cached_prompts is None,
+    )
+
+
+def _side_precision(setting: Setting) -> Precision:
+    """The text side's: float16 is float32 on a CPU."""
+    wide = not setting.fused and setting.precision is Precision.FP16
+    return Precision.FP32 if wide else setting.precision
+
+
+def _caches(
+    shape: ModelShape, resolution: int, setting: Setting, embeds: int, plan_rows: int
+) -> int:
+    """Bytes of prompts, their text, and plans. Embeddings that a caller brings are not kept."""
+    kv = kv_bytes(shape.config, _side_precision(setting))
+    plan = plan_rows * shape.config.hidden_size * WIDE
+    prompts = setting.cached_prompts
+    if prompts is None:
+        plans = max(plan, min(len(buckets(resolution)) * plan, PLAN_BYTES))
+        prompts = CACHED_PROMPTS
+    else:
+        plans = plan
+    empty = setting.words is None or setting.words.negative == 1  # its embeddings are loaded
+    text = max(kv, min((prompts + empty) * kv, CACHED_TEXT_BYTES))
+    return plans + (prompts * embeds + text if shape.text else 0)
+
+
+def _step(config: ModelConfig, tokens: int, setting: Setting, text: TextMemory) -> int:
+    """Activations of one step with this text."""
+    constant, length = text.rows
+    return transformer_activations(
+        config,
+        setting.precision,
+        rows=2 * setting.batch,
+        num_tokens=tokens,
+        constant=constant,
+        length=length,
+        fused=setting.fused,
+        quality=setting.quality,
+        weights=setting.weights,
+    )
+
+
+def _parts(
+    shape: ModelShape, resolution: int, setting: Setting, texts: list[TextMemory]
+) -> dict[str, Part]:
     config, B = shape.config, setting.batch
     parts = {}
     if shape.text is not None:
         parts["text_encoder"] = _text_part(shape, config, setting)
+    side = _side_precision(setting)
+    parts["text_side"] = Part(
+        dtype=side,
+        weights=text_side_weights(config, side),
+        activations=max(text.prepare for text in texts),
+    )
+    tokens = token_range(resolution)[1]
     parts["transformer"] = Part(
         dtype=_dtype(setting.precision, setting.weights, setting.quality),
         weights=transformer_weights(config, setting.precision, setting.weights, setting.quality),
-        activations=transformer_activations(
-            config,
-            setting.precision,
-            rows=2 * B,
-            num_tokens=token_range(resolution)[1],
-            fused=setting.fused,
-            quality=setting.quality,
-            weights=setting.weights,
-        ),
+        activations=max(_step(config, tokens, setting, text) for text in texts),
     )
     largest = max(buckets(resolution), key=_pixels)
     parts["vae_decoder"] = Part(
@@ -149,11 +220,15 @@ def _text_part(shape: ModelShape, config: ModelConfig, setting: Setting) -> Part
     dtype = _dtype(setting.text_precision, setting.text_weights)
     if setting.text_place is TextPlace.CPU:
         return Part(dtype=f"{dtype} on the CPU", weights=0)
+    longest = config.max_text_tokens
+    if setting.words is not None:
+        most = max(setting.words.prompt, setting.words.negative)
+        longest = min(length for length in text_lengths(longest) if length >= most)
     activations = text_activations(
         shape.text,
         setting.text_precision,
         rows=2 * setting.batch,  # prompts that a pipeline encodes at once, at most
-        num_tokens=config.max_text_tokens,
+        num_tokens=longest,
         weights=setting.text_weights,
     )
     if setting.text_place is TextPlace.OFFLOAD:

@@ -7,6 +7,7 @@ flash attention's workspace), which hooks between operators would miss.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> i
 def _cpu_peak(call: Callable[[], Any]) -> int:
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what is released during the call must not be older
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         result = call()
     del result  # alive until here: its memory counts

@@ -46,28 +46,37 @@ def transformer_weights(
     weights: Weights = Weights.FULL,
     quality: Quality = Quality.HIGH,
 ) -> int:
-    """Bytes of the transformer core on its device. The modulator is not in it: it runs on the CPU.
+    """Bytes of the transformer core on its device, without what runs outside it: the modulator,
+    on the CPU, and the text side.
 
     Of width D and L blocks:
-        block      table 6·D; linears D→3D, D→D (self-attention), D→D, D→2D, D→D (cross-attention),
+        block      table 6·D; linears D→3D, D→D (self-attention), D→D, D→D (cross-attention),
                    D→4D, 4D→D (MLP)
-        around     patches→D; captions C→D→D; final table 2·D and D→p·p·out
-    `weights` is of the blocks' linears. Quality fast keeps an fp8 copy of them, all but D→2D, with
-    float32 scales, beside the originals.
+        around     patches→D; final table 2·D and D→p·p·out
+    `weights` is of the blocks' linears. Quality fast keeps an fp8 copy of them, with float32
+    scales, beside the originals.
     """
-    s, D, C = SIZE[precision], config.hidden_size, config.caption_channels
-    shapes = [(D, 3 * D), (D, D), (D, D), (D, 2 * D), (D, D), (D, 4 * D), (4 * D, D)]
+    s, D = SIZE[precision], config.hidden_size
+    shapes = [(D, 3 * D), (D, D), (D, D), (D, D), (D, 4 * D), (4 * D, D)]
     block = 6 * D * s + sum(linear_bytes(i, o, s, weights) for i, o in shapes)
     if quality is Quality.FAST:
-        block += sum(i * o + 4 * o for i, o in shapes if (i, o) != (D, 2 * D))
+        block += sum(i * o + 4 * o for i, o in shapes)
     around = (
         linear_bytes(config.token_channels, D, s)
-        + linear_bytes(C, D, s)
-        + linear_bytes(D, D, s)
         + 2 * D * s
         + linear_bytes(D, config.patch_size**2 * config.out_channels, s)
     )
     return config.num_layers * block + around
+
+
+def text_side_weights(config: ModelConfig, precision: Precision) -> int:
+    """Bytes of the text side, never quantized: captions C→D→D, and of each block's cross-attention
+    D→D, D→2D, D→D. The first and the last of them are also in the core.
+    """
+    s, D = SIZE[precision], config.hidden_size
+    captions = linear_bytes(config.caption_channels, D, s) + linear_bytes(D, D, s)
+    block = 2 * linear_bytes(D, D, s) + linear_bytes(D, 2 * D, s)
+    return captions + config.num_layers * block
 
 
 def text_weights(t5: T5Config, precision: Precision, weights: Weights = Weights.FULL) -> int:

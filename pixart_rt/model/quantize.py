@@ -7,16 +7,13 @@ the CPU, one linear after the other, so that a GPU never sees more than the quan
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
 
 from pixart_rt.config import Weights
 from pixart_rt.errors import BackendError
-
-# What torchao and those who find it log when imported: kernels that it has for other machines.
-NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+from pixart_rt.quiet import quiet_imports
 
 
 def quantize_weights(module: nn.Module, weights: Weights) -> None:
@@ -40,19 +37,13 @@ def _in_a_layer(module: nn.Module, name: str) -> bool:
 
 
 def _config(weights: Weights) -> Any:
-    loggers = [logging.getLogger(name) for name in NOISY]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+        with quiet_imports():
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
         raise BackendError(
             f"{weights} weights were asked, but torchao is not installed ({error}); "
             "pip install 'pixart_rt[quant]'"
         ) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
     kind = Int8WeightOnlyConfig if weights is Weights.INT8 else Float8WeightOnlyConfig
     return kind(set_inductor_config=False)  # the process's compiler settings are not ours

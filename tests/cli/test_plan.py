@@ -24,9 +24,16 @@ def test_the_published_model_is_planned_without_files_or_network(
     outcome = run("plan", "--vram", "8G")
     assert outcome.code == 0
     last = outcome.out.strip().splitlines()[-1]
-    assert last.startswith("text-int8-offload: peak 6.3")
+    assert last.startswith("text-int8-offload: peak 7.0")
     assert "full needs 12." in last
-    for word in ("text_encoder", "transformer", "vae_decoder", "prompt cache", "bf16"):
+    for word in (
+        "text_encoder",
+        "transformer",
+        "vae_decoder",
+        "text_side",
+        "prompts and plans",
+        "bf16",
+    ):
         assert word in outcome.out
 
 

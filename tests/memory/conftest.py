@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pixart_rt.config import ModelConfig, Precision
+from pixart_rt.export.graph import transformer_inputs
 from pixart_rt.memory.shapes import VaeShape
 from pixart_rt.model.load import DenoiserModule, TextEncoderModule
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
@@ -48,16 +50,33 @@ class Make:
             torch.set_default_dtype(torch.float32)
 
     def transformer_inputs(
-        self, config: ModelConfig, rows: int, num_tokens: int
+        self,
+        config: ModelConfig,
+        rows: int,
+        num_tokens: int,
+        *,
+        precision: Precision,
+        constant: int = 0,
+        length: int = 0,
     ) -> dict[str, Tensor]:
-        length, width = config.max_text_tokens, config.hidden_size
-        return {
-            "tokens": torch.randn(rows, num_tokens, config.token_channels),
-            "pos_embed": torch.randn(1, num_tokens, width),
-            "modulation": torch.randn(rows, 7, width),
-            "prompt_embeds": torch.randn(rows, length, config.caption_channels),
-            "prompt_mask": torch.ones(rows, length, dtype=torch.bool),
-        }
+        """For `rows` rows of which the first `constant` have a vector, two rows an image if any
+        do. The text has the core's dtype, as a pipeline's text side gives it.
+        """
+        inputs = transformer_inputs(config, batch=rows - constant, num_tokens=num_tokens,
+                                    guided=constant)  # fmt: skip
+        dtype = DTYPES[precision]
+        outputs = range(config.patch_size**2 * config.out_channels)
+        noise = [index for index in outputs if index % config.out_channels < config.in_channels]
+        inputs["outputs"] = torch.tensor(noise)
+        inputs["constant"] = inputs["constant"].to(dtype)
+        inputs["text_kv"] = inputs["text_kv"].to(dtype)
+        if length:
+            del inputs["text_kv"]
+            slots = (config.num_layers, rows - constant, config.num_heads * length)
+            inputs["absorbed_keys"] = torch.randn(*slots, config.hidden_size, dtype=dtype)
+            inputs["absorbed_values"] = torch.randn(*slots, config.hidden_size, dtype=dtype)
+            inputs["absorbed_bias"] = torch.randn(*slots).unflatten(2, (config.num_heads, length))
+        return inputs
 
     def text_encoder(self, t5: T5Config, precision: Precision) -> nn.Module:
         module = TextEncoderModule(T5Encoder(t5)).eval().requires_grad_(False)
@@ -74,6 +93,21 @@ class Make:
     def vae(self, vae: VaeShape, precision: Precision) -> VaeDecoder:
         module = VaeDecoder(vae_from_config(vae_values(vae)))
         return module.to(DTYPES[precision]).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU operators are their references, as for a user: tests/conftest.py has Triton's
+    interpreter run kernels, whose memory is another's.
+    """
+    for name in ("cross_attention", "solver"):
+        module = importlib.import_module(f"pixart_rt.kernels.{name}")
+        real = module.runs_triton
+
+        def runs(op: str, x: Tensor, least: tuple[int, int], real: Any = real) -> bool:
+            return x.is_cuda and bool(real(op, x, least))
+
+        monkeypatch.setattr(module, "runs_triton", runs)
 
 
 @pytest.fixture

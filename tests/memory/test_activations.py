@@ -18,10 +18,18 @@ from pixart_rt.memory.activations import (
 )
 from pixart_rt.memory.measure import LiveTensors, peak_bytes
 from pixart_rt.memory.shapes import VaeShape, find_shape
+from pixart_rt.memory.text_side import (
+    absorb_activations,
+    absorbed_bytes,
+    absorbed_length,
+    kv_bytes,
+    text_side_activations,
+)
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Config
+from pixart_rt.model.text_side import PromptText, TextSide
 
-from .conftest import Make
+from .conftest import DTYPES, Make
 
 TOLERANCE = 0.10
 
@@ -31,79 +39,141 @@ def small(heads: int, layers: int = 2, text: int = 20, caption: int = 64) -> Mod
                        caption_channels=caption, micro_conditioning=False)  # fmt: skip
 
 
-TRANSFORMERS = [  # config, rows, tokens
-    (small(2), 2, 256),
-    (small(2, layers=5, text=120), 1, 231),
-    (small(8, text=120), 2, 1024),  # activations dominate: 75 MB beside 13 MB of weights, float32
-    (small(16), 1, 64),  # weights dominate: 85 MB beside 5 MB
+TRANSFORMERS = [  # config, rows, tokens, rows of one vector, slots of the absorbed form
+    (small(2), 2, 256, 0, 0),
+    (small(2), 2, 256, 1, 16),
+    (small(2, layers=5, text=120), 1, 231, 0, 0),
+    (small(2, layers=5, text=120), 4, 77, 2, 64),
+    (small(8, text=120), 2, 1024, 0, 0),  # activations dominate: 75 MB beside 13 MB of weights
+    (small(8, text=120), 2, 1024, 1, 0),
+    (small(8, text=120), 2, 1024, 1, 32),
+    (small(16), 1, 64, 0, 0),  # weights dominate: 85 MB beside 5 MB
+    (small(16, text=120), 1, 64, 0, 64),  # widened values are the peak
 ]
 
 
-@pytest.mark.parametrize(("config", "rows", "num_tokens"), TRANSFORMERS)
 @pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("quality", [Quality.HIGH, Quality.LOSSLESS])
+@pytest.mark.parametrize(
+    ("config", "rows", "num_tokens", "constant", "length", "quality"),
+    [(*case, Quality.HIGH) for case in TRANSFORMERS]
+    + [(*case, Quality.LOSSLESS) for case in TRANSFORMERS if not case[-1]],  # it never absorbs
+)
 def test_transformer(
     make: Make,
     config: ModelConfig,
     rows: int,
     num_tokens: int,
+    constant: int,
+    length: int,
     precision: Precision,
     quality: Quality,
 ) -> None:
     module = make.transformer(config, precision)
     module.core.use(Kernels.REFERENCE, quality)
-    inputs = make.transformer_inputs(config, rows, num_tokens)
+    inputs = make.transformer_inputs(
+        config, rows, num_tokens, precision=precision, constant=constant, length=length
+    )
     with torch.no_grad():
         measured = peak_bytes(lambda: module(**inputs))
     predicted = transformer_activations(
-        config, precision, rows=rows, num_tokens=num_tokens, quality=quality
-    )
+        config, precision, rows=rows, num_tokens=num_tokens, constant=constant, length=length,
+        quality=quality,
+    )  # fmt: skip
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", [Weights.INT8, Weights.FP8])
-@pytest.mark.parametrize(("heads", "rows", "num_tokens"), [(4, 2, 256), (8, 1, 32)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "num_tokens", "constant", "length"),
+    [(4, 2, 256, 0, 0), (4, 2, 256, 1, 16), (8, 1, 32, 0, 0), (8, 2, 32, 1, 0)],
+)
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_transformer_with_quantized_weights(
-    make: Make, weights: Weights, heads: int, rows: int, num_tokens: int, precision: Precision
+    make: Make,
+    weights: Weights,
+    heads: int,
+    rows: int,
+    num_tokens: int,
+    constant: int,
+    length: int,
+    precision: Precision,
 ) -> None:
     """With few tokens the widened weight is the peak."""
     config = small(heads)
     module = make.transformer(config, precision)
     quantize_weights(module, weights)
-    inputs = make.transformer_inputs(config, rows, num_tokens)
+    inputs = make.transformer_inputs(
+        config, rows, num_tokens, precision=precision, constant=constant, length=length
+    )
     with torch.no_grad():
         module(**inputs)  # torchao's first call makes tables
         measured = peak_bytes(lambda: module(**inputs))
     predicted = transformer_activations(
-        config, precision, rows=rows, num_tokens=num_tokens, weights=weights
-    )
+        config, precision, rows=rows, num_tokens=num_tokens, constant=constant, length=length,
+        weights=weights,
+    )  # fmt: skip
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("quality", Quality)
-@pytest.mark.parametrize(
-    ("config", "rows", "num_tokens"), [TRANSFORMERS[2], (XL_2_1024_MS, 2, 4096)]
+@pytest.mark.parametrize(("constant", "length"), [(0, 0), (1, 0), (1, 64), (0, 16)])
+@pytest.mark.parametrize(  # three layers: the first has fewer rows, the last makes no norm
+    ("config", "num_tokens"), [(small(8, layers=3), 1024), (XL_2_1024_MS, 4096)]
 )
 def test_fused_transformer_without_a_gpu(
-    make: Make, quality: Quality, config: ModelConfig, rows: int, num_tokens: int
+    make: Make,
+    quality: Quality,
+    config: ModelConfig,
+    num_tokens: int,
+    constant: int,
+    length: int,
 ) -> None:
     """The fused operators allocate only what they return, so their outputs' lives are the peak.
 
-    Tensors without memory (FakeTensorMode) tell those, at XL/2's size too.
+    Tensors without memory (FakeTensorMode) tell those, at XL/2's size too. One allocates more: the
+    absorbed form's probabilities are no output, and are smaller than the MLP's hidden state.
     """
     with FakeTensorMode():
         module = make.transformer(config, Precision.BF16)
         module.core.use(Kernels.FUSED, quality)
-        inputs = make.transformer_inputs(config, rows, num_tokens)
+        inputs = make.transformer_inputs(
+            config, 2, num_tokens, precision=Precision.BF16, constant=constant, length=length
+        )
         live = LiveTensors()
         live.ignore([list(module.parameters()), list(module.buffers()), inputs])
         with torch.no_grad(), live:
             module(**inputs)
     predicted = transformer_activations(
-        config, Precision.BF16, rows=rows, num_tokens=num_tokens, fused=True, quality=quality
-    )
+        config, Precision.BF16, rows=2, num_tokens=num_tokens, constant=constant, length=length,
+        fused=True, quality=quality,
+    )  # fmt: skip
     assert predicted == pytest.approx(live.peak, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10, 40, 90])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("config", [small(2, 8, 120), small(4, 2, 120), small(8, 4, 99, 300)])
+def test_text_side(
+    make: Make, config: ModelConfig, precision: Precision, rows: int, num_tokens: int
+) -> None:
+    """Keys and values of one prompt, the absorbed form of several, and what of them is kept."""
+    side = TextSide(config).to(DTYPES[precision]).eval().requires_grad_(False)
+    embeds = torch.randn(1, config.max_text_tokens, config.caption_channels)
+    mask = torch.arange(config.max_text_tokens)[None] < num_tokens
+    with torch.no_grad():
+        measured = peak_bytes(lambda: side(embeds, mask, num_tokens))
+        text = side(embeds, mask, num_tokens)
+        assert text_side_activations(config, precision) == pytest.approx(measured, rel=TOLERANCE)
+        assert text.kv.nbytes == kv_bytes(config, precision)
+        joined = PromptText.cat([text] * rows)
+        measured = peak_bytes(lambda: side.absorbed(joined))
+        absorbed = side.absorbed(joined)
+    length = absorbed_length(num_tokens)
+    held = 0 if absorbed is None else sum(tensor.nbytes for tensor in absorbed)
+    assert held == absorbed_bytes(config, precision, rows, length)
+    predicted = absorb_activations(config, precision, rows, length)
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 TEXTS = [  # config, rows, tokens
@@ -202,7 +272,9 @@ def test_components_on_the_gpu(make: Make, precision: Precision) -> None:
     device = torch.device("cuda")
     model = make.transformer(shape.config, precision).to(device)
     model.core.use(Kernels.FUSED)
-    given = make.transformer_inputs(shape.config, 2, 4096)
+    given = make.transformer_inputs(
+        shape.config, 2, 4096, precision=precision, constant=1, length=64
+    )
     given = {name: tensor.to(device) for name, tensor in given.items()}
     vae, latents = make.vae(shape.vae, precision).to(device), torch.randn(1, 4, 64, 64).to(device)
     assert shape.text is not None
@@ -212,7 +284,9 @@ def test_components_on_the_gpu(make: Make, precision: Precision) -> None:
     calls = {
         "transformer": (
             lambda: model(**given),
-            transformer_activations(shape.config, precision, rows=2, num_tokens=4096, fused=True),
+            transformer_activations(
+                shape.config, precision, rows=2, num_tokens=4096, constant=1, length=64, fused=True
+            ),
         ),
         "vae_decoder": (
             lambda: vae(latents=latents),

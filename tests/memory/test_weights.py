@@ -20,9 +20,15 @@ from pixart_rt.config import (
     Quality,
 )
 from pixart_rt.memory.shapes import SD_VAE_SHAPE, VaeShape, find_shape
-from pixart_rt.memory.weights import text_weights, transformer_weights, vae_weights
+from pixart_rt.memory.weights import (
+    text_side_weights,
+    text_weights,
+    transformer_weights,
+    vae_weights,
+)
 from pixart_rt.model.load import DenoiserModule
 from pixart_rt.model.text_encoder import T5_XXL, T5Config, T5Encoder, keep_dtype
+from pixart_rt.model.text_side import TextSide
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config
 
@@ -44,6 +50,9 @@ def test_the_transformer_s_weights(config: ModelConfig, precision: Precision) ->
         module = DenoiserModule(PixArtTransformer(config))
     expected = module_bytes(module, DTYPES[precision])
     assert transformer_weights(config, precision) == expected
+    with torch.device("meta"):
+        side = TextSide(config)
+    assert text_side_weights(config, precision) == module_bytes(side, DTYPES[precision])
 
 
 @pytest.mark.parametrize("t5", [T5_XXL, ODD_T5, replace(ODD_T5, num_layers=1)])

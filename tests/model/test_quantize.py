@@ -10,6 +10,7 @@ from torch import nn
 
 from pixart_rt.config import Kernels, ModelConfig, Precision, Quality, Weights
 from pixart_rt.errors import BackendError
+from pixart_rt.export.graph import transformer_inputs
 from pixart_rt.memory.weights import SIZE, text_weights, transformer_weights
 from pixart_rt.model.load import DenoiserModule
 from pixart_rt.model.quantize import quantize_weights
@@ -37,14 +38,7 @@ def denoiser(dtype: torch.dtype) -> DenoiserModule:
 
 def inputs(rows: int = 2, num_tokens: int = 21) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    width = CONFIG.hidden_size
-    return {
-        "tokens": torch.randn(rows, num_tokens, 16),
-        "pos_embed": torch.randn(1, num_tokens, width),
-        "modulation": torch.randn(rows, 7, width),
-        "prompt_embeds": torch.randn(rows, 9, 40),
-        "prompt_mask": torch.arange(9) < torch.tensor([[9], [4]]),
-    }
+    return transformer_inputs(CONFIG, batch=rows, num_tokens=num_tokens)
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ import typer
 
 from pixart_rt.cli.build import build
 from pixart_rt.cli.convert import convert
+from pixart_rt.cli.data import data
 from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
@@ -49,3 +50,4 @@ def root(
 
 for verb in (build, generate, convert, inspect, verify, tune, doctor):
     app.command()(verb)
+app.add_typer(data)

@@ -5,9 +5,9 @@
     samples = images * epochs;  encode = 1 / vae + 1 / text     seconds an image
 
 A stage of many epochs is cheaper from a store, one of less than an epoch while training: the store
-would encode images that the stage never draws. Hours are of one process and its device; on n of them
-both sides shrink alike. The paper does not count extraction; Section 2 of its Table 4 implies 171
-epochs of alignment at 256 and 0.44 at 1024.
+would encode images that the stage never draws. Hours are of one process and its device; on n of
+them both sides shrink alike. Reading a store while training is not counted. (Table 4 of the paper,
+which does not count extraction, amounts to 171 epochs of alignment at 256 and 0.44 at 1024.)
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_rt.buckets import RESOLUTIONS
-from pixart_rt.data.probe import HOUR, size
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
+
+HOUR = 3600  # seconds
 
 
 class Choice(StrEnum):
@@ -195,3 +196,19 @@ def feature_bytes(
 ) -> float:
     """Bytes of an image in a store: means and deviations in float16, text in bfloat16."""
     return 2 * (2 * latent_channels * (resolution // 8) ** 2 + num_tokens * text_width)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 60:
+        return f"{seconds:.2g} seconds"
+    return f"{seconds / 60:.3g} minutes" if seconds < HOUR else f"{seconds / HOUR:.3g} hours"

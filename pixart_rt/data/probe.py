@@ -9,22 +9,25 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pixart_rt.data.extract import Extraction
-from pixart_rt.data.shard import write_shard
+from pixart_rt.data.planner import HOUR, duration, encoder_flops, size
+from pixart_rt.data.shard import Record, write_shard
 from pixart_rt.errors import ConfigError, DataError
 
-HOUR, TERA = 3600, 1e12
+LARGEST_WRITE = 64e6  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractionPlan:
     """An extraction before it starts. Rates are of this machine, measured."""
 
+    resolution: int
     images: int  # lines of metadata
     images_left: int  # of them, in shards that are not there yet
     shards: int
@@ -36,6 +39,7 @@ class ExtractionPlan:
     read_per_second: float  # images read and resized, all threads together
     write_bytes_per_second: float  # of shards, waited for
     images_per_second: float  # all of it together
+    flops_per_image: float  # of both encoders, on a square image and a caption of mean length
     free_bytes: int  # where the store will be
 
     @property
@@ -56,9 +60,10 @@ class ExtractionPlan:
             f"images: {self.images}{rest}; {self.shards} shards",
             f"store: {size(self.store_bytes)} to write ({size(self.bytes_per_image)} an image), "
             f"{size(self.free_bytes)} free",
-            f"time: {self.hours:.3g} hours in one process, at {self.images_per_second:.3g} images/s"
-            f" (VAE {self.vae_per_second:.3g}/s, text {self.text_per_second:.3g}/s, reading "
-            f"{self.read_per_second:.3g}/s), measured on {self.probed} images",
+            f"time: {duration(self.hours * HOUR)} in one process, at "
+            f"{self.images_per_second:.3g} images/s (VAE {self.vae_per_second:.3g}/s, text "
+            f"{self.text_per_second:.3g}/s, reading {self.read_per_second:.3g}/s), measured on "
+            f"{self.probed} images",
         ]
         if self.skipped:
             lines.append(f"unreadable: {self.skipped} of the {self.probed + self.skipped} probed")
@@ -87,36 +92,49 @@ def make_plan(extraction: Extraction, num_probed: int = 32) -> ExtractionPlan:
     if not records:
         raise DataError(f"none of {len(skipped)} probed images can be read: {skipped[0].reason}")
     place = _existing_parent(extraction.store)
-    with tempfile.TemporaryDirectory(dir=place, prefix=".pixart-probe-") as folder:
-        path = Path(folder) / "probe.parquet"
-        start = time.perf_counter()
-        write_shard(path, records, skipped)
-        writing = time.perf_counter() - start
-        written = path.stat().st_size
+    written, writing = _write_once(records, place, extraction.config.shard_images)
     count = len(records)
     return ExtractionPlan(
+        resolution=extraction.manifest.resolution,
         images=total,
         images_left=sum(len(extraction.sources(n)) for n in extraction.missing_shards()),
         shards=extraction.manifest.num_shards,
         probed=count,
         skipped=len(skipped),
-        bytes_per_image=written / count,
+        bytes_per_image=written,
         vae_per_second=count / clock.seconds["vae"],
         text_per_second=count / clock.seconds["text"],
         read_per_second=count * featurize.threads / featurize.image_seconds,
         write_bytes_per_second=written / writing,
-        images_per_second=count / (encoding + writing),
+        images_per_second=1 / (encoding / count + writing),
+        flops_per_image=_flops(extraction, records),
         free_bytes=shutil.disk_usage(place).free,
     )
 
 
-def size(count: float) -> str:
-    """Bytes in decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+def _write_once(records: list[Record], place: Path, shard_images: int) -> tuple[float, float]:
+    """Bytes and seconds an image of writing a shard, or LARGEST_WRITE of it, and removing it."""
+    bytes_each = sum(len(r.latents) + len(r.prompt_embeds) for r in records) / len(records)
+    count = max(1, min(shard_images, int(LARGEST_WRITE / bytes_each)))
+    many = (records * -(-count // len(records)))[:count]  # few bytes would time the disk's latency
+    with tempfile.TemporaryDirectory(dir=place, prefix=".pixart-probe-") as folder:
+        path = Path(folder) / "probe.parquet"
+        start = time.perf_counter()
+        write_shard(path, many, [])
+        seconds = time.perf_counter() - start
+        return path.stat().st_size / count, seconds / count
+
+
+def _flops(extraction: Extraction, records: Sequence[Record]) -> float:
+    """Of both encoders on one image."""
+    encoder = extraction.encoder
+    tokens = round(sum(record.num_tokens for record in records) / len(records))
+    return sum(
+        encoder_flops(
+            dict(encoder.vae.config), encoder.text_encoder.config,
+            extraction.manifest.resolution, tokens,
+        )
+    )  # fmt: skip
 
 
 def _existing_parent(path: Path) -> Path:

@@ -40,6 +40,18 @@ def write_metadata(root: Path, lines: list[dict[str, object]]) -> None:
 
 
 @pytest.fixture(scope="session")
+def sizes() -> list[tuple[int, int]]:
+    """(height, width) of drawn pictures, which repeat."""
+    return SIZES
+
+
+@pytest.fixture(scope="session")
+def draw_images() -> Callable[..., Path]:
+    """draw_images(folder, count, seed=0): a new ImageFolder."""
+    return draw_pictures
+
+
+@pytest.fixture(scope="session")
 def encoder() -> FeatureEncoder:
     return FeatureEncoder.open(EncoderConfig(model="tiny"), torch.device("cpu"))
 

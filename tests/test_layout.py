@@ -143,7 +143,19 @@ def test_a_public_name_is_loaded_when_used() -> None:
     assert "torch" in loaded_after("from pixart_rt import PixArtPipeline")
 
 
-@pytest.mark.parametrize("verb", [[], ["build"], ["generate"], ["verify"], ["doctor"], ["convert"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        [],
+        ["build"],
+        ["generate"],
+        ["verify"],
+        ["doctor"],
+        ["convert"],
+        ["data"],
+        ["data", "extract"],
+    ],
+)
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:
     code = f"from pixart_rt.cli import main\nassert main([*{verb}, '--help']) == 0"
     assert not HEAVY & loaded_after(code)

@@ -55,10 +55,19 @@ def read_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            turned = _orientation(image) >= 5
     except Exception as error:  # decoders raise anything on damaged bytes
         raise _unreadable(path, error) from error
     return (width, height) if turned else (height, width)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, without decoding pixels: for PNG, getexif() would."""
+    if image.format != "PNG":
+        return int(image.getexif().get(ORIENTATION, 1))
+    exif = Image.Exif()
+    exif.load(image.info.get("exif", b""))
+    return int(exif.get(ORIENTATION, 1))
 
 
 def open_rgb(path: Path) -> Image.Image:

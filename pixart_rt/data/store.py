@@ -128,7 +128,7 @@ class FeatureStore:
         path = self.path / INDEX
         try:
             rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read ({error}); extract the store again") from error
         if rows.dtype != ROW or len(rows) != self.manifest.num_samples:
             raise DataError(f"{path} is not the index of this store; extract the store again")

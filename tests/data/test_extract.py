@@ -47,8 +47,9 @@ def test_a_store_holds_what_the_encoders_gave(pictures, store, encoder, sizes):
         alone = encoder.moments([fit(open_rgb(pictures / line["file_name"]), bucket).pixels])[0]
         kept = features.moments(sample)
         assert kept.shape == (2, 4, bucket.height // 8, bucket.width // 8)
-        # float16 keeps 11 bits; batches of convolutions sum in another order
-        torch.testing.assert_close(kept.float(), alone, rtol=1e-3, atol=1e-4)
+        # float16 keeps 11 bits; alone, float32 sums in another order, and is itself 3e-4 from
+        # float64 on this VAE, whose means reach 5
+        torch.testing.assert_close(kept.float(), alone, rtol=1e-3, atol=1e-3)
         (text,), _ = encoder.text([line["text"]])
         assert features.text(sample).shape == text.shape
         torch.testing.assert_close(features.text(sample), text, rtol=2**-7, atol=1e-2)  # bf16
@@ -123,7 +124,9 @@ def test_unreadable_images_are_listed_and_skipped(tmp_path, extraction, draw_ima
     (images / "metadata.jsonl").write_text("\n".join([*lines[:5], "{broken", *lines[5:]]))
     manifest = extraction(images, tmp_path / "store", shard_images=3).run()
     assert (manifest.complete, manifest.num_images, manifest.num_samples) == (True, 9, 5)
-    reports = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").open()]
+    reports = [
+        json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert [(each["line"], each["file_name"]) for each in reports] == [
         (2, "0001.png"), (3, "0002.jpg"), (6, None), (9, "0007.png"),
     ]  # fmt: skip
@@ -221,13 +224,16 @@ def test_overflow_stops_instead_of_storing_infinities(pictures, tmp_path, extrac
 
 
 CHILD = """
-import sys, time, torch
+import sys
+import time
+
+import torch
+
 from pathlib import Path
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
 from pixart_rt.data.extract import ExtractConfig, Extraction
 from pixart_rt.data.folder import ImageFolder
 
-torch.set_num_threads(1)
 images, store = Path(sys.argv[1]), Path(sys.argv[2])
 encoder = FeatureEncoder.open(EncoderConfig(model="tiny"), torch.device("cpu"))
 config = ExtractConfig(shard_images=4, batch=3, threads=2)
@@ -245,7 +251,7 @@ def start(images: Path, store: Path, pause: float) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_after_kill_9_only_the_open_shard_is_lost(tmp_path, draw_images):
+def test_after_kill_9_only_the_open_shard_is_lost(tmp_path, draw_images, extraction):
     """A real process, killed inside its third shard; then the same command, not interrupted."""
     images = draw_images(tmp_path / "images", 18)
     store = tmp_path / "store"
@@ -262,11 +268,10 @@ def test_after_kill_9_only_the_open_shard_is_lost(tmp_path, draw_images):
     with pytest.raises(DataError, match="is not finished"):
         FeatureStore(store)
 
-    out, err = start(images, store, 0).communicate()
-    assert out.splitlines()[-1] == "True", err
+    assert extraction(images, store, shard_images=4).run().complete
     for name, written in kept.items():
         assert (store / name).stat().st_mtime_ns == written, "a whole shard was made again"
-    assert start(images, tmp_path / "at-once", 0).communicate()[0].splitlines()[-1] == "True"
+    extraction(images, tmp_path / "at-once", shard_images=4).run()
     assert contents(store) == contents(tmp_path / "at-once")
     assert FeatureStore(store).damaged() == []
 

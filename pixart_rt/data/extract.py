@@ -101,7 +101,7 @@ class Extraction:
         Raises DataError. A store that was begun with the same is taken over.
         """
         if not (self.store / MANIFEST).is_file():
-            if self.store.exists() and (not self.store.is_dir() or any(self.store.iterdir())):
+            if self.store.exists() and not _is_free(self.store):
                 raise DataError(f"{self.store} exists and is no feature store; choose another OUT")
             return
         found = StoreManifest.read(self.store)
@@ -119,6 +119,11 @@ class Extraction:
         present = set(os.listdir(self.store)) if self.store.is_dir() else set()
         return [n for n in range(self.manifest.num_shards) if shard_name(n) not in present]
 
+    def _is_finished(self) -> bool:
+        files = (INDEX, SKIPPED, EMPTY_PROMPT)
+        whole = all((self.store / name).is_file() for name in files)
+        return self.manifest.complete and whole and not self.missing_shards()
+
     def sources(self, number: int) -> range:
         """The lines of metadata that a shard covers."""
         size = self.manifest.shard_images
@@ -131,7 +136,7 @@ class Extraction:
         """
         self.check_target()
         missing = self.missing_shards()
-        if self.manifest.complete and not missing:
+        if self._is_finished():
             return self.manifest
         if not (self.store / MANIFEST).is_file():
             self.manifest.write(self.store)
@@ -145,7 +150,7 @@ class Extraction:
             done += len(self.sources(number))
         with _lock(self.store / _LOCKS / MANIFEST, wait=True):
             self.manifest = StoreManifest.read(self.store)
-            if not self.missing_shards() and (made or not self.manifest.complete):
+            if not self.missing_shards() and (made or not self._is_finished()):
                 self._complete(progress)
         return self.manifest
 
@@ -231,6 +236,11 @@ def _lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def _is_free(store: Path) -> bool:
+    """An empty folder; hidden files may be what a killed process left."""
+    return store.is_dir() and all(path.name.startswith(".") for path in store.iterdir())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,6 +27,8 @@ from pixart_rt.errors import ConfigError, DataError
 
 OPEN_SHARDS = 256  # mapped at a time; each holds a file open, of which systems allow 1024
 
+REMEDY = "delete that file and run the `pixart-rt data extract` that made the store again"
+
 
 class FeatureStore:
     """A complete store. `store.bucket_of` is what a bucket sampler needs: [num_samples] uint8.
@@ -129,9 +131,9 @@ class FeatureStore:
         try:
             rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path} cannot be read ({error}); extract the store again") from error
+            raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
         if rows.dtype != ROW or len(rows) != self.manifest.num_samples:
-            raise DataError(f"{path} is not the index of this store; extract the store again")
+            raise DataError(f"{path} is not the index of this store; {REMEDY}")
         return rows
 
     def _check_shards(self) -> None:
@@ -175,8 +177,7 @@ class FeatureStore:
             int(row["source"]), int(row["bucket"]), row["original_size"], row["crop"], latents, text
         ):
             raise DataError(
-                f"sample {sample} in {self._shard_path(row)} is damaged (checksum); delete the "
-                "shard and run `pixart-rt data extract` again"
+                f"sample {sample} in {self._shard_path(row)} is damaged (checksum); {REMEDY}"
             )
         moments = np.frombuffer(latents, "<f2").astype(np.float16).reshape(shape)
         return torch.from_numpy(moments), bfloat16_from_bytes(text, manifest.text_width)
@@ -184,7 +185,9 @@ class FeatureStore:
     def _bytes(self, row: np.void, field: str, length: int, sample: int) -> memoryview:
         mapped, start = self._map(row), int(row[field])
         if start + length > len(mapped):
-            raise DataError(f"sample {sample} lies beyond the end of {self._shard_path(row)}")
+            raise DataError(
+                f"sample {sample} lies beyond the end of {self._shard_path(row)}; {REMEDY}"
+            )
         return memoryview(mapped)[start : start + length]
 
     def _map(self, row: np.void) -> mmap.mmap:
@@ -194,10 +197,7 @@ class FeatureStore:
                 with self._shard_path(row).open("rb") as file:
                     self._mapped[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (FileNotFoundError, ValueError) as error:  # ValueError: an empty file
-                raise DataError(
-                    f"{self._shard_path(row)} is missing or empty; run `pixart-rt data extract` "
-                    "again"
-                ) from error
+                raise DataError(f"{self._shard_path(row)} is missing or empty; {REMEDY}") from error
             if len(self._mapped) > OPEN_SHARDS:
                 self._mapped.popitem(last=False)  # closed when its last view is gone
         self._mapped.move_to_end(number)

@@ -298,15 +298,16 @@ print("ready", flush=True)
 sys.stdin.readline()
 def progress(name, done, total):
     print(name, done, total, flush=True)
-    time.sleep(float(sys.argv[3]))
+    time.sleep(600 if done == int(sys.argv[4]) else float(sys.argv[3]))
 print(Extraction(ImageFolder(images), store, encoder, config, "tiny").run(progress).complete)
 """
 
 
-def start(images: Path, store: Path, pause: float) -> subprocess.Popen[str]:
+def start(images: Path, store: Path, pause: float, hang_at: int = -1) -> subprocess.Popen[str]:
+    """A process that pauses after every image, and after `hang_at` images for ever."""
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(images), str(store), str(pause)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", CHILD, str(images), str(store), str(pause), str(hang_at)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -323,12 +324,11 @@ def test_after_kill_9_only_the_open_shard_is_lost(tmp_path, draw_images, extract
     """A real process, killed inside its third shard; then the same command, not interrupted."""
     images = draw_images(tmp_path / "images", 18)
     store = tmp_path / "store"
-    child = start(images, store, 0.05)
+    child = start(images, store, 0, hang_at=10)  # two images into the third of shards of four
     go(child)
-    for line in child.stdout:
-        if line.startswith("shard 3 of 5 1"):  # some images into it
-            os.kill(child.pid, signal.SIGKILL)
-            break
+    while child.stdout.readline() != "shard 3 of 5 10 18\n":
+        assert child.poll() is None
+    os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
     kept = {path.name: path.stat().st_mtime_ns for path in store.glob("shard-*")}

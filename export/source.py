@@ -17,18 +17,17 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-import pixart_rt
 from pixart_rt.bundle import sha256
 from pixart_rt.config import COMPONENTS, RANDOM_XL, CfgNull, ModelConfig
 from pixart_rt.errors import BuildError, CheckpointError, ConfigError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
+from pixart_rt.model.locate import locate
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, read_text_encoder
 from pixart_rt.model.text_side import TextSide
 from pixart_rt.model.transformer import Modulator, PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
 
-TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
 RANDOM_SEED = 0
 _FOLDERS = {"text_encoder": "text_encoder", "vae_decoder": "vae"}
 
@@ -155,7 +154,8 @@ def open_source(
         label = f"xl-random:{resolution}:{RANDOM_SEED}"
         return Source(name=model, config=config, folder=None, transformer_path=None,
                       weights_sha256=hashlib.sha256(label.encode()).hexdigest())  # fmt: skip
-    path = _locate(model, components)
+    subfolders = [sub for name, sub in _FOLDERS.items() if name in components]
+    path = locate(model, ["transformer", "tokenizer", "scheduler", *subfolders])
     folder, transformer = _pipeline_parts(path, model, resolution)
     found = read_transformer(
         transformer, heads=heads, sample_size=sample_size, max_text_tokens=max_text_tokens
@@ -204,42 +204,6 @@ def _fill(module: ModuleT, prefix: str, dtype: torch.dtype) -> ModuleT:
 
 def _with_null(config: ModelConfig, cfg_null: CfgNull | None) -> ModelConfig:
     return config if cfg_null is None else replace(config, cfg_null=cfg_null)
-
-
-def _locate(model: str, components: tuple[str, ...]) -> Path:
-    """A local path as it is; `tiny` in the package; else the components' files from the hub."""
-    if model == "tiny":
-        return TINY
-    path = Path(model)
-    if path.exists():
-        return path
-    if path.suffix or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise CheckpointError(
-            f"model {model!r} is no file or folder here, nor a hub id like "
-            "PixArt-alpha/PixArt-XL-2-1024-MS; check the path, or use --model tiny"
-        )
-    return _download(model, components)
-
-
-def _download(model: str, components: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    folders = ["transformer", "tokenizer", "scheduler"]
-    folders += [sub for name, sub in _FOLDERS.items() if name in components]
-    wanted = ["model_index.json", *(f"{folder}/*" for folder in folders)]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{model} could not be downloaded ({reason}); check the name and the network, or build "
-            "the model that comes with pixart_rt: --model tiny"
-        ) from error
 
 
 def _pipeline_parts(path: Path, model: str, resolution: int) -> tuple[Path | None, Path]:

@@ -3,6 +3,7 @@
     PixArtError                 base; `exit_code` is what the command line returns
     ├── ConfigError             2   a setting that cannot be
     ├── CheckpointError         1   a checkpoint that is missing, truncated or of another model
+    ├── DataError               1   a data set or feature store that is missing, damaged or changed
     ├── BundleError             1   a bundle that is incomplete, changed or from another version
     ├── BackendError            1   a backend that is not installed or refused a call
     ├── BuildError              1   an engine that could not be built
@@ -28,6 +29,10 @@ class ConfigError(PixArtError, ValueError):
 
 class CheckpointError(PixArtError):
     """A checkpoint that is missing, truncated or of another model."""
+
+
+class DataError(PixArtError):
+    """A data set or feature store that is missing, damaged, unfinished or changed."""
 
 
 class BundleError(PixArtError):

@@ -171,6 +171,8 @@ def test_a_public_name_is_loaded_when_used() -> None:
         ["convert"],
         ["bench"],
         ["reparameterize"],
+        ["data"],
+        ["data", "extract"],
     ],
 )
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:

@@ -9,6 +9,7 @@ import typer
 from pixart_rt.cli.bench import bench
 from pixart_rt.cli.build import build
 from pixart_rt.cli.convert import convert
+from pixart_rt.cli.data import data
 from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.fidelity import fidelity
 from pixart_rt.cli.generate import generate
@@ -55,3 +56,4 @@ for verb in (
     build, generate, fidelity, plan, convert, reparameterize, inspect, verify, bench, tune, doctor,
 ):  # fmt: skip
     app.command()(verb)
+app.add_typer(data)

@@ -13,7 +13,7 @@ _OUT_OF_MEMORY = (
     "out of memory; close other programs, use fewer images at a time (-n, --max-batch), "
     "or half precision (--precision fp16)"
 )
-_EXTRAS = {"matplotlib": "train"}  # what the base install lacks
+_EXTRAS = {"matplotlib": "train", "pyarrow": "data"}  # what the base install lacks
 
 
 def one_line(error: BaseException) -> str:

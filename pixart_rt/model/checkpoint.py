@@ -44,7 +44,7 @@ STATE_KEYS = ("state_dict", "state_dict_ema")  # the first is what the original 
 _STORED = "pixart_rt"  # our settings in a .pth, beside its state_dict
 _ORIGIN = "pixart_rt_origin"
 _PTH_NULL, _DIFFUSERS_NULL = "y_embedder.y_embedding", "caption_projection.y_embedding"
-_FAMILY_TEXT_TOKENS = {
+FAMILY_TEXT_TOKENS = {
     "PixArtAlphaPipeline": DEFAULT_TEXT_TOKENS,
     "PixArtSigmaPipeline": SIGMA_TEXT_TOKENS,
 }
@@ -213,7 +213,7 @@ def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:
     if (folder / Y_EMBEDDING_FILE).is_file():
         with open_safetensors(folder / Y_EMBEDDING_FILE) as file:
             null = {name: file.get_tensor(name) for name in file.keys()}.get("y_embedding")  # noqa: SIM118
-    tokens = _FAMILY_TEXT_TOKENS.get(str(family)) if null is None else null.shape[0]
+    tokens = FAMILY_TEXT_TOKENS.get(str(family)) if null is None else null.shape[0]
     config = config_from_json(values, flags, tokens, str(folder / "config.json"))
     state = keys.to_ours(
         tensors, config, keys.diffusers_names, known=[_DIFFUSERS_NULL], source=str(folder)

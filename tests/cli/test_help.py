@@ -18,6 +18,8 @@ VERBS = (
     "build", "generate", "fidelity", "plan", "convert", "reparameterize", "inspect", "verify",
     "bench", "tune", "doctor",
 )  # fmt: skip
+GROUPS = {"data": ("extract", "plan")}
+COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 
 
 def examples(text: str) -> list[list[str]]:
@@ -26,23 +28,30 @@ def examples(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_verb_shows_examples_that_fit_its_options(run: Callable[..., Any], verb: str) -> None:
-    outcome = run(verb, "--help")
+    outcome = run(*verb.split(), "--help")
     assert (outcome.code, outcome.err) == (0, "")
     shown = examples(outcome.out)
     assert len(shown) >= 2
     options = set(re.findall(r"(?<=[ ,])--?[a-z][a-z-]*", outcome.out.partition("\nOptions:")[2]))
     for words in shown:
-        assert words[:2] == ["pixart-rt", verb]
+        assert words[: 1 + len(verb.split())] == ["pixart-rt", *verb.split()]
         assert {word for word in words if word.startswith("-")} <= options
 
 
 def test_the_root_lists_the_verbs(run: Callable[..., Any]) -> None:
     outcome = run("--help")
     listed = re.findall(r"^  ([a-z]+) ", outcome.out.partition("Commands:")[2], re.MULTILINE)
-    assert listed == list(VERBS)
+    assert listed == [*VERBS, *GROUPS]
     assert run().out == outcome.out, "without a verb the help is shown"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_lists_its_verbs(run: Callable[..., Any], group: str) -> None:
+    outcome = run(group, "--help")
+    listed = re.findall(r"^  ([a-z]+) ", outcome.out.partition("Commands:")[2], re.MULTILINE)
+    assert listed == list(GROUPS[group])
 
 
 def test_version(run: Callable[..., Any]) -> None:

@@ -1,0 +1,1 @@
+"""Training data: image folders to feature stores, and reading them back."""

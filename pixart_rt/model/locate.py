@@ -1,0 +1,48 @@
+"""Where a model's files are: `tiny` in the package, a path as it is, or the hub's files fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pixart_rt
+from pixart_rt.errors import CheckpointError
+
+TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
+
+
+def locate(model: str, folders: Sequence[str]) -> Path:
+    """The local path of `model`; of a hub id, only `folders` and the index are downloaded.
+
+    Raises CheckpointError when it is nowhere.
+    """
+    if model == "tiny":
+        return TINY
+    path = Path(model)
+    if path.exists():
+        return path
+    if path.suffix or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(
+            f"model {model!r} is no file or folder here, nor a hub id like "
+            "PixArt-alpha/PixArt-XL-2-1024-MS; check the path, or use --model tiny"
+        )
+    return _download(model, folders)
+
+
+def _download(model: str, folders: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    wanted = ["model_index.json", *(f"{folder}/*" for folder in folders)]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{model} could not be downloaded ({reason}); check the name and the network, or use "
+            "the model that comes with pixart_rt: --model tiny"
+        ) from error

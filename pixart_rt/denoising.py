@@ -184,7 +184,8 @@ class Denoiser:
         scales = torch.tensor([item.guidance_scale for item in items])
         coefficients = plan.coefficients[:, None].repeat(1, len(items), 1)
         coefficients[:, :, 5] = scales
-        plain, guided = self._text(items, sampling)
+        guides = _guides(sampling, len(plan.timesteps))
+        plain, guided = self._text(items, guides)
         return LoopInputs(
             x=self.tokens(noise) * plan.noise_scale,
             pos_embed=plan.pos_embed,
@@ -193,7 +194,7 @@ class Denoiser:
             outputs=self._outputs(sampling.scheduler),
             plain=plain,
             guided=guided,
-            guides=_guides(sampling, len(plan.timesteps)),
+            guides=guides,
         )
 
     def _outputs(self, scheduler: Scheduler) -> Tensor:
@@ -201,20 +202,21 @@ class Denoiser:
         return self._noise_outputs if drops else self._all_outputs
 
     def _text(
-        self, items: Sequence[Item], sampling: SamplingConfig
-    ) -> tuple[TextInputs, TextInputs | None]:
-        """The rows and their text, without guidance and with it."""
+        self, items: Sequence[Item], guides: tuple[bool, ...]
+    ) -> tuple[TextInputs | None, TextInputs | None]:
+        """The rows and their text for the steps without guidance, if any, and those with it."""
         images = torch.arange(len(items), device=self.device)
         none = images[:0]
-        width = self.config.hidden_size
         names = [item.text for item in items]
         text = self.texts(names, Encoded.cat([item.encoded for item in items]))
-        nothing = text.kv.new_zeros(self.config.num_layers, 0, 1, width)
-        plain = self._attended(none, images, nothing, text, names)
-        nulls = [item.null for item in items if item.null is not None]
-        if not sampling.guided:
+        nothing = text.kv.new_zeros(self.config.num_layers, 0, 1, self.config.hidden_size)
+        plain = guided = None
+        if not all(guides):
+            plain = self._attended(none, images, nothing, text, names)
+        if not any(guides):
             return plain, None
         null_names = [item.null_text for item in items]
+        nulls = [item.null for item in items if item.null is not None]
         null = self.texts(null_names, Encoded.cat(nulls))
         if Saving.CONSTANT_TEXT in self.savings and null.constant is not None:
             guided = self._attended(images, images, null.constant, text, names)
@@ -253,15 +255,16 @@ class Denoiser:
         solver = self.planner.solver(plan.key)
         generators = _generators(items)
         latents = torch.cat(self._noise(items, generators)) * plan.noise_scale
-        plain, guided = self._text(items, sampling)
         guides = _guides(sampling, len(plan.timesteps))
+        plain, guided = self._text(items, guides)
         scales = torch.tensor([item.guidance_scale for item in items], device=self.device)
         stochastic = sampling.scheduler is not Scheduler.DPM_SOLVER
         extra = {"generator": generators} if stochastic else {}
         for step, timestep in enumerate(plan.timesteps):
             if step:
                 before(step)
-            text = guided if guides[step] and guided is not None else plain
+            text = guided if guides[step] else plain
+            assert text is not None
             noise = model(
                 tokens=patchify(
                     solver.scale_model_input(latents, timestep), self.config.patch_size

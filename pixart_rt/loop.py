@@ -46,8 +46,8 @@ class LoopInputs:
     modulation: Tensor  # [S, B, 7, D]
     coefficients: Tensor  # [S, B, 8] of kernels/solver.py
     outputs: Tensor  # the wanted channels of the model's output
-    plain: TextInputs  # a row for each image
-    guided: TextInputs | None  # two rows for each
+    plain: TextInputs | None  # a row for each image, for steps without guidance
+    guided: TextInputs | None  # two rows for each, for the others
     guides: tuple[bool, ...]  # whether step s takes the guided rows
 
     def tensors(self) -> dict[str, Tensor]:
@@ -62,19 +62,18 @@ class LoopInputs:
     def with_tensors(self, tensors: dict[str, Tensor]) -> LoopInputs:
         """The same inputs with other tensors, named as `tensors` names them."""
 
-        def text(prefix: str) -> TextInputs:
-            return TextInputs(
-                **{
-                    name.removeprefix(f"{prefix}."): value
-                    for name, value in tensors.items()
-                    if name.startswith(f"{prefix}.")
-                }
-            )
+        def text(prefix: str) -> TextInputs | None:
+            found = {
+                name.removeprefix(f"{prefix}."): value
+                for name, value in tensors.items()
+                if name.startswith(f"{prefix}.")
+            }
+            return TextInputs(**found) if found else None
 
         return LoopInputs(
             **{name: tensors[name] for name in TENSORS},
             plain=text("plain"),
-            guided=None if self.guided is None else text("guided"),
+            guided=text("guided"),
             guides=self.guides,
         )
 
@@ -91,7 +90,8 @@ def run_loop(
     """The tokens [B, N, C·p·p] after the last step."""
     x = x0 = inputs.x
     for step, guided in enumerate(inputs.guides):
-        text = inputs.guided if guided and inputs.guided is not None else inputs.plain
+        text = inputs.guided if guided else inputs.plain
+        assert text is not None
         noise = transformer(
             tokens=x,
             pos_embed=inputs.pos_embed,

@@ -30,7 +30,7 @@ from pixart_rt.config import XL_2_1024_MS, Kernels
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.catalog import FILES
 from pixart_rt.kernels.codegen import Resources, compile_launch
-from pixart_rt.model.transformer import Block
+from pixart_rt.model.transformer import Block, CrossText
 from pixart_rt.ops import operators
 
 TARGETS = {  # compute capability -> dtypes; sm_70 has no tensor cores in Triton, nor bfloat16
@@ -189,11 +189,11 @@ def block_traffic(kernels: Kernels) -> list[dict[str, Any]]:
         torch.set_default_dtype(torch.float32)
         x, y = torch.empty(2, 2, 4096, config.hidden_size, dtype=torch.bfloat16).unbind()
         shared = torch.empty(2, 6, config.hidden_size)
-        text = torch.empty(2, 120, config.hidden_size, dtype=torch.bfloat16)
-        mask = torch.empty(2, 120, dtype=torch.bool)
+        kv = torch.empty(2, 120, 2, config.num_heads, config.head_dim, dtype=torch.bfloat16)
+        text = CrossText(kv, torch.empty(2, 120, dtype=torch.bool))
         following = block.scale_shift_table.detach().clone()
         with torch.no_grad(), Traffic() as traffic:
-            block(operators(kernels), x, y, shared, text, mask, following)
+            block(operators(kernels), x, y, shared, text, following)
     return [row for row in traffic.rows if row["read"] + row["written"] > 1e5]
 
 

@@ -162,9 +162,7 @@ def vae_row(precision: Precision) -> Row:
     shape = find_shape("xl-random", 256).vae
     module = VaeDecoder(vae_from_config(SD_VAE)).to(DEVICE, DTYPES[precision])
     latents = torch.randn(1, 4, 32, 32, device=DEVICE)
-    predicted = vae_activations(
-        shape, precision, rows=1, height=32, width=32, conv_copies=0 if ON_GPU else 1
-    )
+    predicted = vae_activations(shape, precision, rows=1, height=32, width=32)
     name = f"Stable Diffusion's VAE, 256 px, {precision}"
     return row(name, module, vae_weights(shape, precision), predicted,
                lambda: module(latents=latents))  # fmt: skip
@@ -186,7 +184,7 @@ def request_row(resolution: int, output_type: str = "pt") -> Row:
     words = Words(int(pipe.prompt_encoder.tokenizer([prompt]).attention_mask.sum()))
     setting = Setting(
         precision=Precision.FP32, text_precision=Precision.FP32, fused=ON_GPU,
-        conv_copies=0 if ON_GPU else 1, cached_prompts=1, words=words,
+        cached_prompts=1, words=words,
     )  # fmt: skip
     found = forecast(shape, resolution, setting, 2)
     weights = sum(part.weights for part in found.parts.values())

@@ -87,8 +87,10 @@ class OneStep:
         x: Tensor,
         generator: object = None,
         return_dict: bool = False,
-    ) -> tuple[Tensor]:
-        return ((x - (1 - self._alpha) ** 0.5 * noise) / self._alpha**0.5,)
+    ) -> tuple[Tensor, Tensor]:
+        """The next latents and, as other schedulers give it, the estimate of x0: the same."""
+        x0 = (x - (1 - self._alpha) ** 0.5 * noise) / self._alpha**0.5
+        return x0, x0
 
 
 def stored_scheduler(folder: Path) -> Scheduler:

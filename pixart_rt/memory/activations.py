@@ -129,7 +129,8 @@ def vae_activations(
 
     score_rows: queries whose attention scores exist at once: none with a fused attention, a chunk,
         or all h·w. conv_copies: copies of its input that a convolution makes; 1 for oneDNN on a CPU
-        in the usual layout. cuDNN's workspace is not known beforehand and not counted.
+        where the tensors are not channels-last, as the pipeline's are. cuDNN's workspace is not
+        known beforehand and not counted.
     """
     s = SIZE[precision]
 

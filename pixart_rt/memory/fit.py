@@ -39,7 +39,6 @@ def fit_engine(
         quality=config.quality,
         batch=config.max_batch,
         fused=on_gpu,
-        conv_copies=0 if on_gpu else 1,
     )
     choice = choose(choices(shape, config.resolution, base, limit), limit)
     chosen = choice.tier.setting
@@ -81,7 +80,6 @@ def fit_bundle(
         text_place=manifest.text_place,
         quality=manifest.quality,
         fused=on_gpu,
-        conv_copies=0 if on_gpu else 1,
         cached_prompts=prompts,
     )
     largest, resolution = int(engine["max_batch"]), int(engine["resolution"])

@@ -53,7 +53,7 @@ class Setting:
     quality: Quality = Quality.HIGH
     batch: int = 1  # images at once; guidance doubles the transformer's rows
     fused: bool = True  # the transformer's kernels: on a GPU they are
-    conv_copies: int = 0  # as in vae_activations: 1 on a CPU
+    conv_copies: int = 0  # as in vae_activations
     cached_prompts: int | None = None  # and one plan; None: caches as full as they get
     words: Words | None = None  # None: whatever prompts there are
 

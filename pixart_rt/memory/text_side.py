@@ -83,8 +83,8 @@ def absorb_activations(config: ModelConfig, precision: Precision, rows: int, len
 class TextMemory:
     """What a request of `batch` images holds of its text, beyond what the cache keeps.
 
-    named: the texts are known, so the absorbed form is kept for the next batch (else it is made for
-    the unguided rows and again for the guided ones). replaces: another request's is still there.
+    named: the texts are known, so their keys and values are the cache's. replaces: another
+    request's absorbed form is still there.
     """
 
     config: ModelConfig
@@ -106,35 +106,34 @@ class TextMemory:
     def prepare(self) -> int:
         """The most while the rows' text is made, of these moments in order:
 
-        plain      B prompts joined, their absorbed form made, the last request's still there
-        null       the same joined, their form; one null prompt's keys and values, or B joined
-        guided     both halves, and joined 4·B; the plain form; that of 2·B rows made
+        null       B prompts joined; one null prompt's keys and values, or B joined
+        guided     both halves; joined 4·B where the null prompt is not constant; their form made,
+                   the last request's still there
+
+        Every step is taken to be guided, as by default: there are no rows without.
         """
         B, kv = self.batch, kv_bytes(self.config, self.precision)
-        plain = self._length(self.words.prompt)
-        form = self._absorbed(B, plain)
-        moments = [B * kv + self._making(B, plain) + (self.kept if self.replaces else 0)]
+        before = self.kept if self.replaces else 0
         made = text_side_activations(self.config, self.precision) - (kv if self.named else 0)
-        moments.append(B * kv + form + max(made, B * kv))
-        if not self._constant:
+        moments = [B * kv + max(made, B * kv) + before]
+        if self._constant:
+            plain = self._length(self.words.prompt)
+            moments.append(2 * B * kv + self._making(B, plain) + before)
+        else:
             both = self._length(max(self.words.prompt, self.words.negative))
-            moments.append(4 * B * kv + form + self._making(2 * B, both))
-        elif not self.named:
-            moments.append(2 * B * kv + form + self._making(B, plain))
+            moments.append(4 * B * kv + self._making(2 * B, both) + before)
         return max(moments)
 
     @property
     def denoise(self) -> int:
-        """The rows' text, without guidance and with it, during all steps."""
+        """The rows' text during all steps."""
         B, kv = self.batch, kv_bytes(self.config, self.precision)
-        plain = self._length(self.words.prompt)
-        held = self._absorbed(B, plain) if plain else B * kv
         if not self._constant:
             both = self._length(max(self.words.prompt, self.words.negative))
-            return held + (self._absorbed(2 * B, both) if both else 2 * B * kv)
-        again = held if plain and not self.named else 0
-        vectors = self.config.num_layers * B * self.config.hidden_size * SIZE[self.precision]
-        return held + again + vectors
+            return self._absorbed(2 * B, both) if both else 2 * B * kv
+        plain = self._length(self.words.prompt)
+        held = self._absorbed(B, plain) if plain else B * kv
+        return held + self.config.num_layers * B * self.config.hidden_size * SIZE[self.precision]
 
     @property
     def kept(self) -> int:

@@ -39,7 +39,7 @@ def predicted(bundle: Path, batch: int, words: Words) -> Forecast:
         text_precision=Precision(manifest.engine_config["text_precision"]),
         batch=batch,
         fused=False,
-        conv_copies=1,
+        conv_copies=0,  # the decoder runs channels-last
         cached_prompts=batch + (words.negative > 1),
         words=words,
     )

@@ -161,6 +161,7 @@ def text_row(precision: Precision, weights: Weights) -> Row:
 def vae_row(precision: Precision) -> Row:
     shape = find_shape("xl-random", 256).vae
     module = VaeDecoder(vae_from_config(SD_VAE)).to(DEVICE, DTYPES[precision])
+    module.use(Kernels.FUSED if ON_GPU else Kernels.REFERENCE)  # channels-last, as in a pipeline
     latents = torch.randn(1, 4, 32, 32, device=DEVICE)
     predicted = vae_activations(shape, precision, rows=1, height=32, width=32)
     name = f"Stable Diffusion's VAE, 256 px, {precision}"

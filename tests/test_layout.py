@@ -20,7 +20,7 @@ ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixar
 # the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels", "errors", "version", "files", "quiet"}),
-    frozenset({"ops", "approximate", "buckets", "config"}),
+    frozenset({"ops", "approximate", "batch", "buckets", "config"}),
     frozenset({"model", "bundle", "images", "similarity"}),
     frozenset(
         {

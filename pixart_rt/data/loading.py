@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
-from pixart_rt.data.sample import Batch
 
 
 class FeatureSource(Protocol):

@@ -1,46 +1,12 @@
-"""Noise that depends on (seed, step, sample) alone, text padding, bfloat16 as bytes."""
+"""Text padding, bfloat16 as bytes, checksums."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 
 from pixart_rt.data.checksum import checksum
-from pixart_rt.data.sample import bfloat16_from_bytes, bfloat16_to_bytes, draw_noise, pad_text
-from pixart_rt.errors import ConfigError
-
-SHAPE = (4, 5, 7)
-
-
-def test_noise_does_not_depend_on_the_batch():
-    together = draw_noise(3, 11, [8, 2, 40], SHAPE)
-    for row, sample in enumerate([8, 2, 40]):
-        torch.testing.assert_close(
-            together[row], draw_noise(3, 11, [sample], SHAPE)[0], rtol=0, atol=0
-        )
-
-
-def test_every_seed_step_and_sample_has_noise_of_its_own():
-    drawn = {
-        (seed, step, sample): draw_noise(seed, step, [sample], SHAPE).numpy().tobytes()
-        for seed in (0, 1) for step in (0, 1, 2) for sample in (0, 1, 2)
-    }  # fmt: skip
-    assert len(set(drawn.values())) == len(drawn)
-
-
-def test_noise_is_standard_normal():
-    noise = draw_noise(0, 0, range(200), (4, 32, 32)).double()
-    count = noise.numel()  # 819200: the bounds are five standard errors
-    assert abs(noise.mean()) < 5 / count**0.5
-    assert abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
-    neighbours = (noise[:-1] * noise[1:]).mean()
-    assert abs(neighbours) < 5 / count**0.5
-
-
-def test_negative_seeds_are_refused():
-    with pytest.raises(ConfigError, match="must not be negative"):
-        draw_noise(-1, 0, [0], SHAPE)
+from pixart_rt.data.sample import bfloat16_from_bytes, bfloat16_to_bytes, pad_text
 
 
 def test_text_is_padded_and_masked():

@@ -1,0 +1,49 @@
+"""What a step draws for each sample: noise, and uniform numbers for its timestep and the rest.
+
+B samples, C latent channels, h×w latent pixels. Drawn on the host, for the sample's id alone
+(pixart_rt/batch.py), so that no rank and no micro-batch changes another's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixart_rt.batch import Batch, Stream, draw_noise, draw_uniform
+
+TIMESTEP, DROPPED, GUIDANCE = 0, 1, 2  # which uniform number is for what
+UNIFORMS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """noise [B, C, h, w] float32 and uniform [B, UNIFORMS] float64 in [0, 1)."""
+
+    noise: Tensor
+    uniform: Tensor
+
+    def timesteps(self, count: int) -> Tensor:
+        """[B] int64, each of 0..count-1 equally often."""
+        return (self.uniform[:, TIMESTEP] * count).long()
+
+    def dropped(self, share: float) -> Tensor:
+        """[B] boolean: which captions or labels are dropped, each with probability `share`."""
+        return self.uniform[:, DROPPED] < share
+
+    def rows(self, start: int, stop: int) -> Draws:
+        """Of the samples start..stop-1."""
+        return Draws(self.noise[start:stop], self.uniform[start:stop])
+
+    def to(self, device: torch.device | str) -> Draws:
+        return Draws(
+            self.noise.to(device, non_blocking=True), self.uniform.to(device, non_blocking=True)
+        )
+
+
+def draw(seed: int, step: int, batch: Batch) -> Draws:
+    """The draws of a step for a batch, on the CPU."""
+    ids = batch.ids.tolist()
+    noise = draw_noise(seed, step, ids, batch.latents.shape[1:], Stream.NOISE)
+    return Draws(noise, draw_uniform(seed, step, ids, UNIFORMS))

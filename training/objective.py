@@ -1,0 +1,153 @@
+"""What a step minimises: an objective is a module whose forward gives the losses of a batch.
+
+    losses = objective(batch, draws)         {"loss": [B], and the terms it is made of, each [B]}
+    losses["loss"].mean().backward()
+
+It holds what is trained (parameters that require a gradient) and what is not. `units` are the
+modules that are compiled, sharded (FSDP) and checkpointed one by one: the transformer's blocks.
+
+B images, C latent channels, N tokens, T text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pixart_rt.batch import Batch
+from pixart_rt.buckets import Bucket
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import DataError
+from pixart_rt.model.conditioning import patchify, position_table, unpatchify
+from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.training.diffusion import GaussianDiffusion
+from pixart_rt.training.dit import DiT
+from pixart_rt.training.draws import Draws
+from pixart_rt.training.dropout import NullText, drop_captions, drop_labels
+
+
+class Objective(nn.Module):
+    """Base of all objectives."""
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class Positions:
+    """Position tables [1, N, D] float32 by bucket and device, each computed once."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._tables: dict[tuple[Bucket, torch.device], Tensor] = {}
+
+    def __call__(self, bucket: Bucket, device: torch.device) -> Tensor:
+        key = bucket, device
+        if key not in self._tables:
+            self._tables[key] = position_table(self.config, bucket.grid).to(device)
+        return self._tables[key]
+
+
+def predict_noise(
+    model: PixArtTransformer,
+    positions: Positions,
+    latents: Tensor,
+    t: Tensor,
+    prompt_embeds: Tensor,
+    prompt_mask: Tensor,
+    batch: Batch,
+) -> Tensor:
+    """The text model on noisy latents [B, C, h, w] at timesteps t [B]: [B, 2C, h, w].
+
+    Positions, sizes and aspect ratios are the batch's. Modulation is computed in float32 also
+    under autocast, as it is when images are made.
+    """
+    config, bucket = model.config, batch.bucket
+    with torch.autocast(latents.device.type, enabled=False):
+        modulation = model.modulator(t.float(), batch.original_size, batch.aspect_ratio.flatten())
+    tokens = model(
+        patchify(latents, config.patch_size),
+        positions(bucket, latents.device),
+        modulation,
+        prompt_embeds,
+        prompt_mask,
+    )
+    return unpatchify(tokens, bucket.grid, config.patch_size)
+
+
+class TextObjective(Objective):
+    """Noise and variance from a caption: the paper's stages 2 and 3 (Section 2.2).
+
+    `null` is what dropped captions become; its tensors are moved with the module.
+    """
+
+    def __init__(
+        self,
+        model: PixArtTransformer,
+        diffusion: GaussianDiffusion,
+        null: NullText,
+        text_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.model, self.diffusion, self.text_dropout = model, diffusion, text_dropout
+        self.positions = Positions(model.config)
+        self.register_buffer("null_embeds", null.embeds, persistent=False)
+        self.register_buffer("null_mask", null.mask, persistent=False)
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        return list(self.model.blocks)
+
+    def captions(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings [B, T, E] and their mask [B, T], some of them dropped."""
+        null = NullText(self.get_buffer("null_embeds"), self._buffers["null_mask"])
+        dropped = draws.dropped(self.text_dropout)
+        return drop_captions(batch.prompt_embeds, batch.prompt_mask, dropped, null)
+
+    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        t = draws.timesteps(self.diffusion.num_timesteps)
+        noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
+        output = predict_noise(
+            self.model, self.positions, noisy, t, *self.captions(batch, draws), batch
+        )
+        return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+
+
+class ClassObjective(Objective):
+    """Noise and variance from a class: the paper's stage 1, pixel dependency (Section 2.2)."""
+
+    def __init__(
+        self, model: DiT, diffusion: GaussianDiffusion, label_dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.model, self.diffusion, self.label_dropout = model, diffusion, label_dropout
+        self.positions = Positions(model.config.backbone())
+
+    @property
+    def units(self) -> Sequence[nn.Module]:
+        return list(self.model.blocks)
+
+    def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Raises DataError for a batch without labels."""
+        if batch.labels is None:
+            raise DataError(
+                "a class-conditional phase was asked, but the data has no labels; extract a folder "
+                "with a subfolder for each class"
+            )
+        t = draws.timesteps(self.diffusion.num_timesteps)
+        noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
+        config = self.model.config
+        labels = drop_labels(batch.labels, draws.dropped(self.label_dropout), config.null_label)
+        tokens = self.model(
+            patchify(noisy, config.patch_size),
+            self.positions(batch.bucket, noisy.device),
+            t,
+            labels,
+        )
+        output = unpatchify(tokens, batch.bucket.grid, config.patch_size)
+        return self.diffusion.training_losses(output, batch.latents, t, draws.noise)

@@ -169,6 +169,7 @@ def test_a_public_name_is_loaded_when_used() -> None:
         ["verify"],
         ["doctor"],
         ["convert"],
+        ["merge"],
         ["bench"],
         ["reparameterize"],
         ["data"],

@@ -14,6 +14,7 @@ from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.fidelity import fidelity
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
+from pixart_rt.cli.merge import merge
 from pixart_rt.cli.plan import plan
 from pixart_rt.cli.reparameterize import reparameterize
 from pixart_rt.cli.tune import tune
@@ -53,7 +54,8 @@ def root(
 
 
 for verb in (
-    build, generate, fidelity, plan, convert, reparameterize, inspect, verify, bench, tune, doctor,
+    build, generate, fidelity, plan, convert, reparameterize, merge, inspect, verify, bench, tune,
+    doctor,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(data)

@@ -23,20 +23,19 @@ from pixart_rt.training.lora import add_lora, lora_state, save_lora
 from pixart_rt.training.objective import TextObjective
 from pixart_rt.training.pairs import PairedSampler
 from pixart_rt.training.sampler import BucketSampler
-from pixart_rt.training.tiny.scenes import draw as draw_scene
-from pixart_rt.training.tiny.scenes import place, random_scene
 
 TABLE = bucket_table(256, square=False)
 TOKENS = [bucket.num_tokens for bucket in TABLE]
 
 
 def draw_pictures(root, sizes, seed):
+    """Coloured squares, which tiny, trained on shapes on plain ground, has never seen."""
     root.mkdir()
     rng = np.random.default_rng(seed)
     for number, (height, width) in enumerate(sizes):
-        scene = random_scene(rng)
-        pixels = draw_scene(scene, place(scene, height, width, rng), height, width)
-        Image.fromarray((pixels * 255).astype(np.uint8)).save(root / f"{number}.png")
+        pixels = rng.integers(0, 256, (height // 32, width // 32, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+        image.save(root / f"{number}.png")
     return root
 
 
@@ -179,8 +178,8 @@ def test_a_lora_from_pictures_to_merged_weights(features, tmp_path):
     with torch.no_grad():
         projected = NullText(model.y_proj(null.embeds[None].float())[0], null.mask)
     objective = dreambooth(cached, projected, model, projected=True)
-    before, after, fixed = train(objective, cached, paired(cached), steps=12, lr=3e-3)
-    assert after < 0.97 * before
+    before, after, fixed = train(objective, cached, paired(cached), steps=12, lr=1e-3)
+    assert after < 0.8 * before
     save_lora(tmp_path / "lora", lora_state(model), settings)
     base = read_transformer(TINY / "transformer_256")
     merged = adapters.merge(base, adapters.read_adapter(tmp_path / "lora"))
@@ -199,7 +198,7 @@ def test_all_weights_learn_from_pictures_alone(features):
         source.bucket_of[: source.num_instances], TOKENS, token_budget=2 * max(TOKENS)
     )
     before, after, _ = train(objective, source, sampler, steps=10, lr=3e-4)
-    assert after < 0.97 * before
+    assert after < 0.8 * before
 
 
 def test_the_presets_are_the_papers():

@@ -146,9 +146,14 @@ def encode_instances(
     table: Sequence[Bucket],
     instances: Sequence[Picture],
     of_class: Sequence[Picture] = (),
+    *,
+    repeats: int = 1,
     progress: Progress = lambda name, done, total: None,
 ) -> InstanceSource:
     """Encode every picture and every caption that differs, once.
+
+    repeats: ids that each picture has. Noise is drawn for an id, so where a step has more images
+    than a bucket has pictures, they need as many ids as the step has images. Ids share memory.
 
     A picture that cannot be read is a DataError: among a few, none may be missing unnoticed.
     """
@@ -175,8 +180,8 @@ def encode_instances(
             image = open_rgb(picture.path)
             kept.append(_encode(encoder, table, image, bucket, number[picture.caption]))
     return InstanceSource(
-        [*samples, *kept], list(zip(embeds, mask, strict=True)), table,
-        scaling_factor=encoder.scaling_factor, num_instances=len(samples),
+        [*samples * repeats, *kept * repeats], list(zip(embeds, mask, strict=True)), table,
+        scaling_factor=encoder.scaling_factor, num_instances=repeats * len(samples),
         num_cut=sum(tokens > 0 for tokens in cut),
     )  # fmt: skip
 

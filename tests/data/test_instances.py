@@ -92,6 +92,20 @@ def test_each_bucket_in_use_has_class_pictures(tmp_path, encoder):
     assert not torch.equal(batch.prompt_embeds[0], batch.prompt_embeds[1])
 
 
+def test_a_picture_may_have_several_ids_and_so_several_noises(tmp_path, encoder):
+    dog = plain_folder(tmp_path / "dog", [(256, 256), (150, 300)])
+    animals = plain_folder(tmp_path / "class", [(256, 256)], seed=9)
+    source = encode_instances(
+        encoder, TABLE, pictures_of(dog, PROMPT), pictures_of(animals, "a dog"), repeats=3
+    )
+    assert source.num_instances == 6
+    assert len(source) == 6 + 3 * 2
+    batch = source.load([0, 2, 4], seed=0, step=0)
+    assert not torch.equal(batch.latents[0], batch.latents[1])
+    assert source.samples[0].moments is source.samples[4].moments
+    assert {sample.caption for sample in source.samples[:6]} != {source.samples[6].caption}
+
+
 def test_captions_through_a_projection(tmp_path, encoder):
     folder = plain_folder(tmp_path / "dog", [(256, 256)])
     source = encode_instances(encoder, TABLE, pictures_of(folder, PROMPT))

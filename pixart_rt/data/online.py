@@ -95,7 +95,8 @@ class OnlineSource:
         moments = self.encoder.moments(list(loaded.pixels))
         noise = draw_noise(loaded.seed, loaded.step, loaded.ids, moments.shape[2:])
         features, _ = self.encoder.text(loaded.captions)
-        embeds, mask = pad_text(features, self.encoder.max_text_tokens)
+        padded = self.encoder.max_text_tokens if loaded.labels is None else len(features[0])
+        embeds, mask = pad_text(features, padded)
         return Batch(
             ids=torch.tensor(loaded.ids),
             latents=(moments[:, 0] + moments[:, 1] * noise) * self.encoder.scaling_factor,

@@ -122,7 +122,9 @@ class FeatureStore:
         read = [self._read(int(sample)) for sample in ids]
         moments = torch.stack([latents for latents, _ in read]).float()
         noise = draw_noise(seed, step, [int(sample) for sample in ids], moments.shape[2:])
-        embeds, mask = pad_text([text for _, text in read], self.manifest.max_text_tokens)
+        # Of classes all texts are the empty prompt: a token, not a megabyte of padding for XL.
+        padded = self.manifest.max_text_tokens if self.labels is None else len(read[0][1])
+        embeds, mask = pad_text([text for _, text in read], padded)
         return Batch(
             ids=torch.tensor([int(sample) for sample in ids]),
             latents=(moments[:, 0] + moments[:, 1] * noise) * self.manifest.scaling_factor,

@@ -132,7 +132,8 @@ def test_a_store_keeps_labels(images, tmp_path, make, encoder):
     assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [3, 0, 2]
     empty = store.empty_prompt
     assert all(torch.equal(store.text(sample), empty) for sample in range(len(store)))
-    assert batch.prompt_mask.sum(1).tolist() == [len(empty)] * 3
+    assert batch.prompt_embeds.shape[:2] == batch.prompt_mask.shape == (3, len(empty))
+    assert batch.prompt_mask.all() and torch.equal(batch.prompt_embeds[1], empty)
     assert json.loads((tmp_path / "store" / CLASSES).read_text()) == list(store.classes)
 
 
@@ -230,7 +231,7 @@ def test_online_labels_are_the_stores(images, tmp_path, make, encoder):
     ids = [7, 1, 3, 0]
     fresh, kept = online.finish(online.load(ids, seed=1, step=2)), store.load(ids, seed=1, step=2)
     assert fresh.labels.tolist() == kept.labels.tolist() == [3, 1, 2, 0]
-    assert torch.equal(fresh.prompt_mask, kept.prompt_mask)
+    assert torch.equal(fresh.prompt_mask, kept.prompt_mask) and kept.prompt_mask.shape == (4, 1)
     torch.testing.assert_close(fresh.latents, kept.latents, rtol=2e-3, atol=2e-3)  # float16
 
 

@@ -14,14 +14,14 @@ from pixart_rt.training.warmup import Warmup
 
 
 class OptimizerKind(StrEnum):
-    """What moves the weights."""
+    """What moves the weights (optimizers.py)."""
 
     ADAMW = "adamw"
-    """Fused, states in float32: the paper's."""
+    """PyTorch's, fused: one kernel for all parameters. What the paper trains with (A.5)."""
     ADAMW_8BIT = "adamw8bit"
-    """torchao's: both moments in 8 bits."""
+    """torchao's, with moments of 8 bits; the host waits for the device once a step."""
     CAME = "came"
-    """Factored second moment (arXiv:2307.02047): PixArt-Sigma's."""
+    """Factored second moment (arXiv:2307.02047), as PixArt-Sigma trains."""
 
 
 class Parallel(StrEnum):
@@ -54,8 +54,8 @@ class RunSettings:
     warmup: Warmup = field(default_factory=Warmup)
     optimizer: OptimizerKind = OptimizerKind.ADAMW
     weight_decay: float = 0.03
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, ...] | None = None  # None: the optimiser's own
+    eps: float | None = None
     clip_norm: float = 1.0
     ema_decay: float | None = 0.9999  # None: no average is kept
     ema_on_cpu: bool = False
@@ -74,7 +74,7 @@ class RunSettings:
     validate_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "eps", "clip_norm", "micro_batches", "log_every", "save_every",
+        for name in ("steps", "lr", "clip_norm", "micro_batches", "log_every", "save_every",
                      "keep"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")

@@ -38,6 +38,16 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Called after every step of the optimiser, for what follows the weights."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside parameters and averages."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `own_state` gave."""
+
 
 class Positions:
     """Position tables [1, N, D] float32 by bucket and device, each computed once."""

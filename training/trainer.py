@@ -1,0 +1,230 @@
+"""The loop: batches in, optimiser steps, averages, log lines and checkpoints out.
+
+    trainer = Trainer(objective, feed, settings, out, ranks, samples=len(source))
+    trainer.run()
+
+A step is a function of the state and of (seed, step): all that is random is drawn for a sample's id
+(draws.py). So a run that was killed goes on as if it had not been. The step waits for the device
+nowhere; values are read where a line is logged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from pixart_rt.batch import Batch
+from pixart_rt.config import Precision
+from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.training.checkpoints import Checkpoints, Progress, State
+from pixart_rt.training.clipping import clip_gradients, step_if_finite
+from pixart_rt.training.draws import Draws, draw
+from pixart_rt.training.ema import Ema
+from pixart_rt.training.loss_scale import LossScale
+from pixart_rt.training.lr import set_lr
+from pixart_rt.training.objective import Objective
+from pixart_rt.training.optimizers import make_optimizer
+from pixart_rt.training.parallel import DTYPES, spread
+from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.reproducible import TreeSum, sum_over_ranks, take_gradients
+from pixart_rt.training.run_settings import RunSettings
+
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+class Feed(Protocol):
+    """Where batches come from: those of this rank for the steps start..stop-1, in order."""
+
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did, on the device: losses by term [B of this rank], timesteps [B], the norm of
+    the gradients [] before clipping, and 1.0 where it was not finite and changed nothing []."""
+
+    losses: dict[str, Tensor]
+    uniform: Tensor
+    norm: Tensor
+    found_inf: Tensor
+    lr: float
+
+
+class Trainer:
+    """One phase on one rank of a run.
+
+    `objective` is on any device; it is moved to the ranks'. `out` is the run's folder. `identity`
+    adds to what must be the same when the run goes on: the data, its sampler.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        feed: Feed,
+        settings: RunSettings,
+        out: Path,
+        ranks: Ranks,
+        *,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        if settings.micro_batches % ranks.num_ranks:
+            raise ConfigError(
+                f"{settings.micro_batches} micro-batches were asked on {ranks.num_ranks} ranks; "
+                "use a multiple of the ranks"
+            )
+        self.settings, self.ranks, self.feed, self.out = settings, ranks, feed, Path(out)
+        self.objective = objective.to(ranks.device).train()
+        self._spread = spread(objective, settings, ranks)
+        self.parameters = [each for each in objective.parameters() if each.requires_grad]
+        if not self.parameters:
+            raise ConfigError("nothing is to be trained: no parameter requires a gradient")
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.parameters,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+        self.ema: Ema | None = None
+        if settings.ema_decay is not None:
+            device = "cpu" if settings.ema_on_cpu else None
+            self.ema = Ema(objective, settings.ema_decay, device)
+        self.loss_scale = LossScale(ranks.device, settings.precision is Precision.FP16)
+        self.skipped = torch.zeros((), device=ranks.device)
+        self.checkpoints = Checkpoints(out, ranks, settings.keep)
+        self.identity = {**settings.identity(), **(identity or {})}
+        self.done = 0  # steps
+
+    def run(self) -> None:
+        """Go on from the newest checkpoint to the last step, and save that one."""
+        self.resume()
+        if self.done < self.settings.steps:
+            self._walk(self.settings.steps)
+        if self.done not in self.checkpoints.steps():
+            self.save()
+        self.checkpoints.finish()
+        self.ranks.barrier()
+
+    def _walk(self, stop: int) -> None:
+        waiting = time.monotonic()
+        for batch in self.feed(self.done, stop):
+            waited = time.monotonic() - waiting
+            self.observe(self.step(batch), batch, waited)
+            if self.done % self.settings.save_every == 0:
+                self.save()
+            self.checkpoints.poll()
+            waiting = time.monotonic()
+
+    def observe(self, result: StepResult, batch: Batch, waited: float) -> None:
+        """Keep what a log line needs; write it every `log_every` steps."""
+
+    def step(self, batch: Batch) -> StepResult:
+        """One step of the optimiser on this rank's samples of step `done`."""
+        settings = self.settings
+        rate = settings.lr * settings.warmup.share(self.done)
+        set_lr(self.optimizer, rate)
+        draws = draw(settings.seed, self.done, batch).to(self.ranks.device)
+        losses = self.backward(batch.to(self.ranks.device), draws)
+        self.loss_scale.unscale(self.parameters)
+        norm, found_inf = clip_gradients(self.parameters, settings.clip_norm)
+        step_if_finite(self.optimizer, found_inf)
+        self.optimizer.zero_grad()  # after the step: before it, micro-batches would be lost
+        self.loss_scale.update(found_inf)
+        self.skipped += found_inf
+        if self.ema is not None:
+            self.ema.update()
+        self.objective.after_step()
+        self.done += 1
+        return StepResult(losses, draws.uniform, norm, found_inf, rate)
+
+    def backward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Gradients of the mean loss over all ranks; the losses by term of this rank's samples."""
+        mine = self.settings.micro_batches // self.ranks.num_ranks
+        if len(batch) % mine:
+            raise ConfigError(f"a batch of {len(batch)} does not divide into {mine} micro-batches")
+        size = len(batch) // mine
+        cuts = [(start, start + size) for start in range(0, len(batch), size)]
+        tree = TreeSum() if self.settings.reproducible else None
+        kept: dict[str, list[Tensor]] = {}
+        for start, stop in cuts:
+            with self._spread.accumulating(stop == len(batch)):
+                with self.autocast():
+                    losses = self._spread(batch.rows(start, stop), draws.rows(start, stop))
+                shares = self.settings.micro_batches if tree else mine
+                self.loss_scale.scaled(losses["loss"].mean() / shares).backward()
+            if tree:
+                tree.add(take_gradients(self.parameters))
+            for name, values in losses.items():
+                kept.setdefault(name, []).append(values.detach())
+        if tree:
+            total = sum_over_ranks(tree.result())
+            for parameter, gradient in zip(self.parameters, total, strict=True):
+                parameter.grad = gradient
+        self._spread.average_replicated()
+        return {name: torch.cat(values) for name, values in kept.items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the run's precision; nothing for float32."""
+        if self.settings.precision is Precision.FP32:
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, DTYPES[self.settings.precision])
+
+    def state(self) -> State:
+        """All that a step changes, as this rank holds it."""
+        model, optimizer = get_state_dict(self.objective, self.optimizer, options=_OPTIONS)
+        state = {"model": model, "optimizer": optimizer, "loss_scale": self.loss_scale.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return {**state, "objective": self.objective.own_state()}
+
+    def save(self) -> None:
+        """Begin a checkpoint of the steps done."""
+        skipped = int(self.skipped.item())
+        progress = Progress(step=self.done, skipped=skipped, identity=self.identity)
+        self.checkpoints.save(self.state(), progress)
+
+    def resume(self, step: int | None = None) -> None:
+        """Take up the newest checkpoint, or that of a step; without any, begin.
+
+        Raises CheckpointError for one of another run.
+        """
+        steps = self.checkpoints.steps()
+        chosen = step if step is not None else (steps[-1] if steps else None)
+        if chosen is None:
+            return
+        progress = self.checkpoints.progress(chosen)
+        for name, value in self.identity.items():
+            found = progress.identity.get(name)
+            if found != value:
+                raise CheckpointError(
+                    f"{self.checkpoints.path(chosen)} was made with {name} {found}, this run has "
+                    f"{value}; go on with the same, or start in another folder"
+                )
+        state = self.state()
+        self.checkpoints.load(state, chosen)
+        set_state_dict(
+            self.objective,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),  # what is frozen is not in it
+        )
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.objective.load_own_state(state["objective"])
+        self.skipped.fill_(progress.skipped)
+        self.done = progress.step

@@ -12,6 +12,7 @@ from pixart_rt.cli.convert import convert
 from pixart_rt.cli.data import data
 from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.fidelity import fidelity
+from pixart_rt.cli.finetune import finetune
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
 from pixart_rt.cli.merge import merge
@@ -59,3 +60,4 @@ for verb in (
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(data)
+app.add_typer(finetune)

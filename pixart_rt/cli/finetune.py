@@ -186,5 +186,6 @@ def _run(
             seed=seed, device=device, precision=precision, optimizer=optimizer,
             checkpointing=checkpointing, micro_batches=micro_batches, force=force,
         )  # fmt: skip
-        finetuning.finetune(request, progress)
-    typer.echo(str(out))
+        tells = finetuning.finetune(request, progress)
+    if tells:
+        typer.echo(str(out))

@@ -81,8 +81,11 @@ class Request:
             )
 
 
-def finetune(request: Request, progress: Progress) -> None:
-    """Train and write the result. Raises ConfigError, DataError or CheckpointError, one line."""
+def finetune(request: Request, progress: Progress) -> bool:
+    """Train and write the result. Returns whether this rank is the one that tells.
+
+    Raises ConfigError, DataError or CheckpointError, one line.
+    """
     check_target(request.out, request.force)
     instances, of_class = _pictures(request)
     folder = locate(request.model, COMPONENTS)
@@ -93,6 +96,8 @@ def finetune(request: Request, progress: Progress) -> None:
             f"{checkpoint.config.resolution} px model"
         )
     with start_ranks(request.device) as ranks:
+        if not ranks.is_first:
+            progress = _silent
         source, null = _encode(request, checkpoint, instances, of_class, ranks.device, progress)
         model = load_transformer(checkpoint, torch.float32)
         _choose_what_learns(model, request)
@@ -122,6 +127,11 @@ def finetune(request: Request, progress: Progress) -> None:
             _write(request, checkpoint, folder, model)
             _forget_checkpoints(run)
         ranks.barrier()
+        return ranks.is_first
+
+
+def _silent(name: str, done: int, total: int) -> None:
+    """The progress of ranks other than the first."""
 
 
 def _pictures(request: Request) -> tuple[list[Picture], list[Picture]]:

@@ -86,7 +86,8 @@ class _Placed:
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.component, self.device = component, device
-        self.also_takes, self.capturable = component.also_takes, component.capturable
+        self.also_takes = component.also_takes
+        self.capturable = component.capturable and device.type == "cuda"
         self.cacheable = getattr(component, "cacheable", None)  # few backends' are
 
     def __call__(self, **inputs: Tensor) -> Tensor:
@@ -392,8 +393,10 @@ class PixArtPipeline:
         approximate: that of the requests to come; their graphs hold the steps that are not skipped.
         progress: called with a name, shapes done and shapes in all; by default a bar on stderr.
         On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph, which a
-        later request of the same shape replays, unless it has a callback. Elsewhere a step runs
-        once for each shape, which compiles what is compiled at first use.
+        later request of the same shape replays, unless it has a callback; and the text encoder at
+        each of its lengths, for one prompt and for `batch_size`, unless it is offloaded or on the
+        CPU. Elsewhere a step runs once for each shape, which compiles what is compiled at first
+        use.
         """
         sampling = self._sampling(
             num_inference_steps, guidance_scale, scheduler, approximate=approximate
@@ -403,15 +406,23 @@ class PixArtPipeline:
             bucket = each if isinstance(each, Bucket) else bucket_for_aspect(self.resolution, each)
             shapes.setdefault(bucket.num_tokens, bucket)
         work = [(bucket, prompt) for bucket in shapes.values() for prompt in prompts]
-        before = self.denoiser.graphs.captures
+        before = self._num_captures()
         with _reporting(progress) as report:
+            if self.prompt_encoder is not None:
+                report("text encoder", 0, len(work))
+                for num_prompts in sorted({1, batch_size}):
+                    self.prompt_encoder.warm(num_prompts)
             for index, (bucket, prompt) in enumerate(work):
                 report(f"{bucket.num_tokens} tokens", index, len(work))
                 rows = self._rows([prompt], [""], sampling.guided, None, None)
                 item = rows[0].item(bucket, 0, sampling.guidance_scale)
                 self.denoiser.warm([item] * batch_size, sampling)
             report("ready", len(work), len(work))
-        return self.denoiser.graphs.captures - before
+        return self._num_captures() - before
+
+    def _num_captures(self) -> int:
+        texts = 0 if self.prompt_encoder is None else self.prompt_encoder.graphs.captures
+        return self.denoiser.graphs.captures + texts
 
     def _sampling(
         self,

@@ -119,6 +119,7 @@ class PixArtPipeline:
         self.max_batch = int(manifest.engine_config["max_batch"])
         self.quality = manifest.quality
         self.vae_decoder = components["vae_decoder"]
+        self.vae_tiling = manifest.vae_tiling  # unless a call says otherwise
         self.prompt_encoder: PromptEncoder | None = None
         if "text_encoder" in components:
             entry = manifest.components["text_encoder"]
@@ -242,7 +243,7 @@ class PixArtPipeline:
         negative_prompt_attention_mask: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         output_type: str = "pil",
-        vae_tiling: bool = False,
+        vae_tiling: bool | None = None,
         approximate: Approximation | None = None,
     ) -> PipelineOutput:
         """Make `num_images_per_prompt` images of every prompt.
@@ -267,6 +268,7 @@ class PixArtPipeline:
         output_type: "pil", "np", "pt" or "latent".
         A batch without a callback replays its CUDA graph, if `warmup` captured one.
         vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
+            By default as the bundle was built.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
         it on the CPU and copy it. The finished images are checked once for NaN.
         Raises ConfigError for impossible arguments, Cancelled after `interrupt`, NumericsError
@@ -301,8 +303,7 @@ class PixArtPipeline:
             row.item(bucket, seed, sampling.guidance_scale)
             for row, seed in zip(repeated, seeds, strict=True)
         ]
-        profiles = self.manifest.components["vae_decoder"].profiles
-        decode = TiledDecoder(self.vae_decoder, profiles) if vae_tiling else self.vae_decoder
+        decode = self._decoder(vae_tiling)
         images, skipped = [], []
         for start in range(0, len(items), self.max_batch):
             chunk = items[start : start + self.max_batch]
@@ -481,10 +482,15 @@ class PixArtPipeline:
                 f"{sampling.scheduler}); run `pixart-rt verify` on the bundle"
             )
 
+    def _decoder(self, tiling: bool | None = None) -> Component | TiledDecoder:
+        if not (self.vae_tiling if tiling is None else tiling):
+            return self.vae_decoder
+        return TiledDecoder(self.vae_decoder, self.manifest.components["vae_decoder"].profiles)
+
     def _image(
         self, latents: Tensor, request: Request, sampling: SamplingConfig, output_type: str
     ) -> Any:
-        image = latents if output_type == "latent" else self.vae_decoder(latents=latents)
+        image = latents if output_type == "latent" else self._decoder()(latents=latents)
         self._require_finite(image, sampling)
         finished = _finish(image, request.height, request.width, output_type)
         return finished[0] if output_type == "pil" else finished

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.approximate import Approximation, StepCache
+from pixart_rt.approximate import Approximation, FirstBlockCache, StepCache
 from pixart_rt.backends.base import Component
 from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket, bucket_for_aspect, choose_bucket
@@ -50,6 +50,7 @@ DTYPES = {
     Precision.BF16: torch.bfloat16,
 }
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+BATCHES_AHEAD = 4  # of generate_many, whose prompts are encoded together; XL: 2 MB each
 WARMUP_PROMPTS = ("a red circle above a blue square", " ".join(["a quiet harbour"] * 8))
 Progress = Callable[[str, int, int], None]
 StepCallback = Callable[
@@ -325,15 +326,20 @@ class PixArtPipeline:
         requests: Sequence[Request],
         *,
         num_inference_steps: int = 20,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         scheduler: str | Scheduler | None = None,
+        approximate: Approximation | None = None,
         output_type: str = "pil",
     ) -> list[Any]:
         """Many images at once, each with its own prompt, seed, guidance and shape.
 
         With DPM-Solver++ images of equal token counts share a batch of at most `max_batch` whatever
-        their shapes: 8 of the 40 shapes of 1024 px have 3840 tokens. With other samplers images of
-        one shape do. An image does not depend on its batch, beyond sums in another order: in
-        float32 its latents agree to 1e-4 of their norm.
+        their shapes: 8 of the 40 shapes of 1024 px have 3840 tokens. With other samplers, and with
+        `approximate`, images of one shape do. An image does not depend on its batch, beyond sums in
+        another order: in float32 its latents agree to 1e-4 of their norm.
+        approximate: a step cache, whose steps follow from the shape; a first-block cache skips a
+            step where the whole batch allows it, so that an image would depend on its batch.
+        Prompts of several batches are encoded together, the short ones apart from the long.
         Returns an image per request in their order: PIL, or with output_type "np", "pt" or
         "latent" an array or tensor [1, ...]. Raises as a call does.
         """
@@ -341,36 +347,65 @@ class PixArtPipeline:
             raise ConfigError(
                 f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}"
             )
+        if isinstance(approximate, FirstBlockCache):
+            raise ConfigError(
+                f"{approximate} was asked of generate_many, whose images must not depend on their "
+                "batch; use a step cache, or call the pipeline for each"
+            )
         self._interrupted = False
-        groups: dict[tuple[Any, ...], list[int]] = {}
         settings = []
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
-            sampling = self._sampling(num_inference_steps, request.guidance_scale, scheduler)
+            sampling = self._sampling(
+                num_inference_steps, request.guidance_scale, scheduler, guidance_interval,
+                approximate,
+            )  # fmt: skip
             bucket = choose_bucket(
                 self.resolution, request.aspect_ratio, request.height, request.width
             )
             settings.append((sampling, bucket))
-            shape = bucket.num_tokens if self.denoiser.mixes(sampling) else bucket
+            mixes = approximate is None and self.denoiser.mixes(sampling)
+            shape = bucket.num_tokens if mixes else bucket
             groups.setdefault((shape, sampling.guided), []).append(index)
+        batches = [
+            members[start : start + self.max_batch]
+            for members in groups.values()
+            for start in range(0, len(members), self.max_batch)
+        ]
         done: list[Any] = [None] * len(requests)
-        for members in groups.values():
-            for start in range(0, len(members), self.max_batch):
-                chunk = members[start : start + self.max_batch]
-                chosen = [requests[index] for index in chunk]
-                sampling = settings[chunk[0]][0]
-                rows = self._rows(
-                    [each.prompt for each in chosen], [each.negative_prompt for each in chosen],
-                    sampling.guided, None, None,
-                )  # fmt: skip
+        for first in range(0, len(batches), BATCHES_AHEAD):
+            ahead = batches[first : first + BATCHES_AHEAD]
+            rows = self._rows_of(requests, [index for batch in ahead for index in batch], settings)
+            for batch in ahead:
+                sampling = settings[batch[0]][0]
                 items = [
-                    row.item(settings[index][1], requests[index].seed,
-                             settings[index][0].guidance_scale)
-                    for row, index in zip(rows, chunk, strict=True)
-                ]  # fmt: skip
+                    rows[index].item(
+                        settings[index][1], requests[index].seed, settings[index][0].guidance_scale
+                    )
+                    for index in batch
+                ]
                 latents = self.denoiser(items, sampling, self._before(sampling), None)
-                for index, each in zip(chunk, latents, strict=True):
+                for index, each in zip(batch, latents, strict=True):
                     done[index] = self._image(each, requests[index], sampling, output_type)
         return done
+
+    def _rows_of(
+        self,
+        requests: Sequence[Request],
+        indices: Sequence[int],
+        settings: Sequence[tuple[SamplingConfig, Bucket]],
+    ) -> dict[int, _Row]:
+        """The rows of these requests by their index, encoded together."""
+        found: dict[int, _Row] = {}
+        for guided in (True, False):
+            chosen = [index for index in indices if settings[index][0].guided is guided]
+            if not chosen:
+                continue
+            prompts = [requests[index].prompt for index in chosen]
+            negatives = [requests[index].negative_prompt for index in chosen]
+            rows = self._rows(prompts, negatives, guided, None, None)
+            found.update(zip(chosen, rows, strict=True))
+        return found
 
     @torch.inference_mode()
     def warmup(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +80,8 @@ class TextTokens:
 class PromptEncoder:
     """Encodes prompts, each once: a text seen before comes from a cache.
 
-    `hits`, `disk_hits` and `misses` count texts; only a miss runs the text encoder, at the smallest
-    of `text_lengths` that holds the longest prompt of the call.
+    `hits`, `disk_hits` and `misses` count texts; only a miss runs the text encoder, on prompts
+    of about one length at a time, at the smallest of `text_lengths` that holds them.
     """
 
     def __init__(
@@ -116,9 +116,8 @@ class PromptEncoder:
         missing = [text for text in texts if found[text] is None]
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
-        for start in range(0, len(missing), self.max_batch):
-            chunk = missing[start : start + self.max_batch]
-            encoded = self._encode(chunk, whole)
+        for chunk, tokens in self._chunks(missing):
+            encoded = self._encode(tokens, whole)
             for row, text in enumerate(chunk):
                 found[text] = encoded[row : row + 1]
                 self._write(text, whole, encoded[row : row + 1])
@@ -135,8 +134,17 @@ class PromptEncoder:
             return self._null
         return self._cache.get((text, whole)) or self._read(text, whole)
 
-    def _encode(self, prompts: list[str], whole: bool) -> Encoded:
+    def _chunks(self, prompts: list[str]) -> Iterator[tuple[list[str], TextTokens]]:
+        """Prompts of about one length, at most `max_batch`, with their tokens on the CPU."""
+        if not prompts:
+            return
         tokens = self.tokenizer(prompts)
+        counts = tokens.attention_mask.sum(1)
+        for rows in counts.argsort(stable=True).split(self.max_batch):
+            chunk = [prompts[row] for row in rows.tolist()]
+            yield chunk, TextTokens(tokens.input_ids[rows], tokens.attention_mask[rows])
+
+    def _encode(self, tokens: TextTokens, whole: bool) -> Encoded:
         counts = tuple(tokens.attention_mask.sum(1).tolist())
         longest = self.tokenizer.max_tokens
         length = longest if whole else text_length(max(counts), longest)

@@ -123,7 +123,6 @@ class PixArtPipeline:
         self.vae_tiling = manifest.vae_tiling  # unless a call says otherwise
         self.prompt_encoder: PromptEncoder | None = None
         if "text_encoder" in components:
-            entry = manifest.components["text_encoder"]
             self.prompt_encoder = PromptEncoder(
                 PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens),
                 components["text_encoder"],
@@ -131,7 +130,7 @@ class PixArtPipeline:
                 2 * self.max_batch,
                 null_prompt=self.folder / NULL_PROMPT,
                 disk=prompt_cache,
-                disk_key=" ".join(sorted(entry.files.values())),
+                disk_key=_text_key(manifest),
             )
         self.y_embedding: Tensor | None = None
         if self.config.cfg_null is CfgNull.Y_EMBEDDING:
@@ -605,6 +604,15 @@ class _Row:
         return Item(
             bucket, seed, guidance_scale, self.text, self.encoded, self.null_text, self.null
         )
+
+
+def _text_key(manifest: Manifest) -> str:
+    """What embeddings depend on but their text: the encoder's files, how its weights are kept when
+    they are loaded, and where a prompt is cut.
+    """
+    files = sorted(manifest.components["text_encoder"].files.values())
+    weights, longest = manifest.weights_of("text_encoder"), manifest.config.max_text_tokens
+    return " ".join([*files, weights, str(longest)])
 
 
 def _enum(name: str | Scheduler) -> Scheduler:

@@ -151,7 +151,7 @@ class PromptEncoder:
         ids, mask = (
             each[:, :length].to(self.device) for each in (tokens.input_ids, tokens.attention_mask)
         )
-        embeds = self._embed(TextTokens(ids, mask)).to(self.device)
+        embeds = self.embed(TextTokens(ids, mask)).to(self.device)
         padding = longest - length
         return Encoded(F.pad(embeds, (0, 0, 0, padding)), F.pad(mask.bool(), (0, padding)), counts)
 
@@ -168,8 +168,10 @@ class PromptEncoder:
             if key not in self.graphs:
                 self.graphs.capture(key, self._run, tokens)
 
-    def _embed(self, tokens: TextTokens) -> Tensor:
-        """Embeddings [B, T, C] by the graph of these shapes, if one was captured."""
+    def embed(self, tokens: TextTokens) -> Tensor:
+        """Embeddings [B, T, C] of tokens on the device: the graph of these shapes, if one was
+        captured, else the text encoder. No cache is asked.
+        """
         if len(self.graphs):
             embeds = self.graphs.replay(self._graph_key(tokens), tokens)
             if embeds is not None:

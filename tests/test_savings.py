@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,29 @@ def test_prompts_on_disk_serve_the_next_process(pipe: PixArtPipeline, tmp_path: 
     third = PixArtPipeline.from_bundle(pipe.folder, "cpu", check=False, prompt_cache=folder)
     assert distance(latents(third, frozenset(Saving), prompt=SHORT), expected) < FLOAT32
     assert third.prompt_encoder is not None and third.prompt_encoder.misses == 1
+
+
+@pytest.mark.parametrize("change", ["weights", "length"])
+def test_prompts_on_disk_are_of_one_text_encoder(
+    pipe: PixArtPipeline, tmp_path: Path, change: str
+) -> None:
+    """Quantized weights have the files of the others, and PixArt's two families the same T5."""
+    first = PixArtPipeline.from_bundle(pipe.folder, "cpu", check=False, prompt_cache=tmp_path)
+    assert first.prompt_encoder is not None
+    first.prompt_encoder([SHORT])
+    manifest = first.manifest
+    engine, model = manifest.engine_config, manifest.model_config
+    if change == "weights":
+        engine = {**engine, "text_weights": "int8"}
+    else:
+        model = {**model, "max_text_tokens": model["max_text_tokens"] - 20}
+    other = replace(manifest, engine_config=engine, model_config=model)
+    parts = {"text_encoder": first.prompt_encoder.text_encoder, "transformer": first.transformer,
+             "vae_decoder": first.vae_decoder}  # fmt: skip
+    second = PixArtPipeline(other, first.folder, parts, first.device, tmp_path)
+    assert second.prompt_encoder is not None
+    second.prompt_encoder([SHORT])
+    assert (second.prompt_encoder.disk_hits, second.prompt_encoder.misses) == (0, 1)
 
 
 def test_the_text_encoder_runs_at_the_length_of_the_longest_prompt(pipe: PixArtPipeline) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from pixart_rt import PixArtPipeline
 from pixart_rt.backends.parts import Chain, FunctionPart, part_inputs
+from pixart_rt.bench.request import BenchRequest
+from pixart_rt.bench.systems import Ours
 from pixart_rt.config import EngineConfig, TextPlace, text_lengths
 from pixart_rt.export.build import build
 from pixart_rt.graphs import Graphs
@@ -225,6 +227,22 @@ def test_warmup_fills_them_and_a_request_replays(
     assert (actual - expected).norm() <= 1e-5 * expected.norm()
     text(["a blue square, a green star"])  # outside inference mode, as a user may
     assert text.graphs.replays == before + 2
+
+
+def test_a_replay_counts_as_the_text_encoder_s_time(
+    torch_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bench` must not put it into the denoising, whose first call is no mark where it replays."""
+    ours = Ours(BenchRequest(bundle=torch_bundle, steps=1))
+    text = ours.pipe.prompt_encoder
+    assert text is not None
+    text.graphs = Graphs(capture=Recorded)
+    monkeypatch.setattr(text.text_encoder, "capturable", True)
+    ours.prepare(1)
+    replays = text.graphs.replays
+    _, seconds = ours(["a red circle"], [0])
+    assert text.graphs.replays == replays + 1
+    assert seconds["text_encoder"] > 0
 
 
 def test_an_offloaded_encoder_is_never_captured(torch_bundle: Path) -> None:

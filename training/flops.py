@@ -81,9 +81,9 @@ def step_flops(
     """A training step on one image.
 
     `frozen` parts get no weight gradients; gradients still pass through all of the blocks, as LoRA
-    and ControlNet need them (the adapters' own products are not counted). Full checkpointing runs each
-    block's forward again. The selective policy of kernels/checkpointing.py keeps every product's
-    result, so it recomputes no product: leave it False.
+    and ControlNet need them (the adapters' own products are not counted). Full checkpointing runs
+    each block's forward again. The selective policy of kernels/checkpointing.py keeps the result of
+    every product, so it recomputes none: leave it False.
     """
     backward = 0
     for each in products:
@@ -126,7 +126,7 @@ def blocks(config: ModelConfig, count: int, num_tokens: int, text_tokens: int) -
     return [
         *_self_attention_and_mlp(D, count, N),
         _linear(part, N, D, 2 * D, count=count, in_block=True),  # cross-attention's q and out
-        _linear(part, T, D, 2 * D, after=Part.CAPTIONS, count=count),  # k and v, outside the block
+        _linear(part, T, D, 2 * D, after=Part.CAPTIONS, count=count, in_block=True),  # k and v
         _attention(count, N, T, D),
     ]
 

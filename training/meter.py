@@ -100,7 +100,11 @@ class Meter:
         """Around the call that waits for the next batch."""
         start = self._clock()
         yield
-        self._waited += self._clock() - start
+        self.waited(self._clock() - start)
+
+    def waited(self, seconds: float) -> None:
+        """The same, timed by the caller."""
+        self._waited += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -194,10 +194,9 @@ class Meter:
         packed = torch.cat([numbers, self._steps, self._sums.flatten()])
         if not dist.is_initialized():
             return [packed.tolist()]
-        ranks = dist.get_world_size(self.group)
-        everything = packed.new_empty(ranks * len(packed))
-        dist.all_gather_into_tensor(everything, packed, group=self.group)
-        return everything.view(ranks, -1).tolist()
+        everything = [torch.empty_like(packed) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(everything, packed, group=self.group)
+        return torch.stack(everything).tolist()
 
     def _summary(self, rows: list[list[float]], seconds: float, step: int, lr: float) -> LogLine:
         columns = list(zip(*rows, strict=True))

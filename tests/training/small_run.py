@@ -137,8 +137,8 @@ class Told(Trainer):
 
     kill_at: int | None = None
 
-    def observe(self, result: StepResult, batch: Batch, waited: float) -> None:
-        super().observe(result, batch, waited)
+    def observe(self, result: StepResult, batch: Batch) -> None:
+        super().observe(result, batch)
         line = {
             "step": self.done - 1,
             "tokens": batch.bucket.num_tokens,

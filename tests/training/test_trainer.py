@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.training.draws import draw
 from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.replay import replay
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
 from pixart_rt.training.warmup import Warmup
 
@@ -297,3 +299,48 @@ def test_every_sample_trains_with_its_own_draws(ranks, tmp_path):
     assert torch.equal(whole.noise[2:5], part.noise)
     assert torch.equal(whole.uniform[2:5], part.uniform)
     assert not torch.equal(whole.noise, draw(0, 4, batch).noise)
+
+
+def test_skipped_samples_are_written_down_and_the_step_runs_again(ranks, tmp_path, caplog):
+    trainer = make_trainer(tmp_path, 5, ranks, poisoned=4)
+    trainer.run()
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    record = json.loads(line)
+    assert record["step"] == 4 and "--replay 4" in caplog.text
+    again = make_trainer(tmp_path, 5, ranks, poisoned=4)
+    report = replay(again, 4)
+    assert report["from_checkpoint"] == 3 and not report["finite"]
+    (mine,) = report["ranks"]
+    assert mine["ids"] == record["ids"] == trainer.feed.batch(4).ids.tolist()
+    bad = [not math.isfinite(loss) for loss in mine["loss"]]
+    assert bad == [True] + [False] * 7  # the sample that small_run poisons
+    assert mine["first_output_not_finite"] == "model.x_embedder"
+    assert "model.blocks.0.attn.qkv.weight" in mine["gradients_not_finite"]
+
+
+def test_a_replayed_step_is_the_one_that_was(ranks, tmp_path):
+    trainer = make_trainer(tmp_path, 6, ranks, save_every=2)
+    batches = trainer.feed(0, 6)
+    results = [trainer.step(next(batches)) for _ in range(2)]
+    trainer.save()
+    results += [trainer.step(batch) for batch in batches]
+    trainer.checkpoints.finish()
+    report = replay(make_trainer(tmp_path, 6, ranks), 4)
+    assert report["from_checkpoint"] == 2 and report["finite"]
+    assert report["norm"] == results[4].norm.item()
+    assert report["ranks"][0]["loss"] == results[4].losses["loss"].tolist()
+
+
+def test_the_log_counts_what_the_steps_did(ranks, tmp_path):
+    trainer = make_trainer(tmp_path, 5, ranks, log_every=2)
+    seen = []
+    trainer.observe = lambda result, batch: seen.append((result, batch))
+    trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    for line, (first, last) in zip(lines, ((0, 2), (2, 4), (4, 5)), strict=True):
+        losses = torch.cat([result.losses["loss"] for result, _ in seen[first:last]])
+        assert line["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+        assert line["skipped"] == 0 and line["lr"] == 1e-3 and line["mfu"] is None
+        norms = [result.norm.item() for result, _ in seen[first:last]]
+        assert line["grad_norm"] == pytest.approx(sum(norms) / len(norms))

@@ -100,11 +100,7 @@ class Meter:
         """Around the call that waits for the next batch."""
         start = self._clock()
         yield
-        self.waited(self._clock() - start)
-
-    def waited(self, seconds: float) -> None:
-        """The same, timed by the caller."""
-        self._waited += seconds
+        self._waited += self._clock() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from pixart_rt.kernels.cross_attention import (
     cross_attention_constant,
 )
 from pixart_rt.model.transformer import CrossAttention, Mlp, PixArtTransformer
+from pixart_rt.ops import refuse_adapters
 
 TEXT_SIDE = "text_side.safetensors"  # in a bundle
 
@@ -85,7 +86,11 @@ class TextSide(nn.Module):
 
     @classmethod
     def of(cls, model: PixArtTransformer) -> TextSide:
-        """The text side of a model, sharing its weights."""
+        """The text side of a model, sharing its weights.
+
+        Raises ConfigError for a model with adapters: its forms read weights, not modules.
+        """
+        refuse_adapters(model, "sampling")
         with torch.device("meta"):
             side = cls(model.config)
         side.y_proj = model.y_proj

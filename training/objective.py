@@ -38,6 +38,9 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Called after each step of the optimiser."""
+
 
 class Positions:
     """Position tables [1, N, D] float32 by bucket and device, each computed once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -359,6 +360,20 @@ def test_an_adapter_that_is_switched_off_is_the_teacher():
     torch.testing.assert_close(adapted.delta.grad, apart.model.weights.grad, rtol=1e-9, atol=0)
     assert adapted.weights.grad is None and adapted.on
     assert objective.teacher is None and objective.target is None and len(objective.units) == 1
+
+
+def test_the_loss_of_half_precision_outputs_is_float32():
+    batch, draws = make_batch([0, 30, 49], 50)
+    single = replace(batch, latents=batch.latents.float(), prompt_embeds=batch.prompt_embeds.half())
+
+    class Half(Affine):
+        def predict(self, x, t, text, size):
+            return super().predict(x, t, text, size).bfloat16()
+
+    draws = Draws(draws.noise.float(), draws.uniform)
+    objective = ConsistencyDistillation(Half(0.3, 0.2), DIFFUSION, make_null(True))
+    loss = objective(single, draws)["loss"]
+    assert loss.dtype == torch.float32 and loss.isfinite().all()
 
 
 @pytest.mark.parametrize(

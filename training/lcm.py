@@ -29,18 +29,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pixart_rt.batch import Batch
+from pixart_rt.buckets import Bucket
 from pixart_rt.config import MOST_STEPS, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.draws import Draws
 from pixart_rt.training.dropout import NullText, drop_captions
+from pixart_rt.training.flops import Part, StepFlops, step_flops, text_model
 from pixart_rt.training.objective import TextObjective, predict_noise
 
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # those of the LCM sampler; no other pair can be sampled
@@ -139,9 +141,23 @@ class ConsistencyDistillation(TextObjective):
         models = [each for each in (self.model, self.teacher, self.target) if each is not None]
         return [block for model in models for block in model.blocks]
 
+    def timesteps(self, draws: Draws) -> Tensor:
+        """The student's, t_{n+k}: [B] int64."""
+        return (draws.timesteps(self.settings.num_ddim_timesteps) + 1) * self.stride - 1
+
+    def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
+        """Of the student's pass and three that are only forward: two teacher's, the target's."""
+        config = self.model.config
+        step = step_flops(
+            text_model(config, bucket.num_tokens, config.max_text_tokens),
+            frozen=() if self.settings.lora_rank is None else tuple(Part),
+            full_checkpointing=full_checkpointing,
+        )
+        return replace(step, forward=4 * step.forward)
+
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss": [B]} in float32 or wider."""
-        later = (draws.timesteps(self.settings.num_ddim_timesteps) + 1) * self.stride - 1
+        later = self.timesteps(draws)
         earlier = (later - self.stride).clamp(min=0)
         noisy = self.diffusion.q_sample(batch.latents, later, draws.noise)
         with torch.no_grad():  # before the student, whose activations need not be held meanwhile
@@ -160,6 +176,18 @@ class ConsistencyDistillation(TextObjective):
             return
         values = [each.detach() for each in self.model.parameters()]
         torch._foreach_lerp_(list(self.target.parameters()), values, 1 - self.settings.target_decay)
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The target's weights. The teacher is what the run started from, and is not kept."""
+        if self.target is None:
+            return {}
+        return {name: each.detach() for name, each in self.target.named_parameters()}
+
+    @torch.no_grad()
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        if self.target is not None:
+            for name, each in self.target.named_parameters():
+                each.copy_(state[name])
 
     def _teacher_step(self, noisy: Tensor, later: Tensor, earlier: Tensor, batch: Batch) -> Tensor:
         """Latents at `earlier` by one DDIM step of the guided teacher from those at `later`."""

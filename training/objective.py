@@ -61,21 +61,25 @@ def predict_noise(
     prompt_embeds: Tensor,
     prompt_mask: Tensor,
     batch: Batch,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """The text model on noisy latents [B, C, h, w] at timesteps t [B]: [B, 2C, h, w].
 
     Positions, sizes and aspect ratios are the batch's. Modulation is computed in float32 also
-    under autocast, as it is when images are made.
+    under autocast, as it is when images are made. A `condition` [B, C, h, w], of a ControlNet, is
+    patchified as the latents are.
     """
     config, bucket = model.config, batch.bucket
     with torch.autocast(latents.device.type, enabled=False):
         modulation = model.modulator(t.float(), batch.original_size, batch.aspect_ratio.flatten())
+    control = () if condition is None else (patchify(condition, config.patch_size),)
     tokens = model(
         patchify(latents, config.patch_size),
         positions(bucket, latents.device),
         modulation,
         prompt_embeds,
         prompt_mask,
+        *control,
     )
     return unpatchify(tokens, bucket.grid, config.patch_size)
 

@@ -83,7 +83,10 @@ class Hed:
                 f"HED edges were asked, but controlnet-aux cannot be imported ({error}); "
                 "pip install controlnet-aux, or use canny"
             ) from error
-        self._detector = HEDdetector.from_pretrained(weights)
+        self._weights, self._detector = weights, HEDdetector.from_pretrained(weights)
+
+    def __repr__(self) -> str:
+        return f"Hed({self._weights!r})"
 
     def __call__(self, pixels: Pixels) -> Edges:
         """The detector gets sides that are multiples of 64, both scaled alike, and no others."""

@@ -18,7 +18,7 @@ VERBS = (
     "build", "generate", "fidelity", "plan", "convert", "reparameterize", "inspect", "verify",
     "bench", "tune", "doctor",
 )  # fmt: skip
-GROUPS = {"data": ("extract", "plan")}
+GROUPS = {"data": ("extract", "edges", "plan")}
 COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 
 

@@ -34,6 +34,7 @@ from pixart_rt.config import (
     Scheduler,
     TextPlace,
 )
+from pixart_rt.control import ControlImage, Controls
 from pixart_rt.denoising import VAE_SCALE_FACTOR, After, Denoiser, Item
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
@@ -79,6 +80,7 @@ class Request:
     aspect_ratio: str | None = None
     height: int | None = None
     width: int | None = None
+    control_image: Image | None = None
 
 
 class _Placed:
@@ -136,6 +138,7 @@ class PixArtPipeline:
             if path.is_file():
                 self.y_embedding = load_file(path)["y_embedding"].float().to(device)
         self.denoiser = self._make_denoiser(components["transformer"])
+        self.controls = Controls(manifest, self.folder, device)
         self._previewer: Previewer | None = None  # the bundle's own, read when first asked
         self._interrupted = False
 
@@ -149,7 +152,9 @@ class PixArtPipeline:
         planner = Planner(modulator, self.config, self.folder / "scheduler", self.device, lossless)
         # An engine in half precision may run on a CPU, where PyTorch is slow in float16.
         wide = self.device.type == "cpu" and precision is torch.float16
-        side = TextSide.load(self.folder / TEXT_SIDE, self.config)
+        control = self.manifest.control
+        copies = 0 if control is None else control.num_copies
+        side = TextSide.load(self.folder / TEXT_SIDE, self.config, copies)
         texts = TextCache(side.to(self.device, torch.float32 if wide else precision))
         return Denoiser(transformer, self.config, planner, texts, self.device, savings)
 
@@ -243,6 +248,8 @@ class PixArtPipeline:
         output_type: str = "pil",
         vae_tiling: bool = False,
         approximate: Approximation | None = None,
+        control_image: ControlImage | None = None,
+        control_latents: Tensor | None = None,
     ) -> PipelineOutput:
         """Make `num_images_per_prompt` images of every prompt.
 
@@ -265,6 +272,9 @@ class PixArtPipeline:
             shows. Images are made `max_batch` at a time; each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
         A batch without a callback replays its CUDA graph, if `warmup` captured one.
+        control_image: for a bundle with a ControlNet, and only for one: a picture of edges, or one
+            for each image, scaled and centre-cropped to the bucket; or control_latents
+            [1 or images, C, h, w] of such pictures, times the VAE's scaling factor.
         vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
         it on the CPU and copy it. The finished images are checked once for NaN.
@@ -296,9 +306,10 @@ class PixArtPipeline:
         rows = self._rows(prompts, negatives, sampling.guided, given, given_null)
         seeds = _seeds(seed, count * num_images_per_prompt)
         repeated = [row for row in rows for _ in range(num_images_per_prompt)]
+        controls = self.controls(control_image, control_latents, bucket, len(repeated))
         items = [
-            row.item(bucket, seed, sampling.guidance_scale)
-            for row, seed in zip(repeated, seeds, strict=True)
+            row.item(bucket, seed, sampling.guidance_scale, control)
+            for row, seed, control in zip(repeated, seeds, controls, strict=True)
         ]
         profiles = self.manifest.components["vae_decoder"].profiles
         decode = TiledDecoder(self.vae_decoder, profiles) if vae_tiling else self.vae_decoder
@@ -341,13 +352,14 @@ class PixArtPipeline:
             )
         self._interrupted = False
         groups: dict[tuple[Any, ...], list[int]] = {}
-        settings = []
+        settings, controls = [], []
         for index, request in enumerate(requests):
             sampling = self._sampling(num_inference_steps, request.guidance_scale, scheduler)
             bucket = choose_bucket(
                 self.resolution, request.aspect_ratio, request.height, request.width
             )
             settings.append((sampling, bucket))
+            controls += self.controls(request.control_image, None, bucket, 1)
             shape = bucket.num_tokens if self.denoiser.mixes(sampling) else bucket
             groups.setdefault((shape, sampling.guided), []).append(index)
         done: list[Any] = [None] * len(requests)
@@ -362,7 +374,7 @@ class PixArtPipeline:
                 )  # fmt: skip
                 items = [
                     row.item(settings[index][1], requests[index].seed,
-                             settings[index][0].guidance_scale)
+                             settings[index][0].guidance_scale, controls[index])
                     for row, index in zip(rows, chunk, strict=True)
                 ]  # fmt: skip
                 latents = self.denoiser(items, sampling, self._before(sampling), None)
@@ -408,7 +420,8 @@ class PixArtPipeline:
             for index, (bucket, prompt) in enumerate(work):
                 report(f"{bucket.num_tokens} tokens", index, len(work))
                 rows = self._rows([prompt], [""], sampling.guided, None, None)
-                item = rows[0].item(bucket, 0, sampling.guidance_scale)
+                control = self.controls.blank(bucket) if self.controls.wanted else None
+                item = rows[0].item(bucket, 0, sampling.guidance_scale, control)
                 self.denoiser.warm([item] * batch_size, sampling)
             report("ready", len(work), len(work))
         return self.denoiser.graphs.captures - before
@@ -549,10 +562,11 @@ class _Row:
     null_text: str | None
     null: Encoded | None
 
-    def item(self, bucket: Bucket, seed: int, guidance_scale: float) -> Item:
-        return Item(
-            bucket, seed, guidance_scale, self.text, self.encoded, self.null_text, self.null
-        )
+    def item(
+        self, bucket: Bucket, seed: int, guidance_scale: float, control: Tensor | None
+    ) -> Item:
+        text, null = (self.text, self.encoded), (self.null_text, self.null)
+        return Item(bucket, seed, guidance_scale, *text, *null, control)
 
 
 def _enum(name: str | Scheduler) -> Scheduler:

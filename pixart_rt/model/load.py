@@ -22,9 +22,10 @@ from pixart_rt.model.controlnet_config import ControlNetConfig
 from pixart_rt.model.tensors import TensorFolder
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
 from pixart_rt.model.transformer import BlockCache, CrossText, PixArtTransformer
-from pixart_rt.model.vae import VaeDecoder, vae_from_config
+from pixart_rt.model.vae import VaeDecoder, VaeEncoder, vae_from_config
 
 CONTROLNET = "controlnet"  # in a transformer's config.json, beside the model's settings
+VAE_ENCODER = "vae_encoder"  # of a bundle with a ControlNet; no component: PyTorch always runs it
 
 
 class TextEncoderModule(nn.Module):
@@ -127,7 +128,7 @@ def load_module(folder: Path, component: str) -> nn.Module:
         with torch.device("meta"):
             module = build_module(component, config)
         state = dict(TensorFolder(folder))
-        if component == "vae_decoder":  # diffusers keeps buffers that meta tensors cannot fill
+        if component.startswith("vae"):  # diffusers keeps buffers that meta tensors cannot fill
             module = build_module(component, config)
         module.load_state_dict(state, assign=True)
     except (OSError, ValueError, KeyError, RuntimeError, CheckpointError) as error:
@@ -142,7 +143,8 @@ def build_module(component: str, config: dict[str, object]) -> nn.Module:
         return TextEncoderModule(T5Encoder(T5Config(**config)))  # type: ignore[arg-type]
     if component == "transformer":
         return DenoiserModule(_transformer(dict(config)))
-    return VaeDecoder(vae_from_config(config))
+    vae = vae_from_config(config)
+    return VaeEncoder(vae) if component == VAE_ENCODER else VaeDecoder(vae)
 
 
 def _transformer(config: dict[str, object]) -> PixArtTransformer:

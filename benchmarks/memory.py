@@ -53,6 +53,7 @@ from pixart_rt.model.text_encoder import T5Encoder, keep_dtype
 from pixart_rt.model.text_side import TextSide
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, VaeDecoder, vae_from_config
+from pixart_rt.tiling import Tiling
 
 DOC = ROOT / "docs" / "memory.md"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,9 +170,9 @@ def vae_row(precision: Precision) -> Row:
                lambda: module(latents=latents))  # fmt: skip
 
 
-def request_row(resolution: int, output_type: str = "pt") -> Row:
+def request_row(resolution: int, output_type: str = "pt", tiled: bool = False) -> Row:
     """A first request of tiny: the peak of all its stages, weights aside; for latents it is before
-    the decoder.
+    the decoder, which may work in tiles.
     """
     prompt = "a small yellow circle above a purple square " * 3
     with tempfile.TemporaryDirectory() as folder:
@@ -185,16 +186,18 @@ def request_row(resolution: int, output_type: str = "pt") -> Row:
     words = Words(int(pipe.prompt_encoder.tokenizer([prompt]).attention_mask.sum()))
     setting = Setting(
         precision=Precision.FP32, text_precision=Precision.FP32, fused=ON_GPU,
-        cached_prompts=1, words=words,
+        cached_prompts=1, words=words, tiling=Tiling() if tiled else None,
     )  # fmt: skip
     found = forecast(shape, resolution, setting, 2)
     weights = sum(part.weights for part in found.parts.values())
     stages = found.stages if output_type == "pt" else {**found.stages, "decode": 0}
     measured = peak_bytes(
-        lambda: pipe(prompt, num_inference_steps=2, output_type=output_type), DEVICE
+        lambda: pipe(prompt, num_inference_steps=2, output_type=output_type, vae_tiling=tiled),
+        DEVICE,
     )
     predicted = max(stages.values()) - found.loaded
     what = "a request" if output_type == "pt" else "its stages before the decoder"
+    what += ", the VAE in tiles," if tiled else ""
     return {
         "what": f"tiny, {what} at {resolution} px, fp32",
         "weights": weights,
@@ -256,6 +259,7 @@ def main() -> int:
     rows += [vae_row(precision) for precision in (Precision.FP32, *(half if ON_GPU else ()))]
     for resolution in (256, 1024):
         rows += [request_row(resolution), request_row(resolution, "latent")]
+    rows.append(request_row(1024, tiled=True))
     worst = max(abs(r["difference"]) for r in rows)
     exact = all(r["weights"] == r["weights_predicted"] for r in rows)
     predicted = tiers()

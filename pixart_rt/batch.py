@@ -1,6 +1,7 @@
 """A training batch, and numbers drawn for it that depend on (seed, step, sample) alone.
 
-B images, C latent channels, h×w latent pixels, T text tokens (the model's maximum), E text width.
+B images, C latent channels, h×w latent pixels, T text tokens (the model's maximum; of images with
+classes, which have no captions, the empty prompt's), E text width.
 Every random number of a training step comes from a generator of its own: the same on any machine,
 in any batch, with any number of workers or ranks. So a run resumes from its step and nothing else.
 """

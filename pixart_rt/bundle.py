@@ -129,6 +129,11 @@ class Manifest:
         """Where the text encoder's weights are, unless a pipeline is told otherwise."""
         return TextPlace(self.engine_config.get("text_place", TextPlace.RESIDENT))
 
+    @property
+    def vae_tiling(self) -> bool:
+        """Whether images are decoded in tiles, unless a pipeline is told otherwise."""
+        return bool(self.engine_config.get("vae_tiling", False))
+
     def weights_of(self, component: str) -> Weights:
         """How a component's weights are kept when it is loaded."""
         key = {"transformer": "weights", "text_encoder": "text_weights"}.get(component, "")

@@ -206,6 +206,7 @@ class EngineConfig:
     weights: Weights = Weights.FULL  # of the transformer's blocks; others as for quality
     text_weights: Weights = Weights.FULL  # of the text encoder; others where PyTorch runs it
     text_place: TextPlace = TextPlace.RESIDENT  # what a pipeline does unless it is told otherwise
+    vae_tiling: bool = False  # likewise
 
     def __post_init__(self) -> None:
         if self.plugins and self.backend not in ("auto", "tensorrt", "tensorrt-rtx"):

@@ -64,7 +64,7 @@ class Denoiser:
     ) -> None:
         self.transformer, self.config, self.planner = transformer, config, planner
         self.texts, self.device, self.savings = texts, device, savings
-        self.graphs = Graphs()
+        self.graphs: Graphs[LoopInputs] = Graphs()
         self.skipped: tuple[int, ...] = ()  # the steps at which the latest call reused others
         can_absorb = device.type == "cpu" or torch.cuda.get_device_capability(device) >= SM80
         self._absorbs = can_absorb and transformer.also_takes.issuperset(ABSORBED)
@@ -146,8 +146,8 @@ class Denoiser:
         return self.device.type == "cuda" and self.transformer.capturable
 
     def _graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
-        weights: Hashable = self.transformer.version()
-        return GraphKey.of(inputs, weights, skips)
+        weights: Hashable = (self.transformer, self.transformer.version())
+        return GraphKey.of(inputs, weights, (inputs.guides, skips))
 
     def _run(self, inputs: LoopInputs, skips: tuple[int, ...] = ()) -> Tensor:
         return run_loop(Skipping(self.transformer, skips), inputs, self.config.in_channels)

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.approximate import Approximation, StepCache
+from pixart_rt.approximate import Approximation, FirstBlockCache, StepCache
 from pixart_rt.backends.base import Component
 from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket, bucket_for_aspect, choose_bucket
@@ -51,6 +51,7 @@ DTYPES = {
     Precision.BF16: torch.bfloat16,
 }
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+BATCHES_AHEAD = 4  # of generate_many, whose prompts are encoded together; XL: 2 MB each
 WARMUP_PROMPTS = ("a red circle above a blue square", " ".join(["a quiet harbour"] * 8))
 Progress = Callable[[str, int, int], None]
 StepCallback = Callable[
@@ -88,7 +89,8 @@ class _Placed:
 
     def __init__(self, component: Component, device: torch.device) -> None:
         self.component, self.device = component, device
-        self.also_takes, self.capturable = component.also_takes, component.capturable
+        self.also_takes = component.also_takes
+        self.capturable = component.capturable and device.type == "cuda"
         self.cacheable = getattr(component, "cacheable", None)  # few backends' are
 
     def __call__(self, **inputs: Tensor) -> Tensor:
@@ -120,9 +122,9 @@ class PixArtPipeline:
         self.max_batch = int(manifest.engine_config["max_batch"])
         self.quality = manifest.quality
         self.vae_decoder = components["vae_decoder"]
+        self.vae_tiling = manifest.vae_tiling  # unless a call says otherwise
         self.prompt_encoder: PromptEncoder | None = None
         if "text_encoder" in components:
-            entry = manifest.components["text_encoder"]
             self.prompt_encoder = PromptEncoder(
                 PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens),
                 components["text_encoder"],
@@ -130,7 +132,7 @@ class PixArtPipeline:
                 2 * self.max_batch,
                 null_prompt=self.folder / NULL_PROMPT,
                 disk=prompt_cache,
-                disk_key=" ".join(sorted(entry.files.values())),
+                disk_key=_text_key(manifest),
             )
         self.y_embedding: Tensor | None = None
         if self.config.cfg_null is CfgNull.Y_EMBEDDING:
@@ -246,7 +248,7 @@ class PixArtPipeline:
         negative_prompt_attention_mask: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         output_type: str = "pil",
-        vae_tiling: bool = False,
+        vae_tiling: bool | None = None,
         approximate: Approximation | None = None,
         control_image: ControlImage | None = None,
         control_latents: Tensor | None = None,
@@ -276,6 +278,7 @@ class PixArtPipeline:
             for each image, scaled and centre-cropped to the bucket; or control_latents
             [1 or images, C, h, w] of such pictures, times the VAE's scaling factor.
         vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
+            By default as the bundle was built.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
         it on the CPU and copy it. The finished images are checked once for NaN.
         Raises ConfigError for impossible arguments, Cancelled after `interrupt`, NumericsError
@@ -311,8 +314,7 @@ class PixArtPipeline:
             row.item(bucket, seed, sampling.guidance_scale, control)
             for row, seed, control in zip(repeated, seeds, controls, strict=True)
         ]
-        profiles = self.manifest.components["vae_decoder"].profiles
-        decode = TiledDecoder(self.vae_decoder, profiles) if vae_tiling else self.vae_decoder
+        decode = self._decoder(vae_tiling)
         images, skipped = [], []
         for start in range(0, len(items), self.max_batch):
             chunk = items[start : start + self.max_batch]
@@ -334,15 +336,20 @@ class PixArtPipeline:
         requests: Sequence[Request],
         *,
         num_inference_steps: int = 20,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         scheduler: str | Scheduler | None = None,
+        approximate: Approximation | None = None,
         output_type: str = "pil",
     ) -> list[Any]:
         """Many images at once, each with its own prompt, seed, guidance and shape.
 
         With DPM-Solver++ images of equal token counts share a batch of at most `max_batch` whatever
-        their shapes: 8 of the 40 shapes of 1024 px have 3840 tokens. With other samplers images of
-        one shape do. An image does not depend on its batch, beyond sums in another order: in
-        float32 its latents agree to 1e-4 of their norm.
+        their shapes: 8 of the 40 shapes of 1024 px have 3840 tokens. With other samplers, and with
+        `approximate`, images of one shape do. An image does not depend on its batch, beyond sums in
+        another order: in float32 its latents agree to 1e-4 of their norm.
+        approximate: a step cache, whose steps follow from the shape; a first-block cache skips a
+            step where the whole batch allows it, so that an image would depend on its batch.
+        Prompts of several batches are encoded together, the short ones apart from the long.
         Returns an image per request in their order: PIL, or with output_type "np", "pt" or
         "latent" an array or tensor [1, ...]. Raises as a call does.
         """
@@ -350,37 +357,67 @@ class PixArtPipeline:
             raise ConfigError(
                 f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}"
             )
+        if isinstance(approximate, FirstBlockCache):
+            raise ConfigError(
+                f"{approximate} was asked of generate_many, whose images must not depend on their "
+                "batch; use a step cache, or call the pipeline for each"
+            )
         self._interrupted = False
-        groups: dict[tuple[Any, ...], list[int]] = {}
         settings, controls = [], []
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
-            sampling = self._sampling(num_inference_steps, request.guidance_scale, scheduler)
+            sampling = self._sampling(
+                num_inference_steps, request.guidance_scale, scheduler, guidance_interval,
+                approximate,
+            )  # fmt: skip
             bucket = choose_bucket(
                 self.resolution, request.aspect_ratio, request.height, request.width
             )
             settings.append((sampling, bucket))
             controls += self.controls(request.control_image, None, bucket, 1)
-            shape = bucket.num_tokens if self.denoiser.mixes(sampling) else bucket
+            mixes = approximate is None and self.denoiser.mixes(sampling)
+            shape = bucket.num_tokens if mixes else bucket
             groups.setdefault((shape, sampling.guided), []).append(index)
+        batches = [
+            members[start : start + self.max_batch]
+            for members in groups.values()
+            for start in range(0, len(members), self.max_batch)
+        ]
         done: list[Any] = [None] * len(requests)
-        for members in groups.values():
-            for start in range(0, len(members), self.max_batch):
-                chunk = members[start : start + self.max_batch]
-                chosen = [requests[index] for index in chunk]
-                sampling = settings[chunk[0]][0]
-                rows = self._rows(
-                    [each.prompt for each in chosen], [each.negative_prompt for each in chosen],
-                    sampling.guided, None, None,
-                )  # fmt: skip
+        for first in range(0, len(batches), BATCHES_AHEAD):
+            ahead = batches[first : first + BATCHES_AHEAD]
+            rows = self._rows_of(requests, [index for batch in ahead for index in batch], settings)
+            for batch in ahead:
+                sampling = settings[batch[0]][0]
                 items = [
-                    row.item(settings[index][1], requests[index].seed,
-                             settings[index][0].guidance_scale, controls[index])
-                    for row, index in zip(rows, chunk, strict=True)
+                    rows[index].item(
+                        settings[index][1], requests[index].seed,
+                        settings[index][0].guidance_scale, controls[index],
+                    )
+                    for index in batch
                 ]  # fmt: skip
                 latents = self.denoiser(items, sampling, self._before(sampling), None)
-                for index, each in zip(chunk, latents, strict=True):
+                for index, each in zip(batch, latents, strict=True):
                     done[index] = self._image(each, requests[index], sampling, output_type)
         return done
+
+    def _rows_of(
+        self,
+        requests: Sequence[Request],
+        indices: Sequence[int],
+        settings: Sequence[tuple[SamplingConfig, Bucket]],
+    ) -> dict[int, _Row]:
+        """The rows of these requests by their index, encoded together."""
+        found: dict[int, _Row] = {}
+        for guided in (True, False):
+            chosen = [index for index in indices if settings[index][0].guided is guided]
+            if not chosen:
+                continue
+            prompts = [requests[index].prompt for index in chosen]
+            negatives = [requests[index].negative_prompt for index in chosen]
+            rows = self._rows(prompts, negatives, guided, None, None)
+            found.update(zip(chosen, rows, strict=True))
+        return found
 
     @torch.inference_mode()
     def warmup(
@@ -404,8 +441,10 @@ class PixArtPipeline:
         approximate: that of the requests to come; their graphs hold the steps that are not skipped.
         progress: called with a name, shapes done and shapes in all; by default a bar on stderr.
         On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph, which a
-        later request of the same shape replays, unless it has a callback. Elsewhere a step runs
-        once for each shape, which compiles what is compiled at first use.
+        later request of the same shape replays, unless it has a callback; and the text encoder at
+        each of its lengths, for one prompt and for `batch_size`, unless it is offloaded or on the
+        CPU. Elsewhere a step runs once for each shape, which compiles what is compiled at first
+        use.
         """
         sampling = self._sampling(
             num_inference_steps, guidance_scale, scheduler, approximate=approximate
@@ -415,8 +454,12 @@ class PixArtPipeline:
             bucket = each if isinstance(each, Bucket) else bucket_for_aspect(self.resolution, each)
             shapes.setdefault(bucket.num_tokens, bucket)
         work = [(bucket, prompt) for bucket in shapes.values() for prompt in prompts]
-        before = self.denoiser.graphs.captures
+        before = self._num_captures()
         with _reporting(progress) as report:
+            if self.prompt_encoder is not None:
+                report("text encoder", 0, len(work))
+                for num_prompts in sorted({1, batch_size}):
+                    self.prompt_encoder.warm(num_prompts)
             for index, (bucket, prompt) in enumerate(work):
                 report(f"{bucket.num_tokens} tokens", index, len(work))
                 rows = self._rows([prompt], [""], sampling.guided, None, None)
@@ -424,7 +467,11 @@ class PixArtPipeline:
                 item = rows[0].item(bucket, 0, sampling.guidance_scale, control)
                 self.denoiser.warm([item] * batch_size, sampling)
             report("ready", len(work), len(work))
-        return self.denoiser.graphs.captures - before
+        return self._num_captures() - before
+
+    def _num_captures(self) -> int:
+        texts = 0 if self.prompt_encoder is None else self.prompt_encoder.graphs.captures
+        return self.denoiser.graphs.captures + texts
 
     def _sampling(
         self,
@@ -483,10 +530,15 @@ class PixArtPipeline:
                 f"{sampling.scheduler}); run `pixart-rt verify` on the bundle"
             )
 
+    def _decoder(self, tiling: bool | None = None) -> Component | TiledDecoder:
+        if not (self.vae_tiling if tiling is None else tiling):
+            return self.vae_decoder
+        return TiledDecoder(self.vae_decoder, self.manifest.components["vae_decoder"].profiles)
+
     def _image(
         self, latents: Tensor, request: Request, sampling: SamplingConfig, output_type: str
     ) -> Any:
-        image = latents if output_type == "latent" else self.vae_decoder(latents=latents)
+        image = latents if output_type == "latent" else self._decoder()(latents=latents)
         self._require_finite(image, sampling)
         finished = _finish(image, request.height, request.width, output_type)
         return finished[0] if output_type == "pil" else finished
@@ -567,6 +619,15 @@ class _Row:
     ) -> Item:
         text, null = (self.text, self.encoded), (self.null_text, self.null)
         return Item(bucket, seed, guidance_scale, *text, *null, control)
+
+
+def _text_key(manifest: Manifest) -> str:
+    """What embeddings depend on but their text: the encoder's files, how its weights are kept when
+    they are loaded, and where a prompt is cut.
+    """
+    files = sorted(manifest.components["text_encoder"].files.values())
+    weights, longest = manifest.weights_of("text_encoder"), manifest.config.max_text_tokens
+    return " ".join([*files, weights, str(longest)])
 
 
 def _enum(name: str | Scheduler) -> Scheduler:

@@ -2,7 +2,7 @@
 
 Two things are kept for each text: its embeddings (PromptEncoder; in memory and, if asked, on disk)
 and the keys and values of all blocks (TextCache). The unconditional half's embeddings come with
-the bundle.
+the bundle. The text encoder runs at few lengths, each of which may have a CUDA graph (graphs.py).
 
 B prompts, T text tokens of the model, C caption channels.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from pixart_rt.backends.base import Component
 from pixart_rt.config import CfgNull, text_lengths
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
+from pixart_rt.graphs import GraphKey, Graphs
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.text_side import PromptText, TextSide
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CACHED_PROMPTS = 256  # XL: 2 MB each
 CACHED_TEXT_BYTES = 1 << 28  # XL in 16 bits: 15.5 MB a prompt
+TEXT_GRAPH_BYTES = 1 << 30  # of the text encoder's CUDA graphs
 NULL_PROMPT = "null_prompt.safetensors"  # T5("") of the bundle, at full length
 
 
@@ -59,11 +61,27 @@ class Encoded:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """What a run of the text encoder depends on, but its weights: [B, T] int64, each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The component's inputs by name."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> TextTokens:
+        """The same inputs with other tensors."""
+        return TextTokens(**tensors)
+
+
 class PromptEncoder:
     """Encodes prompts, each once: a text seen before comes from a cache.
 
-    `hits`, `disk_hits` and `misses` count texts; only a miss runs the text encoder, at the smallest
-    of `text_lengths` that holds the longest prompt of the call.
+    `hits`, `disk_hits` and `misses` count texts; only a miss runs the text encoder, on prompts
+    of about one length at a time, at the smallest of `text_lengths` that holds them.
     """
 
     def __init__(
@@ -83,6 +101,7 @@ class PromptEncoder:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
         self.device, self.max_batch = device, max_batch
         self.hits = self.disk_hits = self.misses = 0
+        self.graphs: Graphs[TextTokens] = Graphs(max_bytes=TEXT_GRAPH_BYTES)
         self._disk, self._disk_key = disk, disk_key
         self._cache: OrderedDict[tuple[str, bool], Encoded] = OrderedDict()
         self._null = None if null_prompt is None else load_null(null_prompt, device)
@@ -97,9 +116,8 @@ class PromptEncoder:
         missing = [text for text in texts if found[text] is None]
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
-        for start in range(0, len(missing), self.max_batch):
-            chunk = missing[start : start + self.max_batch]
-            encoded = self._encode(chunk, whole)
+        for chunk, tokens in self._chunks(missing):
+            encoded = self._encode(tokens, whole)
             for row, text in enumerate(chunk):
                 found[text] = encoded[row : row + 1]
                 self._write(text, whole, encoded[row : row + 1])
@@ -116,17 +134,55 @@ class PromptEncoder:
             return self._null
         return self._cache.get((text, whole)) or self._read(text, whole)
 
-    def _encode(self, prompts: list[str], whole: bool) -> Encoded:
+    def _chunks(self, prompts: list[str]) -> Iterator[tuple[list[str], TextTokens]]:
+        """Prompts of about one length, at most `max_batch`, with their tokens on the CPU."""
+        if not prompts:
+            return
         tokens = self.tokenizer(prompts)
+        counts = tokens.attention_mask.sum(1)
+        for rows in counts.argsort(stable=True).split(self.max_batch):
+            chunk = [prompts[row] for row in rows.tolist()]
+            yield chunk, TextTokens(tokens.input_ids[rows], tokens.attention_mask[rows])
+
+    def _encode(self, tokens: TextTokens, whole: bool) -> Encoded:
         counts = tuple(tokens.attention_mask.sum(1).tolist())
         longest = self.tokenizer.max_tokens
         length = longest if whole else text_length(max(counts), longest)
         ids, mask = (
             each[:, :length].to(self.device) for each in (tokens.input_ids, tokens.attention_mask)
         )
-        embeds = self.text_encoder(input_ids=ids, attention_mask=mask).to(self.device)
+        embeds = self.embed(TextTokens(ids, mask)).to(self.device)
         padding = longest - length
         return Encoded(F.pad(embeds, (0, 0, 0, padding)), F.pad(mask.bool(), (0, padding)), counts)
+
+    def warm(self, num_prompts: int) -> None:
+        """Capture the text encoder for so many prompts at once, at each of its lengths, where a
+        CUDA graph can hold it and is not there yet. Does nothing elsewhere.
+        """
+        if not self.text_encoder.capturable:
+            return
+        for length in text_lengths(self.tokenizer.max_tokens):
+            ones = torch.ones(num_prompts, length, dtype=torch.int64, device=self.device)
+            tokens = TextTokens(ones, ones)
+            key = self._graph_key(tokens)
+            if key not in self.graphs:
+                self.graphs.capture(key, self._run, tokens)
+
+    def embed(self, tokens: TextTokens) -> Tensor:
+        """Embeddings [B, T, C] of tokens on the device: the graph of these shapes, if one was
+        captured, else the text encoder. No cache is asked.
+        """
+        if len(self.graphs):
+            embeds = self.graphs.replay(self._graph_key(tokens), tokens)
+            if embeds is not None:
+                return embeds
+        return self._run(tokens)
+
+    def _run(self, tokens: TextTokens) -> Tensor:
+        return self.text_encoder(**tokens.tensors())
+
+    def _graph_key(self, tokens: TextTokens) -> GraphKey:
+        return GraphKey.of(tokens, (self.text_encoder, self.text_encoder.version()))
 
     def _path(self, text: str, whole: bool) -> Path | None:
         if self._disk is None:

@@ -61,8 +61,8 @@ class TiledDecoder:
         """
         height, width = latents.shape[-2:]
         tile = tile_size(height, width, self._tiling, self._profiles)
-        if tile == (height, width):
-            return self._decoder(latents=latents)
+        if tile == (height, width):  # one at a time all the same: a batch would take as much more
+            return torch.cat([self._decoder(latents=image) for image in latents.split(1)])
         return torch.cat([self._decode(image, tile) for image in latents.split(1)])
 
     def _decode(self, latents: Tensor, tile: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 from pixart_rt import PixArtPipeline
 from pixart_rt.backends import get_backend
-from pixart_rt.config import EngineConfig, Precision
+from pixart_rt.config import EngineConfig, Precision, text_lengths
 from pixart_rt.errors import ConfigError
 from pixart_rt.export.build import build, default_precision
 from pixart_rt.export.verify import verify_bundle
@@ -60,7 +60,10 @@ def test_a_captured_loop_draws_what_the_loop_draws(
     pipe = PixArtPipeline.from_bundle(build(str(pipeline_folder(32)), tmp_path / "b", config).path)
     arguments = {"num_inference_steps": 3, "output_type": "latent"}
     expected = [pipe(PROMPT, seed=seed, **arguments).images for seed in (1, 2)]
-    assert pipe.warmup(["1:1"], num_inference_steps=3, prompts=[PROMPT]) == 1
+    assert pipe.prompt_encoder is not None
+    lengths = text_lengths(pipe.config.max_text_tokens)
+    captured = pipe.warmup(["1:1"], num_inference_steps=3, prompts=[PROMPT])
+    assert captured == 1 + len(lengths), "the loop, and the text encoder at each length"
     for seed, latents in zip((1, 2), expected, strict=True):
         actual = pipe(PROMPT, seed=seed, **arguments).images
         assert (actual - latents).norm() < 1e-5 * latents.norm()
@@ -73,3 +76,27 @@ def test_a_captured_loop_draws_what_the_loop_draws(
         changed = pipe(PROMPT, seed=1, **arguments).images
         assert pipe.denoiser.graphs.replays == 2, "a stale graph"
         assert (changed - expected[0]).norm() > 1e-3 * expected[0].norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "torch-compile", "aoti"])
+def test_a_captured_text_encoder_reads_what_it_reads(
+    pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str
+) -> None:
+    config = EngineConfig(resolution=256, backend=backend, precision=Precision.FP32)
+    pipe = PixArtPipeline.from_bundle(build(str(pipeline_folder(32)), tmp_path / "b", config).path)
+    text = pipe.prompt_encoder
+    assert text is not None
+    prompts = [" ".join(["harbour"] * count) for count in (1, 14, 30, 60, 119)]
+    expected = [text([prompt]).embeds.clone() for prompt in prompts]
+    text._cache.clear()
+    text.warm(1)
+    for prompt, embeds in zip(prompts, expected, strict=True):
+        actual = text([prompt]).embeds
+        assert (actual - embeds).norm() < 1e-5 * embeds.norm()
+    assert text.graphs.replays == len(prompts)
+    if backend == "torch":
+        weight = next(text.text_encoder.component._module.parameters())  # type: ignore[attr-defined]
+        weight.mul_(1.5)
+        text(["a star"])
+        assert text.graphs.replays == len(prompts), "a stale graph"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pixart_rt
-from pixart_rt import PixArtPipeline
+from pixart_rt import PixArtPipeline, Request
 from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BundleError, CheckpointError, NumericsError
 from pixart_rt.export.preview import fit_colours, write_preview
@@ -132,6 +132,13 @@ def test_tiling_is_asked_for(bundle_256: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("pixart_rt.pipeline.TiledDecoder", small)
     tiled = image(tiled=True)
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
+    pipe.vae_tiling = True  # as of a bundle that was built so
+    request = Request(prompt=PROMPT)
+    assert torch.equal(
+        pipe.generate_many([request], num_inference_steps=1, output_type="pt")[0], tiled
+    )
+    assert torch.equal(pipe(PROMPT, num_inference_steps=1, output_type="pt").images, tiled)
+    assert torch.equal(image(tiled=False), whole)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 
 from pixart_rt import PixArtPipeline
+from pixart_rt.approximate import FirstBlockCache, StepCache
 from pixart_rt.buckets import buckets
 from pixart_rt.config import EngineConfig, Precision, Saving
+from pixart_rt.errors import ConfigError
 from pixart_rt.export.build import build
 from pixart_rt.pipeline import Request
 
@@ -229,6 +233,83 @@ def test_many_requests_share_batches_and_stay_the_same(
     assert images[0].size == (requests[0].width, requests[0].height)
 
 
+def test_many_requests_with_approximate_settings_stay_the_same(
+    pipe: PixArtPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step cache's steps depend on the shape, so only one shape shares a batch then."""
+    monkeypatch.setattr(pipe, "max_batch", 3)
+    by_count: dict[int, list[Any]] = {}
+    for bucket in buckets(256):
+        by_count.setdefault(bucket.num_tokens, []).append(bucket)
+    first, second = max(by_count.values(), key=len)[:2]
+    requests = [
+        Request(prompt=f"{SHORT} {i}", seed=i, height=bucket.height, width=bucket.width,
+                guidance_scale=scale)
+        for i, (bucket, scale) in enumerate([(first, 3.0), (second, 5.5), (first, 2.0), (first, 1)])
+    ]  # fmt: skip
+    values: dict[str, Any] = {
+        "num_inference_steps": 6, "approximate": StepCache(0.3), "guidance_interval": (0.0, 0.5),
+        "output_type": "latent",
+    }  # fmt: skip
+    sizes = []
+    transformer = pipe.transformer
+
+    class Recorder(Unshared):
+        def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(inputs["tokens"]))
+            return self.inner(**inputs)
+
+    pipe.transformer = Recorder(transformer)
+    try:
+        together = pipe.generate_many(requests, **values)
+    finally:
+        pipe.transformer = transformer
+    assert set(sizes) == {1, 2} and len(sizes) < 3 * 6, "steps were skipped"
+    exact = pipe.generate_many(requests, **{**values, "approximate": None})
+    for request, actual, other in zip(requests, together, exact, strict=True):
+        output = pipe(
+            request.prompt, seed=request.seed, guidance_scale=request.guidance_scale,
+            height=request.height, width=request.width, **values,
+        )  # fmt: skip
+        assert output.skipped_steps[0]
+        assert distance(actual, output.images) < 1e-4
+        assert distance(actual, other) > 1e-3, "it is approximate"
+    with pytest.raises(ConfigError, match="must not depend on their batch"):
+        pipe.generate_many(requests, approximate=FirstBlockCache(0.1))
+
+
+def test_prompts_of_several_batches_are_encoded_together(
+    pipe: PixArtPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four shapes, so four batches: two calls of the text encoder, short prompts and long ones."""
+    shapes = [bucket for bucket in buckets(256) if bucket.num_tokens <= 256][:4]
+    prompts = ["a dot", LONG, "a far dot", f"{LONG} and so on"]
+    requests = [
+        Request(prompt=prompt, height=bucket.height, width=bucket.width)
+        for prompt, bucket in zip(prompts, shapes, strict=True)
+    ]
+    encoder = pipe.prompt_encoder
+    assert encoder is not None
+    monkeypatch.setattr(encoder, "max_batch", 2)
+    monkeypatch.setattr(encoder, "_cache", OrderedDict())
+    calls, inner = [], encoder.text_encoder
+
+    class Recorder(Unshared):
+        def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
+            calls.append(tuple(inputs["input_ids"].shape))
+            return self.inner(**inputs)
+
+    monkeypatch.setattr(encoder, "text_encoder", Recorder(inner))
+    together = pipe.generate_many(requests, num_inference_steps=1, output_type="latent")
+    assert [rows for rows, _ in calls] == [2, 2]
+    assert calls[0][1] == 16 < calls[1][1]
+    for request, actual in zip(requests, together, strict=True):
+        encoder._cache.clear()
+        alone = pipe(request.prompt, num_inference_steps=1, height=request.height,
+                     width=request.width, output_type="latent").images  # fmt: skip
+        assert distance(actual, alone) < 1e-4
+
+
 def test_prompts_on_disk_serve_the_next_process(pipe: PixArtPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "prompts"
     first = PixArtPipeline.from_bundle(pipe.folder, "cpu", check=False, prompt_cache=folder)
@@ -246,6 +327,29 @@ def test_prompts_on_disk_serve_the_next_process(pipe: PixArtPipeline, tmp_path: 
     third = PixArtPipeline.from_bundle(pipe.folder, "cpu", check=False, prompt_cache=folder)
     assert distance(latents(third, frozenset(Saving), prompt=SHORT), expected) < FLOAT32
     assert third.prompt_encoder is not None and third.prompt_encoder.misses == 1
+
+
+@pytest.mark.parametrize("change", ["weights", "length"])
+def test_prompts_on_disk_are_of_one_text_encoder(
+    pipe: PixArtPipeline, tmp_path: Path, change: str
+) -> None:
+    """Quantized weights have the files of the others, and PixArt's two families the same T5."""
+    first = PixArtPipeline.from_bundle(pipe.folder, "cpu", check=False, prompt_cache=tmp_path)
+    assert first.prompt_encoder is not None
+    first.prompt_encoder([SHORT])
+    manifest = first.manifest
+    engine, model = manifest.engine_config, manifest.model_config
+    if change == "weights":
+        engine = {**engine, "text_weights": "int8"}
+    else:
+        model = {**model, "max_text_tokens": model["max_text_tokens"] - 20}
+    other = replace(manifest, engine_config=engine, model_config=model)
+    parts = {"text_encoder": first.prompt_encoder.text_encoder, "transformer": first.transformer,
+             "vae_decoder": first.vae_decoder}  # fmt: skip
+    second = PixArtPipeline(other, first.folder, parts, first.device, tmp_path)
+    assert second.prompt_encoder is not None
+    second.prompt_encoder([SHORT])
+    assert (second.prompt_encoder.disk_hits, second.prompt_encoder.misses) == (0, 1)
 
 
 def test_the_text_encoder_runs_at_the_length_of_the_longest_prompt(pipe: PixArtPipeline) -> None:

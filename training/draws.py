@@ -24,9 +24,14 @@ class Draws:
     noise: Tensor
     uniform: Tensor
 
-    def timesteps(self, count: int) -> Tensor:
-        """[B] int64, each of 0..count-1 equally often."""
-        return (self.uniform[:, TIMESTEP] * count).long()
+    def timesteps(self, count: int, shift: float = 1.0) -> Tensor:
+        """[B] int64 in 0..count-1, each equally often where shift is 1, as the paper trains.
+
+        A larger shift s draws more noise, s u / (1 + (s - 1) u) for a uniform u: at more pixels the
+        same noise hides less (arXiv:2403.03206, Section 5.3.2).
+        """
+        u = self.uniform[:, TIMESTEP]
+        return (shift * u / (1 + (shift - 1) * u) * count).long()
 
     def dropped(self, share: float) -> Tensor:
         """[B] boolean: which captions or labels are dropped, each with probability `share`."""

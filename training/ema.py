@@ -16,7 +16,7 @@ from pixart_rt.errors import CheckpointError, ConfigError
 
 
 class Ema:
-    """Averages of the parameters of `model`, by name; they start as the parameters are.
+    """Averages of what trains in `model`, parameters by name; they start as the parameters are.
 
     `device` is where they are kept, by default beside each parameter.
     """
@@ -27,7 +27,9 @@ class Ema:
         if not 0 <= decay < 1:
             raise ConfigError(f"the EMA's decay must be in [0, 1), got {decay}")
         self.decay = decay
-        self._parameters = {name: each.detach() for name, each in model.named_parameters()}
+        self._parameters = {
+            name: each.detach() for name, each in model.named_parameters() if each.requires_grad
+        }
         self.averages = {
             name: each.to(each.device if device is None else device, torch.float32, copy=True)
             for name, each in self._parameters.items()
@@ -49,19 +51,23 @@ class Ema:
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
         """Give the averages to a model of the same names, in its own dtype."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in self._averaged(model):
             parameter.copy_(self.averages[name])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """Let `model` be the average inside the block, for validation images; then itself again."""
-        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        mine = [parameter.detach() for _, parameter in self._averaged(model)]
+        kept = [each.clone() for each in mine]
         self.copy_to(model)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([each.detach() for each in model.parameters()], kept)
+                torch._foreach_copy_(mine, kept)
+
+    def _averaged(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [each for each in model.named_parameters() if each[0] in self.averages]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by the parameters' names: what a checkpoint of the EMA weights holds."""

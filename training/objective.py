@@ -26,6 +26,7 @@ from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dit import DiT
 from pixart_rt.training.draws import Draws
 from pixart_rt.training.dropout import NullText, drop_captions, drop_labels
+from pixart_rt.training.flops import StepFlops, dit, step_flops, text_model
 
 
 class Objective(nn.Module):
@@ -37,6 +38,24 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def timesteps(self, draws: Draws) -> Tensor:
+        """The timesteps [B] int64 that `forward` trains at."""
+        raise NotImplementedError
+
+    def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops | None:
+        """Of a step on one image; None where nobody has counted them."""
+        return None
+
+    def after_step(self) -> None:
+        """Called after every step of the optimiser, for what follows the weights."""
+
+    def own_state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside parameters and averages."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Tensor]) -> None:
+        """Take up what `own_state` gave."""
 
 
 class Positions:
@@ -96,9 +115,11 @@ class TextObjective(Objective):
         diffusion: GaussianDiffusion,
         null: NullText,
         text_dropout: float = 0.1,
+        timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.diffusion, self.text_dropout = model, diffusion, text_dropout
+        self.timestep_shift = timestep_shift
         self.positions = Positions(model.config)
         self.register_buffer("null_embeds", null.embeds, persistent=False)
         self.register_buffer("null_mask", null.mask, persistent=False)
@@ -113,8 +134,16 @@ class TextObjective(Objective):
         dropped = draws.dropped(self.text_dropout)
         return drop_captions(batch.prompt_embeds, batch.prompt_mask, dropped, null)
 
+    def timesteps(self, draws: Draws) -> Tensor:
+        return draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
+
+    def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
+        config = self.model.config
+        products = text_model(config, bucket.num_tokens, config.max_text_tokens)
+        return step_flops(products, full_checkpointing=full_checkpointing)
+
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        t = draws.timesteps(self.diffusion.num_timesteps)
+        t = self.timesteps(draws)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         output = predict_noise(
             self.model, self.positions, noisy, t, *self.captions(batch, draws), batch
@@ -126,15 +155,27 @@ class ClassObjective(Objective):
     """Noise and variance from a class: the paper's stage 1, pixel dependency (Section 2.2)."""
 
     def __init__(
-        self, model: DiT, diffusion: GaussianDiffusion, label_dropout: float = 0.1
+        self,
+        model: DiT,
+        diffusion: GaussianDiffusion,
+        label_dropout: float = 0.1,
+        timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()
         self.model, self.diffusion, self.label_dropout = model, diffusion, label_dropout
+        self.timestep_shift = timestep_shift
         self.positions = Positions(model.config.backbone())
 
     @property
     def units(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
+
+    def timesteps(self, draws: Draws) -> Tensor:
+        return draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
+
+    def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
+        products = dit(self.model.config, bucket.num_tokens)
+        return step_flops(products, full_checkpointing=full_checkpointing)
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """Raises DataError for a batch without labels."""
@@ -143,7 +184,7 @@ class ClassObjective(Objective):
                 "a class-conditional phase was asked, but the data has no labels; extract a folder "
                 "with a subfolder for each class"
             )
-        t = draws.timesteps(self.diffusion.num_timesteps)
+        t = self.timesteps(draws)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         config = self.model.config
         labels = drop_labels(batch.labels, draws.dropped(self.label_dropout), config.null_label)

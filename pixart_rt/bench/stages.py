@@ -1,7 +1,7 @@
 """Where the time of one request goes, by the clock of the device.
 
 The stages follow each other and make up the whole:
-    text_encoder   inside the text encoder's calls
+    text_encoder   inside the text encoder's calls, or the replays of its graph
     denoising      from the transformer's first call to the VAE decoder's: steps, guidance, solver
     vae_decoder    inside the decoder's calls
     rest           everything else: tokenizer, plan, pixels to images

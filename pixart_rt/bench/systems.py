@@ -61,7 +61,7 @@ class Ours:
         self.device, self.request = pipe.device, request
         assert pipe.prompt_encoder is not None
         self.stages = Stages(self.device)
-        self.stages.watch(pipe.prompt_encoder, "text_encoder", TEXT)
+        self.stages.watch(pipe.prompt_encoder, "embed", TEXT)  # also where a graph replays
         self.stages.watch(pipe, "transformer", STEP)
         self.stages.watch(pipe, "vae_decoder", VAE)
 

@@ -31,7 +31,11 @@ data = typer.Typer(
 @data.command()
 def extract(
     images: Annotated[
-        Path, typer.Argument(metavar="IMAGES", help="A folder with images and metadata.jsonl.")
+        Path,
+        typer.Argument(
+            metavar="IMAGES",
+            help="A folder with images and metadata.jsonl, or a subfolder for each class.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to make or continue.")],
     res: Annotated[
@@ -47,6 +51,10 @@ def extract(
     caption_column: Annotated[
         str, typer.Option(help="The column of metadata.jsonl that holds the captions.")
     ] = "text",
+    classes: Annotated[
+        bool,
+        typer.Option("--classes", help="Subfolders are classes, even beside a metadata.jsonl."),
+    ] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Print the plan and stop; nothing is written.")
     ] = False,
@@ -83,13 +91,14 @@ def extract(
     Examples:
       pixart-rt data extract images/ features/ --res 256 --model tiny
       pixart-rt data extract images/ features/ --res multi --caption-column caption
+      pixart-rt data extract imagenet/train/ features/ --res 256 --square --classes
       pixart-rt data extract images/ features/ --res 512 --plan-only --json > rates.json
     """
     resolution = _resolution(res)
     if max_text_tokens is not None and max_text_tokens < 1:
         raise ConfigError(f"--max-text-tokens {max_text_tokens} was asked; it must be positive")
+    from pixart_rt.data.class_folder import open_images
     from pixart_rt.data.extract import ExtractConfig, Extraction  # torch, pyarrow: seconds
-    from pixart_rt.data.folder import ImageFolder
 
     config = ExtractConfig(
         resolution=resolution,
@@ -98,7 +107,13 @@ def extract(
         batch=batch,
         threads=threads or min(os.cpu_count() or 1, _MOST_THREADS),
     )
-    folder = ImageFolder(images, caption_column)
+    folder = open_images(images, caption_column, classes=classes or None)
+    if folder.classes:
+        reason = "--classes" if classes else "there is no metadata.jsonl"
+        note(
+            f"{len(folder.classes)} subfolders are classes ({reason}): labels, and no captions; "
+            f"{folder.classes[0]} is label 0"
+        )
     name = model or PUBLISHED[resolution]
     with Steps() as progress:
         progress("loading the encoders", 0, 1)

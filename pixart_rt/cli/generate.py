@@ -118,25 +118,24 @@ def generate(
     if preview is not None:
         check_previews(preview, bundle, force=force)
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
-    options: dict[str, Any] = {
-        "aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": vae_tiling
-    }  # fmt: skip
     if (control_image is None) != (manifest.control is None):
         raise ConfigError(
             f"--control-image was {'not ' if control_image is None else ''}given, but {bundle} has "
             f"{'a' if manifest.control else 'no'} ControlNet; "
             + ("name a picture of edges" if manifest.control else "leave it out")
         )
-    if control_image is not None:
-        options["control_image"] = _open_picture(control_image)
+    picture = None if control_image is None else _open_picture(control_image)
     writer = None if preview is None else PreviewWriter(preview, preview_every, steps)
-    fit = None if vram is None else _fit(bundle, manifest, vram)
+    fit = None if vram is None else _fit(bundle, manifest, vram, vae_tiling)
+    tiled = fit.vae_tiling if fit else vae_tiling or manifest.vae_tiling
+    options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": tiled,
+               "control_image": picture}  # fmt: skip
     loading = {"prompt_cache": prompt_cache, "text_place": fit.text_place if fit else None}
     at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
     result, seconds = _run(
         bundle, at_once, loading, prompt, negative, num, seed, sampling, options, writer
     )
-    facts = _facts(result, manifest, negative, sampling)
+    facts = _facts(result, manifest, negative, sampling, tiled)
     written = _write(result, facts, paths, grid, force)
     if as_json:
         print_json({"files": [str(path) for path in written], "images": facts,
@@ -146,7 +145,7 @@ def generate(
             typer.echo(str(path))
 
 
-def _fit(bundle: Path, manifest: Manifest, vram: str) -> LoadChoice:
+def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> LoadChoice:
     """What must be different when the bundle is loaded for it to fit, said in a note."""
     import torch
 
@@ -154,9 +153,10 @@ def _fit(bundle: Path, manifest: Manifest, vram: str) -> LoadChoice:
     from pixart_rt.memory.tiers import parse_bytes
 
     on_gpu = torch.cuda.is_available()
-    fit = fit_bundle(bundle, manifest, parse_bytes(vram), on_gpu=on_gpu)
+    fit = fit_bundle(bundle, manifest, parse_bytes(vram), on_gpu=on_gpu, vae_tiling=vae_tiling)
+    tiles = ", the VAE in tiles" if fit.vae_tiling else ""
     note(
-        f"memory: text encoder {fit.text_place}, {fit.max_batch} at once, predicted peak "
+        f"memory: text encoder {fit.text_place}, {fit.max_batch} at once{tiles}, predicted peak "
         f"{fit.forecast.peak / 2**30:.2f} GiB"
     )
     return fit
@@ -237,7 +237,11 @@ def _run(
 
 
 def _facts(
-    result: PipelineOutput, manifest: Manifest, negative: str, sampling: SamplingConfig
+    result: PipelineOutput,
+    manifest: Manifest,
+    negative: str,
+    sampling: SamplingConfig,
+    tiled: bool,
 ) -> list[dict[str, Any]]:
     """What made each image: the PNG's text chunks and the JSON's records."""
     return [
@@ -252,7 +256,7 @@ def _facts(
             "model": manifest.model["name"],
             "bundle": manifest.key,
             "pixart_rt": __version__,
-            **_approximations(sampling, skipped),
+            **_approximations(sampling, skipped, tiled),
         }
         for image, prompt, seed, skipped in zip(
             result.images, result.prompts, result.seeds, result.skipped_steps, strict=True
@@ -260,7 +264,9 @@ def _facts(
     ]
 
 
-def _approximations(sampling: SamplingConfig, skipped: tuple[int, ...]) -> dict[str, Any]:
+def _approximations(
+    sampling: SamplingConfig, skipped: tuple[int, ...], tiled: bool
+) -> dict[str, Any]:
     """Why an image is not the exact one; nothing if it is. Steps count from 0."""
     facts: dict[str, Any] = {}
     if sampling.approximate is not None:
@@ -268,6 +274,8 @@ def _approximations(sampling: SamplingConfig, skipped: tuple[int, ...]) -> dict[
                  "skipped_steps": " ".join(str(step) for step in skipped)}  # fmt: skip
     if sampling.guidance_interval[1] < 1:
         facts["guidance_stop"] = sampling.guidance_interval[1]
+    if tiled:
+        facts["vae_tiling"] = True
     return facts
 
 

@@ -145,7 +145,8 @@ def _tables(shown: Choice, found: list[Choice]) -> list[Any]:
         parts.add_row(name, part.dtype, *(_size(size) for size in sizes))
     caches = shown.forecast.caches + shown.forecast.null_prompt
     parts.add_row("prompts and plans", "", _size(caches), _size(0), _size(0))
-    tiers = Table("tier", title=f"predicted peak by stage, {unit}")
+    tiers = Table(title=f"predicted peak by stage, {unit}")
+    tiers.add_column("tier", no_wrap=True)
     for stage in shown.forecast.stages:
         tiers.add_column(stage, justify="right")
     for heading in ("peak", "fits"):

@@ -21,17 +21,20 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.torch import save_file
 
 from pixart_rt.buckets import RESOLUTIONS, Bucket
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.featurize import Featurizer
-from pixart_rt.data.folder import ImageFolder
+from pixart_rt.data.folder import Images
 from pixart_rt.data.manifest import (
+    CLASSES,
     EMPTY_PROMPT,
     FORMAT_VERSION,
     INDEX,
+    LABELS,
     MANIFEST,
     ROW,
     SKIPPED,
@@ -83,7 +86,7 @@ class Extraction:
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: Images,
         store: Path,
         encoder: FeatureEncoder,
         config: ExtractConfig,
@@ -120,7 +123,8 @@ class Extraction:
         return [n for n in range(self.manifest.num_shards) if shard_name(n) not in present]
 
     def _is_finished(self) -> bool:
-        files = (INDEX, SKIPPED, EMPTY_PROMPT)
+        labelled = (LABELS, CLASSES) if self.images.classes else ()
+        files = (INDEX, SKIPPED, EMPTY_PROMPT, *labelled)
         whole = all((self.store / name).is_file() for name in files)
         return self.manifest.complete and whole and not self.missing_shards()
 
@@ -190,12 +194,22 @@ class Extraction:
         with replacing(self.store / EMPTY_PROMPT) as aside:
             save_file({"prompt_embeds": self.encoder.text([""])[0][0].contiguous()}, aside)
             aside.chmod(0o644)  # safetensors writes private files
+        if self.images.classes:
+            self._write_labels(index)
         self.manifest = replace(self.manifest, complete=True, num_samples=len(index), shards=shards)
         self.manifest.write(self.store)
 
+    def _write_labels(self, index: npt.NDArray[np.void]) -> None:
+        """The class of every sample, found by its place among the images: some were skipped."""
+        labels = np.array([self.images[int(source)].label for source in index["source"]], np.int64)
+        with replacing(self.store / LABELS) as aside, aside.open("wb") as file:
+            np.save(file, labels, allow_pickle=False)
+        with replacing(self.store / CLASSES) as aside:
+            aside.write_text(json.dumps(self.images.classes, ensure_ascii=False) + "\n")
+
 
 def _begin(
-    images: ImageFolder, encoder: FeatureEncoder, config: ExtractConfig, model: str
+    images: Images, encoder: FeatureEncoder, config: ExtractConfig, model: str
 ) -> StoreManifest:
     """The manifest of a store that has no shard yet."""
     identity = {
@@ -208,6 +222,8 @@ def _begin(
         "max_text_tokens": encoder.max_text_tokens,
         **encoder.identity,
     }
+    if images.classes:
+        identity["num_classes"] = len(images.classes)
     return StoreManifest(
         pixart_rt_version=__version__,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from pixart_rt.buckets import Bucket
 from pixart_rt.data.crop import Fitted, fit, nearest, open_rgb
 from pixart_rt.data.encode import FeatureEncoder
-from pixart_rt.data.folder import Entry, ImageFolder
+from pixart_rt.data.folder import Entry, Images
 from pixart_rt.data.sample import bfloat16_to_bytes
 from pixart_rt.data.shard import Record, Skipped
 from pixart_rt.errors import DataError
@@ -39,7 +39,7 @@ class Loaded:
 
 
 class Featurizer:
-    """Turns lines of an ImageFolder's metadata into records.
+    """Turns images of a data set, by their places in it, into records.
 
     batch: images of one bucket encoded together. threads: that read and resize images.
     `image_seconds` adds up the threads' time.
@@ -47,7 +47,7 @@ class Featurizer:
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: Images,
         encoder: FeatureEncoder,
         table: Sequence[Bucket],
         *,

@@ -16,7 +16,7 @@ import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -34,6 +34,26 @@ class Entry:
     file_name: str  # relative to the root
     path: Path
     caption: str
+    label: int | None = None  # where the data set has classes
+
+
+class Images(Protocol):
+    """A data set before it is encoded: ImageFolder, or ClassFolder (class_folder.py)."""
+
+    root: Path
+
+    @property
+    def caption_column(self) -> str | None: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that labels index; none where images have captions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Entry: ...
+
+    def digest(self) -> str: ...
 
 
 class ImageFolder:
@@ -42,6 +62,8 @@ class ImageFolder:
     Raises DataError when there is no metadata or its first line has no such caption column;
     folder[i] raises DataError for a line that is no record of an image.
     """
+
+    classes: tuple[str, ...] = ()
 
     def __init__(self, root: Path, caption_column: str = "text") -> None:
         self.root, self.caption_column = Path(root), caption_column
@@ -102,7 +124,7 @@ def _metadata_files(root: Path) -> list[Path]:
     if not found:
         raise DataError(
             f"{root} has no {METADATA}; write one with a line for every image, such as "
-            '{"file_name": "0001.jpg", "text": "a red circle"}'
+            '{"file_name": "0001.jpg", "text": "a red circle"}, or give each class a subfolder'
         )
     return found
 

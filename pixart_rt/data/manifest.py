@@ -6,6 +6,7 @@ store/
   index.npy                where each sample lies (ROW), for reading without Parquet
   empty_prompt.safetensors T5(""), [n, E] bfloat16: what dropped captions become
   skipped.jsonl            images that could not be read, and why
+  labels.npy, classes.json the samples' classes, where the images had some instead of captions
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pixart_rt.files import replacing
 FORMAT_VERSION = 1
 MANIFEST, INDEX, SKIPPED = "manifest.json", "index.npy", "skipped.jsonl"
 EMPTY_PROMPT = "empty_prompt.safetensors"
+LABELS, CLASSES = "labels.npy", "classes.json"  # [num_samples] int64; their names in order
 
 ROW = np.dtype(
     [
@@ -65,6 +67,11 @@ class StoreManifest:
     @property
     def num_shards(self) -> int:
         return -(-self.num_images // self.shard_images)
+
+    @property
+    def num_classes(self) -> int:
+        """0 for a store of captions; such an identity says nothing of classes."""
+        return int(self.identity.get("num_classes", 0))
 
     @property
     def bucket_table(self) -> tuple[Bucket, ...]:

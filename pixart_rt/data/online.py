@@ -21,7 +21,7 @@ from pixart_rt.batch import Batch, draw_noise
 from pixart_rt.buckets import Bucket
 from pixart_rt.data.crop import fit, nearest, open_rgb, read_size
 from pixart_rt.data.encode import FeatureEncoder
-from pixart_rt.data.folder import ImageFolder
+from pixart_rt.data.folder import Images
 from pixart_rt.data.sample import pad_text
 from pixart_rt.errors import ConfigError, DataError
 
@@ -33,6 +33,7 @@ class Pictures:
     ids: list[int]
     pixels: npt.NDArray[np.uint8]  # [B, H, W, 3]
     captions: list[str]
+    labels: Tensor | None  # [B] int64, where the images have classes
     original_size: Tensor  # [B, 2] float32
     bucket: Bucket
     seed: int
@@ -40,7 +41,7 @@ class Pictures:
 
 
 class OnlineSource:
-    """Pictures of an ImageFolder, encoded anew at every use.
+    """Pictures of an ImageFolder or ClassFolder, encoded anew at every use.
 
     Every picture's header is read first, in `threads`; what has none is left out and listed in
     `skipped` as (line of the metadata from 0, reason). A picture whose header is sound and whose
@@ -49,7 +50,7 @@ class OnlineSource:
 
     def __init__(
         self,
-        images: ImageFolder,
+        images: Images,
         encoder: FeatureEncoder,
         table: Sequence[Bucket],
         *,
@@ -79,6 +80,9 @@ class OnlineSource:
             ids=[int(sample) for sample in ids],
             pixels=np.stack([each.pixels for each in fitted]),
             captions=[entry.caption for entry in entries],
+            labels=torch.tensor([entry.label for entry in entries])
+            if self.images.classes
+            else None,
             original_size=torch.tensor([each.original_size for each in fitted]).float(),
             bucket=bucket,
             seed=seed,
@@ -91,7 +95,8 @@ class OnlineSource:
         moments = self.encoder.moments(list(loaded.pixels))
         noise = draw_noise(loaded.seed, loaded.step, loaded.ids, moments.shape[2:])
         features, _ = self.encoder.text(loaded.captions)
-        embeds, mask = pad_text(features, self.encoder.max_text_tokens)
+        padded = self.encoder.max_text_tokens if loaded.labels is None else len(features[0])
+        embeds, mask = pad_text(features, padded)
         return Batch(
             ids=torch.tensor(loaded.ids),
             latents=(moments[:, 0] + moments[:, 1] * noise) * self.encoder.scaling_factor,
@@ -100,6 +105,7 @@ class OnlineSource:
             original_size=loaded.original_size,
             aspect_ratio=torch.full((len(loaded.ids), 1), loaded.bucket.ratio),
             bucket=loaded.bucket,
+            labels=loaded.labels,
         )
 
     def _scan(self, threads: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

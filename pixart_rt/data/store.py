@@ -6,6 +6,7 @@ Neither Parquet nor its library is used here: index.npy says where each sample's
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections import OrderedDict
@@ -22,7 +23,15 @@ from torch import Tensor
 from pixart_rt.batch import Batch, draw_noise
 from pixart_rt.buckets import Bucket
 from pixart_rt.data.checksum import checksum
-from pixart_rt.data.manifest import EMPTY_PROMPT, INDEX, ROW, StoreManifest, shard_name
+from pixart_rt.data.manifest import (
+    CLASSES,
+    EMPTY_PROMPT,
+    INDEX,
+    LABELS,
+    ROW,
+    StoreManifest,
+    shard_name,
+)
 from pixart_rt.data.sample import bfloat16_from_bytes, pad_text
 from pixart_rt.errors import ConfigError, DataError
 
@@ -49,6 +58,7 @@ class FeatureStore:
         self.buckets: tuple[Bucket, ...] = self.manifest.bucket_table
         self._rows = self._read_index()
         self._check_shards()
+        self.labels = self._read_labels()
         self._mapped: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     def __len__(self) -> int:
@@ -66,6 +76,21 @@ class FeatureStore:
     def bucket_of(self) -> npt.NDArray[np.uint8]:
         """The bucket of every sample, an index into `buckets`: [num_samples]."""
         return np.ascontiguousarray(self._rows["bucket"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes by label; none in a store of captions. Raises DataError."""
+        if not self.manifest.num_classes:
+            return ()
+        path = self.path / CLASSES
+        try:
+            names = tuple(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
+        if len(names) != self.manifest.num_classes:
+            raise DataError(f"{path} names {len(names)} classes of "
+                            f"{self.manifest.num_classes}; {REMEDY}")  # fmt: skip
+        return names
 
     @property
     def num_tokens(self) -> npt.NDArray[np.uint16]:
@@ -102,7 +127,9 @@ class FeatureStore:
         read = [self._read(int(sample)) for sample in ids]
         moments = torch.stack([latents for latents, _ in read]).float()
         noise = draw_noise(seed, step, [int(sample) for sample in ids], moments.shape[2:])
-        embeds, mask = pad_text([text for _, text in read], self.manifest.max_text_tokens)
+        # Of classes all texts are the empty prompt: a token, not a megabyte of padding for XL.
+        padded = self.manifest.max_text_tokens if self.labels is None else len(read[0][1])
+        embeds, mask = pad_text([text for _, text in read], padded)
         return Batch(
             ids=torch.tensor([int(sample) for sample in ids]),
             latents=(moments[:, 0] + moments[:, 1] * noise) * self.manifest.scaling_factor,
@@ -111,6 +138,7 @@ class FeatureStore:
             original_size=torch.from_numpy(rows["original_size"].astype(np.float32)),
             aspect_ratio=torch.full((len(ids), 1), bucket.ratio),
             bucket=bucket,
+            labels=None if self.labels is None else torch.from_numpy(self.labels[np.asarray(ids)]),
         )
 
     def finish(self, loaded: Batch) -> Batch:
@@ -141,6 +169,20 @@ class FeatureStore:
         if rows.dtype != ROW or len(rows) != self.manifest.num_samples:
             raise DataError(f"{path} is not the index of this store; {REMEDY}")
         return rows
+
+    def _read_labels(self) -> npt.NDArray[np.int64] | None:
+        """The class of every sample [num_samples], or None in a store of captions."""
+        if not self.manifest.num_classes:
+            return None
+        path = self.path / LABELS
+        try:
+            labels: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
+        known = labels.dtype == np.int64 and labels.shape == (len(self),)
+        if not known or labels.min() < 0 or labels.max() >= self.manifest.num_classes:
+            raise DataError(f"{path} does not hold the labels of this store; {REMEDY}")
+        return labels
 
     def _check_shards(self) -> None:
         """A missing shard is an error now, not hours into a run."""

@@ -11,6 +11,7 @@ from pixart_rt.errors import CapacityError, ConfigError
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.shapes import bundle_shape, find_shape
 from pixart_rt.memory.tiers import RESERVE, Choice, choices, choose, too_small
+from pixart_rt.tiling import Tiling
 
 
 def fit_engine(
@@ -39,6 +40,7 @@ def fit_engine(
         quality=config.quality,
         batch=config.max_batch,
         fused=on_gpu,
+        tiling=Tiling() if config.vae_tiling else None,
     )
     choice = choose(choices(shape, config.resolution, base, limit), limit)
     chosen = choice.tier.setting
@@ -48,6 +50,7 @@ def fit_engine(
         weights=chosen.weights,
         text_weights=chosen.text_weights,
         text_place=chosen.text_place,
+        vae_tiling=chosen.tiling is not None,
         text_encoder_backend="torch" if moved else config.text_encoder_backend,
     )
     return fitted, choice
@@ -59,17 +62,26 @@ class LoadChoice:
 
     text_place: TextPlace
     max_batch: int
+    vae_tiling: bool
     forecast: Forecast
 
 
 def fit_bundle(
-    folder: Path, manifest: Manifest, limit: int, *, on_gpu: bool, prompts: int = 2
+    folder: Path,
+    manifest: Manifest,
+    limit: int,
+    *,
+    on_gpu: bool,
+    prompts: int = 2,
+    vae_tiling: bool = False,
 ) -> LoadChoice:
     """The first way of running a bundle that fits `limit` bytes.
 
     In this order: as it was built; fewer images at once, down to one; the text encoder offloaded;
-    on the CPU. Its weights and precision are what they are. `prompts`: different ones that will be
-    asked. Raises ConfigError for engines, CapacityError where nothing fits.
+    both again with the VAE in tiles; the text encoder on the CPU, without tiles and with them. Its
+    weights and precision are what they are. `prompts`: different ones that will be asked;
+    `vae_tiling`: tiles in any case. Raises ConfigError for engines, CapacityError where nothing
+    fits.
     """
     shape, engine = bundle_shape(folder, manifest), manifest.engine_config
     built = Setting(
@@ -90,14 +102,23 @@ def fit_bundle(
     if text is not None:
         places.append(TextPlace.CPU)
     batches = sorted({largest, *(1 << k for k in range(largest.bit_length()))}, reverse=True)
+    tilings = [Tiling()] if vae_tiling or manifest.vae_tiling else [None, Tiling()]
+    ways = [(place, tiling) for tiling in tilings for place in dict.fromkeys(places)]
+    ways.sort(key=lambda way: way[0] is TextPlace.CPU and way[0] is not manifest.text_place)
     tried: list[tuple[Setting, Forecast]] = []
-    for place in dict.fromkeys(places):
+    for place, tiling in ways:
         for batch in (each for each in batches if each <= largest):
-            setting = replace(built, text_place=place, batch=batch)
+            setting = replace(built, text_place=place, tiling=tiling, batch=batch)
             predicted = forecast(shape, resolution, setting)
             if predicted.peak + RESERVE <= limit:
-                return LoadChoice(text_place=place, max_batch=batch, forecast=predicted)
+                return LoadChoice(
+                    text_place=place,
+                    max_batch=batch,
+                    vae_tiling=tiling is not None,
+                    forecast=predicted,
+                )
             tried.append((setting, predicted))
     setting, least = min(tried, key=lambda each: each[1].peak)
-    name = f"this bundle with text encoder {setting.text_place} and {setting.batch} at once"
+    tiles = ", the VAE in tiles" if setting.tiling else ""
+    name = f"this bundle with text encoder {setting.text_place}{tiles} and {setting.batch} at once"
     raise CapacityError(too_small(limit, least.peak, name))

@@ -15,9 +15,10 @@ share, and the peak is the largest stage, not their sum.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from pixart_rt.buckets import Bucket, buckets, token_range
+from pixart_rt.buckets import buckets, token_range
 from pixart_rt.config import ModelConfig, Precision, Quality, TextPlace, Weights, text_lengths
 from pixart_rt.memory.activations import (
     WIDE,
@@ -35,6 +36,7 @@ from pixart_rt.memory.weights import (
 )
 from pixart_rt.plan import PLAN_BYTES
 from pixart_rt.prompts import CACHED_PROMPTS, CACHED_TEXT_BYTES
+from pixart_rt.tiling import Tiling, tile_size
 
 LATENT_SHRINK = 8  # pixels per latent pixel
 LATENT_COPIES = 6  # noise, latents and x0 before and after a step, both halves' prediction
@@ -50,6 +52,7 @@ class Setting:
     weights: Weights = Weights.FULL  # of the transformer
     text_weights: Weights = Weights.FULL
     text_place: TextPlace = TextPlace.RESIDENT
+    tiling: Tiling | None = None  # of the VAE
     quality: Quality = Quality.HIGH
     batch: int = 1  # images at once; guidance doubles the transformer's rows
     fused: bool = True  # the transformer's kernels: on a GPU they are
@@ -101,7 +104,7 @@ def forecast(shape: ModelShape, resolution: int, setting: Setting, steps: int = 
                        of them; what `TextMemory` says; noise
         denoise        embeddings 2·B·T·C·4; the rows' text; 6 tensors of a latent's size
         decode         the same embeddings, the absorbed form of the last prompts, latents, and the
-                       image twice
+                       image twice; in tiles, all images and the previous tile's
     """
     words = any_words(shape.config) if setting.words is None else (setting.words,)
     texts = [_text(shape, setting, each) for each in words]
@@ -122,7 +125,10 @@ def forecast(shape: ModelShape, resolution: int, setting: Setting, steps: int = 
     found.stages["denoise"] = request + LATENT_COPIES * latents + max(
         _step(shape.config, tokens, setting, text) + text.denoise for text in texts
     )  # fmt: skip
-    decoding = max(parts["vae_decoder"].activations, 3 * image)  # at the end, joined and finished
+    running = parts["vae_decoder"].activations
+    if setting.tiling is not None:
+        running += image + 3 * _decoded_pixels(resolution, setting) * WIDE
+    decoding = max(running, 3 * image)  # at the end, joined and finished
     kept = max(text.kept for text in texts)
     found.stages["decode"] = request + decoding + kept + latents
     return found
@@ -198,16 +204,16 @@ def _parts(
         weights=transformer_weights(config, setting.precision, setting.weights, setting.quality),
         activations=max(_step(config, tokens, setting, text) for text in texts),
     )
-    largest = max(buckets(resolution), key=_pixels)
+    height, width = _decoded(resolution, setting)
     parts["vae_decoder"] = Part(
         dtype=setting.precision,
         weights=vae_weights(shape.vae, setting.precision),
         activations=vae_activations(
             shape.vae,
             setting.precision,
-            rows=B,
-            height=largest.height // LATENT_SHRINK,
-            width=largest.width // LATENT_SHRINK,
+            rows=B if setting.tiling is None else 1,
+            height=height,
+            width=width,
             conv_copies=setting.conv_copies,
         ),
     )
@@ -244,5 +250,14 @@ def _dtype(
     return f"{precision} and fp8 weights" if quality is Quality.FAST else str(precision)
 
 
-def _pixels(bucket: Bucket) -> int:
-    return bucket.height * bucket.width
+def _decoded(resolution: int, setting: Setting) -> tuple[int, int]:
+    """The most latents, height and width, that the VAE decodes of an image at once."""
+    sizes = [(each.height // LATENT_SHRINK, each.width // LATENT_SHRINK)
+             for each in buckets(resolution)]  # fmt: skip
+    if setting.tiling is not None:
+        sizes = [tile_size(height, width, setting.tiling) for height, width in sizes]
+    return max(sizes, key=math.prod)
+
+
+def _decoded_pixels(resolution: int, setting: Setting) -> int:
+    return math.prod(_decoded(resolution, setting)) * LATENT_SHRINK**2

@@ -1,8 +1,11 @@
 """The ways to fit a pipeline into less memory, best first, and the first that fits.
 
-Best means: nothing rounded more coarsely before anything is; among equals, the faster. The
-transformer makes the image, so its weights are the last to be quantized. int8 is always preferred
-to fp8, which takes as many bytes and is coarser; it can still be asked for by name.
+Best means: what changes the image least; among equals, the faster. Decoding in tiles comes before
+anything is rounded more coarsely: GroupNorm and attention of the VAE see less, but the prompt is
+read, and the image denoised, as before. A text encoder on the CPU changes nothing and is so slow
+that it comes last but one. The transformer makes the image, so its weights are the last to be
+quantized. int8 is always preferred to fp8, which takes as many bytes and is coarser; it can still
+be asked for by name.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pixart_rt.config import Quality, TextPlace, Weights
 from pixart_rt.errors import CapacityError, ConfigError
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.shapes import ModelShape
+from pixart_rt.tiling import Tiling
 
 GIB = 1 << 30
 # What a prediction leaves free: the CUDA context and its modules, the workspaces of cuBLAS and
@@ -27,7 +31,7 @@ class Tier:
     """A setting by name."""
 
     name: str
-    gives_up: str  # what it costs against the tier before it
+    gives_up: str  # against `full`
     setting: Setting
 
 
@@ -40,44 +44,71 @@ class Choice:
     fits: bool | None  # None where no limit was given
 
 
+_MOVED = "a new prompt waits for the text encoder's weights"
+_HOST = "a new prompt waits for the CPU"
+_TEXT = "int8 weights of the text encoder"
+_TILED = "the VAE decodes in tiles"
+
+
 def tiers(base: Setting, has_text: bool) -> list[Tier]:
     """Every tier, best first. `base` is what is used where memory is no concern.
 
-    Only quality high has quantized weights (config.py says why).
+    Each step down is tried without tiles, then with them. Only quality high has quantized weights
+    (config.py says why).
     """
-    found = [Tier(name="full", gives_up="nothing", setting=base)]
-    move, host = TextPlace.OFFLOAD, TextPlace.CPU
-    int8 = {"text_weights": Weights.INT8}
+    full = Tier(name="full", gives_up="nothing", setting=base)
+    steps = [[full]]
     if has_text:
-        found += [
-            _tier("text-offload", base, _MOVED, text_place=move),
-            _tier("text-int8", base, "int8 weights of the text encoder", **int8),
-            _tier("text-int8-offload", base, f"the same, and {_MOVED}", text_place=move, **int8),
-            _tier("text-cpu", base, "a new prompt waits for the CPU", text_place=host),
-        ]
+        move, host = TextPlace.OFFLOAD, TextPlace.CPU
+        int8 = replace(base, text_weights=Weights.INT8)
+        steps[0].append(_tier("text-offload", _MOVED, base, text_place=move))
+        steps.append(
+            [
+                _tier("text-int8", _TEXT, int8),
+                _tier("text-int8-offload", f"{_TEXT}; {_MOVED}", int8, text_place=move),
+            ]
+        )
+        steps.append([_tier("text-cpu", _HOST, base, text_place=host)])
     if base.quality is Quality.HIGH:
-        place = {"text_place": host} if has_text else {}
-        before = "the same, and " if has_text else ""
-        name = "int8-text-cpu" if has_text else "int8"
-        found.append(_tier(name, base, f"{before}{_INT8}", weights=Weights.INT8, **place))
-    return found
+        last = steps[-1][0] if has_text else None
+        before = f"{last.gives_up}; " if last else ""
+        steps.append(
+            [
+                _tier(
+                    f"int8-{last.name}" if last else "int8",
+                    f"{before}int8 weights of the transformer",
+                    last.setting if last else base,
+                    weights=Weights.INT8,
+                )
+            ]
+        )
+    if base.tiling is not None:
+        return [tier for step in steps for tier in step]
+    return [tier for step in steps for tier in (*step, *(_tiled(each) for each in step))]
 
 
-_MOVED = "a new prompt waits for the text encoder's weights"
-_INT8 = "int8 weights of the transformer"
+def _tier(name: str, gives_up: str, setting: Setting, **changes: object) -> Tier:
+    return Tier(name=name, gives_up=gives_up, setting=replace(setting, **changes))  # type: ignore[arg-type]
 
 
-def _tier(name: str, base: Setting, gives_up: str, **changes: object) -> Tier:
-    return Tier(name=name, gives_up=gives_up, setting=replace(base, **changes))  # type: ignore[arg-type]
+def _tiled(tier: Tier) -> Tier:
+    if tier.name == "full":
+        return _tier("tiled", _TILED, tier.setting, tiling=Tiling())
+    return _tier(f"{tier.name}-tiled", f"{tier.gives_up}; {_TILED}", tier.setting, tiling=Tiling())
 
 
 def choices(
     shape: ModelShape, resolution: int, base: Setting, limit: int | None = None
 ) -> list[Choice]:
-    """Every tier with its forecast, best first. `limit` is the card's memory in bytes."""
-    found = []
+    """The tiers with their forecasts, best first. `limit` is the card's memory in bytes.
+
+    A tier that takes no less than a better one gives something up for nothing and is left out.
+    """
+    found: list[Choice] = []
     for tier in tiers(base, shape.text is not None):
         predicted = forecast(shape, resolution, tier.setting)
+        if any(predicted.peak >= better.forecast.peak for better in found):
+            continue
         fits = None if limit is None else predicted.peak + RESERVE <= limit
         found.append(Choice(tier=tier, forecast=predicted, fits=fits))
     return found
@@ -88,7 +119,7 @@ def choose(found: list[Choice], limit: int) -> Choice:
     for choice in found:
         if choice.fits:
             return choice
-    least = min(found, key=lambda choice: choice.forecast.peak)
+    least = found[-1]
     raise CapacityError(too_small(limit, least.forecast.peak, least.tier.name))
 
 

@@ -17,7 +17,7 @@ B images, N tokens, D width, R rows as in transformer.py; L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -30,11 +30,14 @@ from pixart_rt.model.transformer import (
     SHIFT_MSA,
     Block,
     BlockCache,
+    Captions,
     CrossText,
     PixArtTransformer,
+    local,
 )
 from pixart_rt.ops import Operators, Rows
 
+Text = CrossText | Captions
 COPIES = "copies."  # what the names of a ControlNet's own parameters begin with
 
 
@@ -49,12 +52,12 @@ class ControlBlock(nn.Module):
         self.after_proj = nn.Linear(width, width)
 
     def forward(
-        self, ops: Operators, h: Tensor, x: Tensor, shared: Tensor, text: CrossText, c: Tensor
+        self, ops: Operators, h: Tensor, x: Tensor, shared: Tensor, text: Text, c: Tensor
     ) -> tuple[Tensor, Tensor]:
         """h, x and c [R, N, D], shared [R, 6, D]. Returns G(h + B(c)), or G(h), and x + A of it."""
         if self.before_proj is not None:
             h = ops.linear_residual(c, self.before_proj, h, None)
-        y = ops.norm(h, Rows(self.block.scale_shift_table, shared, SHIFT_MSA))
+        y = ops.norm(h, Rows(local(self.block.scale_shift_table), shared, SHIFT_MSA))
         h, _ = self.block(ops, h, y, shared, text, None)
         return h, ops.linear_residual(h, self.after_proj, x, None)
 
@@ -113,11 +116,7 @@ class ControlNetTransformer(PixArtTransformer):
         if control is None:
             return super().forward(tokens, pos_embed, modulation, prompt_embeds, prompt_mask)
         captions = self.y_proj(prompt_embeds.to(self.x_embedder.weight.dtype))
-        blocks = text_blocks(self)
-
-        def text(index: int) -> CrossText:
-            return CrossText(blocks[index].cross_attn.keys_values(captions), prompt_mask)
-
+        text = [Captions(captions, prompt_mask)] * (len(self.blocks) + len(self.copies))
         return self._controlled(tokens, pos_embed, modulation, control, text)
 
     def denoise(
@@ -141,9 +140,7 @@ class ControlNetTransformer(PixArtTransformer):
             raise ConfigError(
                 "a first-block cache was asked with a ControlNet, which has none; use a step cache"
             )
-        return self._controlled(
-            tokens, pos_embed, modulation, control, text.__getitem__, rows, outputs
-        )
+        return self._controlled(tokens, pos_embed, modulation, control, text, rows, outputs)
 
     def _controlled(
         self,
@@ -151,7 +148,7 @@ class ControlNetTransformer(PixArtTransformer):
         pos_embed: Tensor,
         modulation: Tensor,
         control: Tensor,
-        text: Callable[[int], CrossText],
+        text: Sequence[Text],
         rows: Tensor | None = None,
         outputs: Tensor | None = None,
     ) -> Tensor:
@@ -165,7 +162,7 @@ class ControlNetTransformer(PixArtTransformer):
             joins = index < len(self.copies)
             split = rows if index == 0 else None
             before = x
-            x, y = block(ops, x, y, shared, text(index), None if joins else following, split)
+            x, y = block(ops, x, y, shared, text[index], None if joins else following, split)
             if split is not None:
                 before, c = before[split], c[split]
                 shared, modulation = shared[split], modulation[split]
@@ -175,7 +172,7 @@ class ControlNetTransformer(PixArtTransformer):
                 h = before
             elif index == 0:
                 h = x
-            h, x = self.copies[index](ops, h, x, shared, text(len(self.blocks) + index), c)
+            h, x = self.copies[index](ops, h, x, shared, text[len(self.blocks) + index], c)
             if following is not None:
                 y = ops.norm(x, Rows(following, shared, SHIFT_MSA))
         return self.final_layer(ops, x, modulation[:, 6:], outputs)

@@ -12,7 +12,6 @@ encoder too large for one engine becomes several.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,7 +139,7 @@ class T5Encoder(nn.Module):
 
     def position_bias(self, num_tokens: int) -> Tensor:
         """The learned bias of every query-key distance: [1, H, T, T] float32."""
-        bucket = relative_bucket(num_tokens, self.config).to(self.relative.weight.device)
+        bucket = relative_bucket(num_tokens, self.config, self.relative.weight.device)
         wide = torch.promote_types(self.relative.weight.dtype, torch.float32)
         return self.relative(bucket).to(wide).permute(2, 0, 1)[None]
 
@@ -159,21 +158,41 @@ class T5Encoder(nn.Module):
         return self.final_norm(hidden, hidden.dtype) if hasattr(self, "final_norm") else hidden
 
 
-def relative_bucket(num_tokens: int, config: T5Config) -> Tensor:
+def relative_bucket(
+    num_tokens: int, config: T5Config, device: torch.device | None = None
+) -> Tensor:
     """The bucket of each key position relative to each query: [T, T] int64 (T5, Section 2.1).
 
     Half the buckets are for keys after the query. In each half, small distances have a bucket of
-    their own and larger ones share logarithmic buckets up to the maximal distance.
+    their own and larger ones share logarithmic buckets up to the maximal distance. Made on `device`
+    from scalars alone: a tensor copied from the host could not be captured in a CUDA graph.
     """
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
-    position = torch.arange(num_tokens)
+    position = torch.arange(num_tokens, device=device)
     offset = position[None] - position[:, None]  # key minus query
     distance = offset.abs()
-    ratio = torch.log(distance.clamp(min=1).float() / exact)
-    ratio = ratio / math.log(config.relative_attention_max_distance / exact)
-    coarse = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
-    return torch.where(distance < exact, distance, coarse) + (offset > 0) * half
+    bucket = distance.clamp(max=exact)
+    for first in _coarse_buckets(exact, half - exact, config.relative_attention_max_distance):
+        bucket = bucket + (distance >= first)
+    return bucket + (offset > 0) * half
+
+
+def _coarse_buckets(exact: int, count: int, furthest: int) -> list[int]:
+    """Where each logarithmic bucket but the first begins: the least distance d with
+
+        log(d / exact) / log(furthest / exact) · count >= k,  k = 1 .. count - 1
+
+    in integers, so that no logarithm's rounding decides where d is a power: 16, 32, 64.
+    """
+    return [
+        next(
+            d
+            for d in range(exact, furthest + 1)
+            if d**count * exact**k >= furthest**k * exact**count
+        )
+        for k in range(1, count)
+    ]
 
 
 def read_text_encoder(

@@ -31,6 +31,13 @@ MODULATION_ROWS = 7  # shift, scale, gate of attention; of the MLP; the embeddin
 SHIFT_MSA, GATE_MSA, SHIFT_MLP, GATE_MLP = 0, 2, 3, 5  # rows; each scale follows its shift
 
 
+def local(table: Tensor) -> Tensor:
+    """A block's table. One that is replicated over ranks (training/parallel.py) is read as this
+    rank's tensor: the end of a block reads the next one's, which FSDP has not gathered yet."""
+    to_local = getattr(table, "to_local", None)
+    return table if to_local is None else cast(Tensor, to_local())
+
+
 class Mlp(nn.Module):
     """Two linears with GELU (tanh form) between; also projects the captions."""
 
@@ -66,6 +73,13 @@ class CrossText(NamedTuple):
     attended: Tensor | Absorbed  # kv [C, T, 2, H, K], or what `absorb` made of it
     mask: Tensor  # [C, T] boolean, True to attend
     constant: Tensor | None = None  # [U, 1, D] with U + C = R
+
+
+class Captions(NamedTuple):
+    """Text before a block's own projection to keys and values, as training has it."""
+
+    embeds: Tensor  # [B, T, D], of y_proj
+    mask: Tensor  # [B, T] boolean
 
 
 class CrossAttention(nn.Module):
@@ -121,7 +135,7 @@ class Block(nn.Module):
         x: Tensor,
         y: Normed,
         shared: Tensor,
-        text: CrossText,
+        text: CrossText | Captions,
         following: Tensor | None,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Normed | None]:
@@ -131,7 +145,9 @@ class Block(nn.Module):
         there on: row r is image rows[r]. Returns x and, unless this is the last block, its norm
         for the next.
         """
-        at = partial(Rows, self.scale_shift_table)
+        if isinstance(text, Captions):  # here, where FSDP has gathered the block's weights
+            text = CrossText(self.cross_attn.keys_values(text.embeds), text.mask)
+        at = partial(Rows, local(self.scale_shift_table))
         x = ops.linear_residual(self.attn(ops, y), self.attn.proj, x, at(shared, GATE_MSA))
         if rows is not None:
             x, shared = x[rows], shared[rows]
@@ -277,11 +293,10 @@ class PixArtTransformer(nn.Module):
         `self.modulator`; prompt_embeds [B, T, C]; prompt_mask [B, T] boolean, True to attend.
         """
         x, y, modulation = self._embed(tokens, pos_embed, modulation)
-        captions = self.y_proj(prompt_embeds.to(x.dtype))
+        captions = Captions(self.y_proj(prompt_embeds.to(x.dtype)), prompt_mask)
         ops, shared = self.operators, modulation[:, :6].contiguous()
         for block, following in self._chain():
-            text = CrossText(block.cross_attn.keys_values(captions), prompt_mask)
-            x, y = block(ops, x, y, shared, text, following)
+            x, y = block(ops, x, y, shared, captions, following)
         return self.final_layer(ops, x, modulation[:, 6:])
 
     def denoise(
@@ -325,12 +340,12 @@ class PixArtTransformer(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         modulation = modulation.to(wide)
         x = (self.x_embedder(tokens.to(dtype)).to(wide) + pos_embed.to(wide)).to(dtype)
-        table = cast(Block, self.blocks[0]).scale_shift_table
+        table = local(cast(Block, self.blocks[0]).scale_shift_table)
         shared = modulation[:, :6].contiguous()
         return x, self.operators.norm(x, Rows(table, shared, SHIFT_MSA)), modulation
 
     def _chain(self) -> Iterator[tuple[Block, Tensor | None]]:
         """Each block with the table of the one that follows."""
         blocks = [cast(Block, block) for block in self.blocks]
-        tables = [block.scale_shift_table for block in blocks]
+        tables = [local(block.scale_shift_table) for block in blocks]
         return zip(blocks, [*tables[1:], None], strict=True)

@@ -135,3 +135,22 @@ def test_without_the_extra_one_line_says_so(run, images, tmp_path, monkeypatch):
     assert outcome.error == (
         "the Python package pyarrow is not installed; run `pip install 'pixart_rt[data]'`"
     )
+
+
+def test_subfolders_are_classes_where_nothing_says_otherwise(run, images, tmp_path):
+    for name, number in (("dogs", 0), ("cats", 1)):
+        (images / name).mkdir()
+        (images / f"{number}.png").rename(images / name / "a.png")
+    words = ("data", "extract", images, "--model", "tiny", "--device", "cpu")
+    (images / "metadata.jsonl").rename(tmp_path / "metadata.jsonl")
+    outcome = run(*words, tmp_path / "one")
+    assert outcome.code == 0
+    assert "2 subfolders are classes (there is no metadata.jsonl): labels" in outcome.err
+    assert FeatureStore(tmp_path / "one").labels.tolist() == [0, 1]
+    assert FeatureStore(tmp_path / "one").classes == ("cats", "dogs")
+    (tmp_path / "metadata.jsonl").rename(images / "metadata.jsonl")
+    outcome = run(*words, tmp_path / "two", "--classes")
+    assert outcome.code == 0 and "are classes (--classes)" in outcome.err
+    assert FeatureStore(tmp_path / "two").labels.tolist() == [0, 1]
+    outcome = run(*words, tmp_path / "three")
+    assert outcome.code == 1 and "no text column 'text'" in outcome.err

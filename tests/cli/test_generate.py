@@ -171,6 +171,7 @@ def test_previews_of_every_second_step(
     words = ["generate", PROMPT, "--bundle", bundle_256, "-o", tmp_path / "o.png", "-n", 3,
              "--steps", 5, "--preview", folder, "--preview-every", 2, "--vae-tiling"]  # fmt: skip
     assert run(*words).code == 0
+    assert read_metadata(tmp_path / "o-0.png")["vae_tiling"] == "True"
     names = sorted(path.name for path in folder.iterdir())
     assert names == [f"image-{i:03}-step-{s:03}.png" for i in range(3) for s in (2, 4)]
     with Image.open(folder / names[0]) as picture:

@@ -51,7 +51,7 @@ def test_nothing_fits_is_one_line_and_exit_code_1(run: Run) -> None:
     for words in ((), ("--json",)):
         outcome = run("plan", "--vram", "2G", *words)
         assert outcome.code == 1
-        assert "the smallest is int8-text-cpu" in outcome.error
+        assert "the smallest is int8-text-cpu-tiled" in outcome.error
         if words:
             assert json.loads(outcome.out)["chosen"] is None
 

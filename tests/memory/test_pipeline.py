@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import EngineConfig, Precision, TextPlace, Weights
+from pixart_rt.errors import CapacityError
 from pixart_rt.export.build import build
+from pixart_rt.memory.fit import fit_bundle
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.measure import peak_bytes
 from pixart_rt.memory.shapes import bundle_shape
 from pixart_rt.memory.text_side import Words, absorbed_bytes
+from pixart_rt.memory.tiers import RESERVE
 from pixart_rt.prompts import NULL_PROMPT, load_null
+from pixart_rt.tiling import TiledDecoder, Tiling
 
 STEPS = 3
 LONG = "a small yellow circle above a large purple square on white " * 4
@@ -31,7 +36,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("tiny", out, config).path
 
 
-def predicted(bundle: Path, batch: int, words: Words) -> Forecast:
+def predicted(bundle: Path, batch: int, words: Words, tiling: Tiling | None = None) -> Forecast:
     """Of a pipeline's first request with other prompts, on the CPU in float32."""
     manifest = Manifest.read(bundle)
     setting = Setting(
@@ -42,6 +47,7 @@ def predicted(bundle: Path, batch: int, words: Words) -> Forecast:
         conv_copies=0,  # the decoder runs channels-last
         cached_prompts=batch + (words.negative > 1),
         words=words,
+        tiling=tiling,
     )
     return forecast(bundle_shape(bundle, manifest), 256, setting, STEPS)
 
@@ -75,6 +81,47 @@ def test_a_request_s_peak(
     found = predicted(bundle, len(prompts), words)
     stages = found.stages if output_type == "pt" else {**found.stages, "decode": 0}
     assert max(stages.values()) - found.loaded == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [8, 16, 24])
+@pytest.mark.parametrize("prompts", [["a red circle"], ["a red circle", "a blue square"]])
+def test_a_request_s_peak_in_tiles(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[str], size: int
+) -> None:
+    """Of the 32x32 latents: one image and one tile at a time, beside all images."""
+    tiling = Tiling(tile=size, overlap=size // 4)
+    pipe = PixArtPipeline.from_bundle(bundle, "cpu")
+    monkeypatch.setattr("pixart_rt.pipeline.TiledDecoder", partial(TiledDecoder, tiling=tiling))
+    measured, whole = (
+        peak_bytes(
+            lambda: pipe(prompts, num_inference_steps=STEPS, output_type="pt", vae_tiling=tiled)  # noqa: B023
+        )
+        for tiled in (True, False)
+    )
+    found = predicted(bundle, len(prompts), Words(9), tiling)
+    assert found.peak - found.loaded == pytest.approx(measured, rel=TOLERANCE)
+    assert measured < whole
+
+
+def test_loading_takes_tiles_before_the_cpu_and_after_all_that_is_exact(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles small enough to matter at 256 px."""
+    monkeypatch.setattr("pixart_rt.memory.fit.Tiling", partial(Tiling, tile=8, overlap=2))
+    manifest = Manifest.read(bundle)
+    limit, seen = 64 << 30, []
+    with pytest.raises(CapacityError, match="the VAE in tiles and 1 at once"):
+        while True:
+            fit = fit_bundle(bundle, manifest, limit, on_gpu=False)
+            seen.append((fit.max_batch, fit.text_place, fit.vae_tiling))
+            limit = fit.forecast.peak + RESERVE - 1
+    offload = TextPlace.OFFLOAD
+    assert seen[:3] == [(2, "resident", False), (1, "resident", False), (1, offload, False)]
+    assert (1, offload, True) in seen
+    assert [tiled for *_, tiled in seen] == sorted(tiled for *_, tiled in seen)
+    assert seen[-1] == (1, offload, True), "tiny's text encoder is too small to matter"
+    asked = fit_bundle(bundle, manifest, 64 << 30, on_gpu=False, vae_tiling=True)
+    assert (asked.max_batch, asked.vae_tiling) == (2, True)
 
 
 def test_what_is_there_before_the_first_request(bundle: Path) -> None:
@@ -111,12 +158,14 @@ def test_quantized_weights_pass_the_gate_and_draw(tmp_path: Path) -> None:
         backend="torch",
         weights=Weights.INT8,
         text_weights=Weights.INT8,
+        vae_tiling=True,
     )
     result = build("tiny", tmp_path / "int8", config)
     components = result.manifest.components
     assert components["transformer"].precision == "int8-weights"
     assert components["vae_decoder"].precision == "fp32"
     assert components["text_encoder"].parity["rms"] > 1e-3, "the quantized component was measured"
+    assert PixArtPipeline.from_bundle(result.path, "cpu").vae_tiling, "as it was built"
     images = [
         PixArtPipeline.from_bundle(result.path, "cpu", text_place=place)(
             "a red circle", num_inference_steps=1, output_type="pt"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import T5Config as TransformersConfig
 from transformers import T5EncoderModel
 
@@ -17,6 +21,7 @@ from pixart_rt.model.captions import PromptTokenizer, clean_caption
 from pixart_rt.model.text_encoder import T5Config, read_text_encoder, relative_bucket
 
 LENGTHS = (1, 2, 37, 119, 120)
+ONE = T5Config(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_heads=1, num_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +97,36 @@ def test_float16_survives_a_residual_stream_beyond_its_range(t5_folder: Path) ->
 def test_relative_buckets_match_transformers() -> None:
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    config = T5Config(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_heads=1, num_layers=1)
     offset = torch.arange(300)[None] - torch.arange(300)[:, None]
     expected = T5Attention._relative_position_bucket(offset, True, 32, 128)
+    assert torch.equal(relative_bucket(300, ONE), expected)
+
+
+@pytest.mark.parametrize(("buckets", "furthest"), [(8, 20), (16, 64), (32, 200), (12, 40)])
+def test_relative_buckets_of_other_sizes(buckets: int, furthest: int) -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    config = replace(ONE, relative_attention_num_buckets=buckets,
+                     relative_attention_max_distance=furthest)  # fmt: skip
+    offset = torch.arange(300)[None] - torch.arange(300)[:, None]
+    expected = T5Attention._relative_position_bucket(offset, True, buckets, furthest)
     assert torch.equal(relative_bucket(300, config), expected)
+
+
+def test_nothing_is_copied_from_the_host(t5_folder: Path) -> None:
+    """A CUDA graph cannot hold such a copy. The device without memory shows it as well as a GPU."""
+
+    class NoHost(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            for each in tree_leaves((args, result)):
+                assert not isinstance(each, torch.Tensor) or each.is_meta, func
+            return result
+
+    encoder = read_text_encoder(t5_folder, torch.float32).to("meta")
+    ids, mask = (each.to("meta") for each in prompts())
+    with torch.no_grad(), NoHost():
+        assert encoder(ids, mask).shape == (len(LENGTHS), 120, 48)
 
 
 def test_missing_and_truncated_weights_are_named(t5_folder: Path, tmp_path: Path) -> None:

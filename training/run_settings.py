@@ -1,0 +1,104 @@
+"""How a phase is run: what the optimiser does, in which precision, over how many ranks.
+
+Imports no torch. A recipe's phase gives most of it (phases.py); the rest is the machine's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pixart_rt.config import Precision
+from pixart_rt.errors import ConfigError
+from pixart_rt.training.warmup import Warmup
+
+
+class OptimizerKind(StrEnum):
+    """What moves the weights (optimizers.py)."""
+
+    ADAMW = "adamw"
+    """PyTorch's, fused: one kernel for all parameters. What the paper trains with (A.5)."""
+    ADAMW_8BIT = "adamw8bit"
+    """torchao's, with moments of 8 bits; the host waits for the device once a step."""
+    CAME = "came"
+    """Factored second moment (arXiv:2307.02047), as PixArt-Sigma trains."""
+
+
+class Parallel(StrEnum):
+    """How ranks share the work; all of them compute the same step."""
+
+    DDP = "ddp"
+    """Every rank has the whole model and its states."""
+    FSDP = "fsdp"
+    """Weights, gradients and states divided over all ranks, gathered block by block."""
+    HSDP = "hsdp"
+    """Divided over the ranks of a node, repeated on every node."""
+
+
+class Checkpointing(StrEnum):
+    """What a block keeps for its backward."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    """Matrix products and attention; the rest is run again (kernels/checkpointing.py)."""
+    FULL = "full"
+    """Its inputs; all of it is run again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """One phase of training. Counts are of optimiser steps, from 0."""
+
+    steps: int
+    lr: float  # after a preset's rule: what a step gets once the warm-up is over
+    warmup: Warmup = field(default_factory=Warmup)
+    optimizer: OptimizerKind = OptimizerKind.ADAMW
+    weight_decay: float = 0.03
+    betas: tuple[float, ...] | None = None  # None: the optimiser's own
+    eps: float | None = None
+    clip_norm: float = 1.0
+    ema_decay: float | None = 0.9999  # None: no average is kept
+    ema_on_cpu: bool = False
+    precision: Precision = Precision.BF16  # of autocast; weights and states stay float32
+    micro_batches: int = 1  # of a step, over all ranks; each rank runs its share one by one
+    parallel: Parallel = Parallel.DDP
+    reproducible: bool = False
+    """The same bits with any number of ranks that is a power of two: gradients of micro-batches are
+    added in a fixed tree. Costs gradient copies and, over R ranks, R times the traffic."""
+    compile: bool = False  # the blocks, by torch.compile
+    checkpointing: Checkpointing = Checkpointing.NONE
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 1000
+    keep: int = 3  # checkpoints; older ones are removed
+    validate_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "lr", "clip_norm", "micro_batches", "log_every", "save_every",
+                     "keep"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.validate_every is not None and self.validate_every < 1:
+            raise ConfigError(f"validate_every must be > 0, got {self.validate_every}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be >= 0, got {self.seed}")
+        if self.reproducible and self.parallel is not Parallel.DDP:
+            raise ConfigError(
+                f"reproducible was asked with {self.parallel}, whose sums have an order of "
+                f"their own; use {Parallel.DDP}"
+            )
+        if self.reproducible and self.micro_batches & (self.micro_batches - 1):
+            raise ConfigError(
+                f"reproducible was asked with {self.micro_batches} micro-batches, which do not "
+                "pair up in a tree; use a power of two"
+            )
+
+    def identity(self) -> dict[str, object]:
+        """What must not change when a run goes on: the samples, their draws and what learns."""
+        return {
+            "seed": self.seed,
+            "micro_batches": self.micro_batches,
+            "optimizer": str(self.optimizer),
+            "precision": str(self.precision),
+            "ema": self.ema_decay is not None,
+        }

@@ -1,0 +1,314 @@
+"""The loop: batches in, optimiser steps, averages, log lines and checkpoints out.
+
+    trainer = Trainer(objective, feed, settings, out, ranks)
+    trainer.run()
+
+    out/checkpoints/    checkpoints.py
+    out/log.jsonl       a line every `log_every` steps (log.py)
+    out/skipped.jsonl   the samples of steps that were not finite; replay.py runs one again
+
+A step is a function of the state and of (seed, step): all that is random is drawn for a sample's id
+(draws.py). So a run that was killed goes on as if it had not been. The step waits for the device
+nowhere; values are read where a line is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from pixart_rt.batch import Batch
+from pixart_rt.config import Precision
+from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.training.checkpoints import Checkpoints, Progress, State
+from pixart_rt.training.clipping import clip_gradients, step_if_finite
+from pixart_rt.training.draws import Draws, draw
+from pixart_rt.training.ema import Ema
+from pixart_rt.training.flops import peak_flops
+from pixart_rt.training.log import Log, Place, open_log
+from pixart_rt.training.loss_scale import LossScale
+from pixart_rt.training.lr import set_lr
+from pixart_rt.training.meter import Meter
+from pixart_rt.training.objective import Objective
+from pixart_rt.training.optimizers import make_optimizer
+from pixart_rt.training.parallel import DTYPES, spread
+from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.reproducible import TreeSum, sum_over_ranks, take_gradients
+from pixart_rt.training.run_settings import Checkpointing, RunSettings
+
+_log = logging.getLogger(__name__)
+
+SKIPPED = "skipped.jsonl"
+_OPTIONS = StateDictOptions(ignore_frozen_params=True)
+
+
+class Feed(Protocol):
+    """Where batches come from: those of this rank for the steps start..stop-1, in order."""
+
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did, on the device: losses by term [B of this rank], the norm of the gradients []
+    before clipping, and 1.0 where it was not finite and changed nothing []."""
+
+    losses: dict[str, Tensor]
+    norm: Tensor
+    found_inf: Tensor
+    lr: float
+
+
+class Trainer:
+    """One phase on one rank of a run.
+
+    `objective` is on any device; it is moved to the ranks'. `out` is the run's folder. `identity`
+    adds to what must be the same when the run goes on: the data, its sampler. `validation` is given
+    whole weights, the averages if there are any, on the first rank alone.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        feed: Feed,
+        settings: RunSettings,
+        out: Path,
+        ranks: Ranks,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        log: Collection[Place] = (Place.JSONL,),
+        validation: Callable[[dict[str, Tensor], int], None] | None = None,
+    ) -> None:
+        if settings.micro_batches % ranks.num_ranks:
+            raise ConfigError(
+                f"{settings.micro_batches} micro-batches were asked on {ranks.num_ranks} ranks; "
+                "use a multiple of the ranks"
+            )
+        self.settings, self.ranks, self.feed, self.out = settings, ranks, feed, Path(out)
+        self.objective = objective.to(ranks.device).train()
+        self._spread = spread(objective, settings, ranks)
+        self.parameters = [each for each in objective.parameters() if each.requires_grad]
+        if not self.parameters:
+            raise ConfigError("nothing is to be trained: no parameter requires a gradient")
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.parameters,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+        self.ema: Ema | None = None
+        if settings.ema_decay is not None:
+            device = "cpu" if settings.ema_on_cpu else None
+            self.ema = Ema(objective, settings.ema_decay, device)
+        self.loss_scale = LossScale(ranks.device, settings.precision is Precision.FP16)
+        self.skipped = torch.zeros((), device=ranks.device)
+        self.checkpoints = Checkpoints(out, ranks, settings.keep)
+        self.identity = {**settings.identity(), **(identity or {})}
+        self.done = 0  # steps
+        self.log, self.validation = log, validation
+        self.meter = Meter(ranks.device, clip_norm=settings.clip_norm, peak=_peak(settings, ranks))
+        self._undecided: list[tuple[int, Tensor, Batch]] = []  # steps since the last log line
+
+    def run(self) -> None:
+        """Go on from the newest checkpoint to the last step, and save that one."""
+        self.resume()
+        steps = self.settings.steps
+        if self.done < steps:
+            with open_log(
+                self.log, self.out, rank=self.ranks.rank, start=self.done, num_steps=steps
+            ) as log:
+                self._walk(steps, log)
+        if self.done not in self.checkpoints.steps():
+            self.save()
+        self.checkpoints.finish()
+        self.ranks.barrier()
+
+    def _walk(self, stop: int, log: Log) -> None:
+        settings, batches = self.settings, iter(self.feed(self.done, stop))
+        while self.done < stop:
+            with self.meter.waiting():
+                batch = next(batches)
+            result = self.step(batch)
+            self.observe(result, batch)
+            if self.done % settings.log_every == 0 or self.done == stop:
+                line = self.meter.line(self.done, result.lr)
+                log.write(line)
+                self._note_skipped(line.skipped)
+            if self.done % settings.save_every == 0:
+                self.save()
+            if settings.validate_every and self.done % settings.validate_every == 0:
+                with self.meter.paused():
+                    self._validate()
+            self.checkpoints.poll()
+
+    def observe(self, result: StepResult, batch: Batch) -> None:
+        """Remember a step until its log line says whether it was finite."""
+        self._undecided.append((self.done - 1, result.found_inf, batch))
+
+    def _note_skipped(self, count: int) -> None:
+        """Write down the samples of steps that were left out; their draws follow from them."""
+        undecided, self._undecided = self._undecided, []
+        if not count:
+            return
+        mine = [(step, batch) for step, found_inf, batch in undecided if found_inf.item()]
+        for step, batch in mine:
+            ids: list[list[int]] = [[] for _ in range(self.ranks.num_ranks)]
+            dist.all_gather_object(ids, batch.ids.tolist())
+            if not self.ranks.is_first:
+                continue
+            bucket = batch.bucket
+            record = {
+                "step": step, "seed": self.settings.seed, "ids": [each for r in ids for each in r],
+                "height": bucket.height, "width": bucket.width,
+            }  # fmt: skip
+            with (self.out / SKIPPED).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            _log.warning("step %d was not finite and changed nothing; --replay %d shows where",
+                         step, step)  # fmt: skip
+
+    def _validate(self) -> None:
+        weights = self.weights(average=self.ema is not None)
+        if self.validation is not None and self.ranks.is_first:
+            self.validation(weights, self.done)
+        self.ranks.barrier()
+
+    def weights(self, *, average: bool) -> dict[str, Tensor]:
+        """Whole weights of the objective on the CPU, by name; the averages of those that have one.
+
+        A collective where the model is sharded.
+        """
+        found = dict(self.objective.named_parameters())
+        if average:
+            assert self.ema is not None, "no average is kept"
+            found |= self.ema.averages  # type: ignore[arg-type]  # tensors in place of parameters
+        return {
+            name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().cpu().clone()
+            for name, each in found.items()
+        }
+
+    def step(self, batch: Batch) -> StepResult:
+        """One step of the optimiser on this rank's samples of step `done`."""
+        settings = self.settings
+        rate = settings.lr * settings.warmup.share(self.done)
+        set_lr(self.optimizer, rate)
+        draws = draw(settings.seed, self.done, batch).to(self.ranks.device)
+        losses = self.backward(batch.to(self.ranks.device), draws)
+        self.loss_scale.unscale(self.parameters)
+        norm, found_inf = clip_gradients(self.parameters, settings.clip_norm)
+        self.meter.step(norm, found_inf)
+        step_if_finite(self.optimizer, found_inf)
+        self.optimizer.zero_grad()  # after the step: before it, micro-batches would be lost
+        self.loss_scale.update(found_inf)
+        self.skipped += found_inf
+        if self.ema is not None:
+            self.ema.update()
+        self.objective.after_step()
+        self.done += 1
+        return StepResult(losses, norm, found_inf, rate)
+
+    def backward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
+        """Gradients of the mean loss over all ranks; the losses by term of this rank's samples."""
+        mine = self.settings.micro_batches // self.ranks.num_ranks
+        if len(batch) % mine:
+            raise ConfigError(f"a batch of {len(batch)} does not divide into {mine} micro-batches")
+        size = len(batch) // mine
+        cuts = [(start, start + size) for start in range(0, len(batch), size)]
+        tree = TreeSum() if self.settings.reproducible else None
+        kept: dict[str, list[Tensor]] = {}
+        full = self.settings.checkpointing is Checkpointing.FULL
+        flops = self.objective.flops(batch.bucket, full)
+        for start, stop in cuts:
+            part = draws.rows(start, stop)
+            with self._spread.accumulating(stop == len(batch)):
+                with self.autocast():
+                    losses = self._spread(batch.rows(start, stop), part)
+                shares = self.settings.micro_batches if tree else mine
+                self.loss_scale.scaled(losses["loss"].mean() / shares).backward()
+            t = self.objective.timesteps(part)
+            self.meter.micro_batch(losses, t, batch.bucket.num_tokens, flops)
+            if tree:
+                tree.add(take_gradients(self.parameters))
+            for name, values in losses.items():
+                kept.setdefault(name, []).append(values.detach())
+        if tree:
+            total = sum_over_ranks(tree.result())
+            for parameter, gradient in zip(self.parameters, total, strict=True):
+                parameter.grad = gradient
+        self._spread.average_replicated()
+        return {name: torch.cat(values) for name, values in kept.items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in the run's precision; nothing for float32."""
+        if self.settings.precision is Precision.FP32:
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, DTYPES[self.settings.precision])
+
+    def state(self) -> State:
+        """All that a step changes, as this rank holds it."""
+        model, optimizer = get_state_dict(self.objective, self.optimizer, options=_OPTIONS)
+        state = {"model": model, "optimizer": optimizer, "loss_scale": self.loss_scale.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        return {**state, "objective": self.objective.own_state()}
+
+    def save(self) -> None:
+        """Begin a checkpoint of the steps done."""
+        skipped = int(self.skipped.item())
+        progress = Progress(step=self.done, skipped=skipped, identity=self.identity)
+        self.checkpoints.save(self.state(), progress)
+
+    def resume(self, step: int | None = None) -> None:
+        """Take up the newest checkpoint, or that of a step; without any, begin.
+
+        Raises CheckpointError for one of another run.
+        """
+        steps = self.checkpoints.steps()
+        chosen = step if step is not None else (steps[-1] if steps else None)
+        if chosen is None:
+            return
+        progress = self.checkpoints.progress(chosen)
+        for name, value in self.identity.items():
+            found = progress.identity.get(name)
+            if found != value:
+                raise CheckpointError(
+                    f"{self.checkpoints.path(chosen)} was made with {name} {found}, this run has "
+                    f"{value}; go on with the same, or start in another folder"
+                )
+        state = self.state()
+        self.checkpoints.load(state, chosen)
+        set_state_dict(
+            self.objective,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(strict=False),  # what is frozen is not in it
+        )
+        self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.objective.load_own_state(state["objective"])
+        self.skipped.fill_(progress.skipped)
+        self.done = progress.step
+
+
+def _peak(settings: RunSettings, ranks: Ranks) -> float | None:
+    if ranks.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(ranks.device), DTYPES[settings.precision])

@@ -293,6 +293,6 @@ class _Shown(Trainer):
         super().__init__(*arguments, **named)
         self._progress = progress
 
-    def observe(self, result: StepResult, batch: Batch, waited: float) -> None:
-        super().observe(result, batch, waited)
+    def observe(self, result: StepResult, batch: Batch) -> None:
+        super().observe(result, batch)
         self._progress("training", self.done, self.settings.steps)

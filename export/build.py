@@ -41,7 +41,9 @@ from pixart_rt.export.parts import DTYPES, Plan, plan_component
 from pixart_rt.export.plugins import check_plugin_targets
 from pixart_rt.export.preview import write_preview
 from pixart_rt.export.source import Source, open_source
+from pixart_rt.model.load import VAE_ENCODER, save_module
 from pixart_rt.model.text_side import TEXT_SIDE
+from pixart_rt.model.vae import VaeEncoder
 from pixart_rt.schedulers import stored_scheduler
 from pixart_rt.version import __version__
 
@@ -89,6 +91,7 @@ def build(
     heads: int | None = None,
     sample_size: int | None = None,
     max_text_tokens: int | None = None,
+    controlnet: Path | None = None,
     memory: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> BuildResult:
@@ -99,6 +102,8 @@ def build(
     max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
     heads, sample_size, max_text_tokens: what a checkpoint may not tell (see
         pixart_rt.model.checkpoint).
+    controlnet: a ControlNet's folder or .pth, trained for `model`; the bundle's transformer then
+        takes control images.
     memory: what was predicted of the bundle's memory; kept in the manifest's `build`.
     progress: called with a step's name, steps done and steps in all.
     Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
@@ -115,6 +120,7 @@ def build(
         sample_size=sample_size,
         max_text_tokens=max_text_tokens,
         cfg_null=cfg_null,
+        controlnet=controlnet,
     )
     source.check_fits(config.components)
     usable = max_memory or int(MEMORY_SHARE * psutil.virtual_memory().available)
@@ -155,6 +161,7 @@ def bundle_key(source: Source, config: EngineConfig, num_parts: dict[str, int]) 
         "code": _code_sha256(),
         "weights": source.weights_sha256,
         "model": source.config.to_dict(),
+        "controlnet": None if source.controlnet is None else source.controlnet.to_dict(),
         "engine": asdict(config),
         "parts": num_parts,
         "versions": installed_versions(),
@@ -276,6 +283,7 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         buckets=[[bucket.height, bucket.width] for bucket in buckets(config.resolution)],
         versions=installed_versions(),
         build={},
+        controlnet=None if source.controlnet is None else source.controlnet.to_dict(),
     )  # fmt: skip
 
 
@@ -318,11 +326,16 @@ def _write_rest(folder: Path, source: Source, dtype: torch.dtype) -> dict[str, s
         null = source.checkpoint().y_embedding
         if null is not None:
             save_file({"y_embedding": null.contiguous()}, folder / "y_embedding.safetensors")
+    if source.controlnet is not None and "vae_decoder" in source.components:
+        vae = source.vae()
+        values = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        (folder / VAE_ENCODER).mkdir()
+        save_module(folder / VAE_ENCODER, VaeEncoder(vae), values)
     for name in ("tokenizer", "scheduler"):
         if source.folder is not None and (source.folder / name).is_dir():
             shutil.copytree(source.folder / name, folder / name)
     shared = [path for path in folder.iterdir() if path.is_file()]
-    for name in ("tokenizer", "scheduler", "golden"):
+    for name in ("tokenizer", "scheduler", "golden", VAE_ENCODER):
         shared += [path for path in (folder / name).rglob("*") if path.is_file()]
     return hash_files(folder, shared)
 

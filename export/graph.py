@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pixart_rt.backends.base import OUTPUTS
+from pixart_rt.backends.base import CONTROL, OUTPUTS
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BuildError
 from pixart_rt.export.passes import two_stage_group_norms
@@ -70,12 +70,18 @@ class Graph:
         }
 
 
-def transformer_graph(module: DenoiserModule, config: ModelConfig) -> Graph:
-    """The denoiser. The example has 59 tokens: no bucket's number, and none of the model's."""
+def transformer_graph(
+    module: DenoiserModule, config: ModelConfig, num_copies: int | None = None
+) -> Graph:
+    """The denoiser. The example has 59 tokens: no bucket's number, and none of the model's.
+
+    With the `num_copies` of a ControlNet it takes control images.
+    """
+    control = {} if num_copies is None else {CONTROL: {0: "batch", 1: "num_tokens"}}
     return Graph(
         "transformer",
         module,
-        transformer_inputs(config, batch=3, num_tokens=59, guided=2),
+        transformer_inputs(config, batch=3, num_tokens=59, guided=2, num_copies=num_copies),
         {
             "tokens": {0: "batch", 1: "num_tokens"},
             "pos_embed": {0: "batch", 1: "num_tokens"},
@@ -86,6 +92,7 @@ def transformer_graph(module: DenoiserModule, config: ModelConfig) -> Graph:
             "text_kv": {1: "num_text"},
             "prompt_mask": {0: "num_text"},
             "outputs": {0: "num_outputs"},
+            **control,
         },
         OUTPUTS["transformer"],
     )
@@ -131,16 +138,18 @@ def transformer_inputs(
     batch: int,
     num_tokens: int,
     guided: int | None = None,
+    num_copies: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Random inputs of the denoiser for `batch` images, of which the first `guided` (by default
-    all) have a row of one visible token besides their own, which sees between 1 and all.
+    all) have a row of one visible token besides their own, which sees between 1 and all. Control
+    images with the `num_copies` of a ControlNet.
     """
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    text, blocks = config.max_text_tokens, config.num_layers
+    text, blocks = config.max_text_tokens, config.num_layers + (num_copies or 0)
     nulls = batch if guided is None else guided
     valid = torch.randint(1, text + 1, (batch, 1), generator=generator)
     return {
@@ -153,7 +162,10 @@ def transformer_inputs(
         "text_kv": randn(blocks, batch, text, 2, config.num_heads, config.head_dim),
         "prompt_mask": torch.arange(text)[None] < valid,
         "outputs": torch.arange(config.patch_size**2 * config.out_channels),
-    }
+        **({} if num_copies is None else {
+            CONTROL: randn(batch, num_tokens, config.token_channels)
+        }),
+    }  # fmt: skip
 
 
 def text_encoder_inputs(

@@ -7,14 +7,14 @@ after, so that a build's memory stays near one part in two precisions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pixart_rt.buckets import buckets
-from pixart_rt.config import EngineConfig, Quality, Weights, text_lengths
+from pixart_rt.config import EngineConfig, ModelConfig, Quality, Weights, text_lengths
 from pixart_rt.errors import BuildError
 from pixart_rt.export.graph import (
     Graph,
@@ -25,7 +25,8 @@ from pixart_rt.export.graph import (
     vae_decoder_graph,
 )
 from pixart_rt.export.source import Source
-from pixart_rt.model.load import DenoiserModule
+from pixart_rt.model.controlnet_config import ControlNetConfig
+from pixart_rt.model.load import CONTROLNET, DenoiserModule
 from pixart_rt.model.text_encoder import T5Config
 from pixart_rt.model.vae import VaeDecoder
 
@@ -84,14 +85,21 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
     images = config.max_batch
     channels = model.patch_size**2
     generator = torch.Generator().manual_seed(SEED)
+    control = source.controlnet
+    copies = None if control is None else control.num_copies
 
     def inputs(batch: int, num_tokens: int, guided: int | None = None) -> dict[str, Tensor]:
         return transformer_inputs(
-            model, batch=batch, num_tokens=num_tokens, guided=guided, generator=generator
+            model,
+            batch=batch,
+            num_tokens=num_tokens,
+            guided=guided,
+            num_copies=copies,
+            generator=generator,
         )
 
     def make(dtype: torch.dtype) -> Graph:
-        return transformer_graph(DenoiserModule(source.transformer(dtype)), model)
+        return transformer_graph(DenoiserModule(source.transformer(dtype)), model, copies)
 
     profile = {
         "batch": [1, 1, images],
@@ -106,13 +114,18 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
     return Plan(
         "transformer",
         config.precision,
-        [Part("model", make, model)],
+        [Part("model", make, _with_controlnet(model, control))],
         [profile],
         [inputs(2, 35), inputs(1, 64, guided=0), inputs(3, 17, guided=2)],
         [inputs(1, low), inputs(images, high, guided=0)],
         fp8=config.quality is Quality.FAST,
         weights=config.weights,
     )
+
+
+def _with_controlnet(model: ModelConfig, control: ControlNetConfig | None) -> object:
+    """What a torch bundle keeps of the transformer's shape."""
+    return model if control is None else {**asdict(model), CONTROLNET: control.to_dict()}
 
 
 def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:

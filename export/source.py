@@ -22,6 +22,8 @@ from pixart_rt.config import COMPONENTS, RANDOM_XL, CfgNull, ModelConfig
 from pixart_rt.errors import BuildError, CheckpointError, ConfigError
 from pixart_rt.model.captions import PromptTokenizer
 from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
+from pixart_rt.model.controlnet_checkpoint import load_controlnet, read_controlnet
+from pixart_rt.model.controlnet_config import ControlNetConfig
 from pixart_rt.model.locate import locate
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, read_text_encoder
 from pixart_rt.model.text_side import TextSide
@@ -41,6 +43,8 @@ class Source:
     folder: Path | None
     transformer_path: Path | None
     weights_sha256: str
+    controlnet_path: Path | None = None
+    controlnet: ControlNetConfig | None = None  # of the file at that path
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -52,10 +56,13 @@ class Source:
         return ("transformer", *present)
 
     def transformer(self, dtype: torch.dtype) -> PixArtTransformer:
-        """The transformer with its modulator, eval mode."""
+        """The transformer with its modulator and, where one was asked, a ControlNet; eval mode."""
         if self.transformer_path is None:
             return random_transformer(self.config, dtype)
-        return load_transformer(self.checkpoint(), dtype)
+        if self.controlnet_path is None:
+            return load_transformer(self.checkpoint(), dtype)
+        controlnet = read_controlnet(self.controlnet_path, self.config)
+        return load_controlnet(controlnet, self.checkpoint(), dtype)
 
     def modulator(self) -> Modulator:
         """The modulator alone, float32."""
@@ -68,7 +75,7 @@ class Source:
     def text_side(self, dtype: torch.dtype) -> TextSide:
         """The caption projection and the cross-attention weights."""
         if self.transformer_path is not None:
-            return TextSide.of(load_transformer(self.checkpoint(), dtype))
+            return TextSide.of(self.transformer(dtype))
         with torch.device("meta"):
             side = TextSide(self.config)
         return _fill(side, "", dtype)
@@ -144,11 +151,17 @@ def open_source(
     sample_size: int | None = None,
     max_text_tokens: int | None = None,
     cfg_null: CfgNull | None = None,
+    controlnet: Path | None = None,
 ) -> Source:
     """Find `model`, read its configuration and check that it fits the resolution.
 
     Raises CheckpointError when it cannot be found or read, ConfigError for a wrong resolution.
     """
+    if model == "xl-random" and controlnet is not None:
+        raise ConfigError(
+            f"--controlnet {controlnet} was asked with xl-random, which no ControlNet was trained "
+            "for; name the model it was trained for"
+        )
     if model == "xl-random":
         config = _with_null(RANDOM_XL[resolution], cfg_null)
         label = f"xl-random:{resolution}:{RANDOM_SEED}"
@@ -171,8 +184,22 @@ def open_source(
             f"--res {resolution} was asked, but {model} is a {config.resolution} px model "
             f"(sample_size {config.sample_size}); use --res {config.resolution} or another --model"
         )
-    return Source(name=model, config=config, folder=folder, transformer_path=transformer,
-                  weights_sha256=_hash_weights(folder, transformer))  # fmt: skip
+    weights = _hash_weights(folder, transformer)
+    settings = None
+    if controlnet is not None:
+        settings = read_controlnet(controlnet, config).config
+        weights = hashlib.sha256(
+            f"{weights} {_hash_weights(None, controlnet)}".encode()
+        ).hexdigest()
+    return Source(
+        name=model,
+        config=config,
+        folder=folder,
+        transformer_path=transformer,
+        weights_sha256=weights,
+        controlnet_path=controlnet,
+        controlnet=settings,
+    )
 
 
 def random_transformer(config: ModelConfig, dtype: torch.dtype) -> PixArtTransformer:

@@ -43,6 +43,7 @@ class Batch:
     aspect_ratio: Tensor  # [B, 1] float32: the bucket's key, height / width
     bucket: Bucket
     labels: Tensor | None = None  # [B] int64, the images' classes where the data set has them
+    condition: Tensor | None = None  # [B, C, h, w] float32, the control images' scaled latents
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -8,6 +8,7 @@
       null_prompt.safetensors the text encoder's output for the empty prompt
       y_embedding.safetensors only with the original unconditional convention
       preview.safetensors     latents to the colours of a preview, with a VAE decoder
+      vae_encoder/            control images to latents, with a ControlNet; run by PyTorch
       tokenizer/  scheduler/  as diffusers writes them
 
 A bundle is written to a temporary folder beside its place and renamed: whole or absent.
@@ -26,6 +27,7 @@ from typing import Any
 from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
 from pixart_rt.errors import BundleError
 from pixart_rt.files import replacing
+from pixart_rt.model.controlnet_config import ControlNetConfig
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -107,10 +109,16 @@ class Manifest:
     buckets: list[list[int]]  # [height, width] in pixels
     versions: dict[str, str]  # of the libraries that built it
     build: dict[str, Any]  # seconds and peak memory per step
+    controlnet: dict[str, Any] | None = None  # settings of the ControlNet in the transformer
 
     @property
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.model_config)
+
+    @property
+    def control(self) -> ControlNetConfig | None:
+        """Of the ControlNet in the transformer, which then takes control images."""
+        return None if self.controlnet is None else ControlNetConfig.from_dict(self.controlnet)
 
     @property
     def quality(self) -> Quality:
@@ -165,6 +173,7 @@ class Manifest:
             manifest = cls(components=entries, **values)
             _ = (
                 manifest.config,
+                manifest.control,
                 manifest.quality,
                 manifest.text_place,
                 [manifest.weights_of(name) for name in manifest.components],

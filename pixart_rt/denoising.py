@@ -47,6 +47,7 @@ class Item:
     encoded: Encoded  # one row
     null_text: str | None
     null: Encoded | None  # None without guidance
+    control: Tensor | None = None  # [1, C, h, w], for a transformer with a ControlNet
 
 
 class Denoiser:
@@ -195,7 +196,14 @@ class Denoiser:
             plain=plain,
             guided=guided,
             guides=guides,
+            control=self._control(items),
         )
+
+    def _control(self, items: Sequence[Item]) -> Tensor | None:
+        """The control images' latents as tokens [B, N, C·p·p]; None without a ControlNet."""
+        found = [item.control.to(self.device) for item in items if item.control is not None]
+        assert len(found) in (0, len(items))
+        return self.tokens(found) if found else None
 
     def _outputs(self, scheduler: Scheduler) -> Tensor:
         drops = Saving.NOISE_ONLY in self.savings and not uses_learned_variance(scheduler)
@@ -209,7 +217,7 @@ class Denoiser:
         none = images[:0]
         names = [item.text for item in items]
         text = self.texts(names, Encoded.cat([item.encoded for item in items]))
-        nothing = text.kv.new_zeros(self.config.num_layers, 0, 1, self.config.hidden_size)
+        nothing = text.kv.new_zeros(len(text.kv), 0, 1, self.config.hidden_size)
         plain = guided = None
         if not all(guides):
             plain = self._attended(none, images, nothing, text, names)
@@ -260,6 +268,8 @@ class Denoiser:
         scales = torch.tensor([item.guidance_scale for item in items], device=self.device)
         stochastic = sampling.scheduler is not Scheduler.DPM_SOLVER
         extra = {"generator": generators} if stochastic else {}
+        control = self._control(items)
+        also = {} if control is None else {"control": control}
         for step, timestep in enumerate(plan.timesteps):
             if step:
                 before(step)
@@ -273,6 +283,7 @@ class Denoiser:
                 modulation=plan.modulation[step],
                 outputs=self._outputs(sampling.scheduler),
                 **text.to_dict(),
+                **also,
             )
             noise = unpatchify(noise, bucket.grid, self.config.patch_size)
             noise = self._guide(noise, scales, sampling.scheduler)

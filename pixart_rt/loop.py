@@ -49,10 +49,13 @@ class LoopInputs:
     plain: TextInputs | None  # a row for each image, for steps without guidance
     guided: TextInputs | None  # two rows for each, for the others
     guides: tuple[bool, ...]  # whether step s takes the guided rows
+    control: Tensor | None = None  # [B, N, C·p·p], where the transformer has a ControlNet
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a name of its own, in a fixed order."""
         found = {name: getattr(self, name) for name in TENSORS}
+        if self.control is not None:
+            found["control"] = self.control
         for text in ("plain", "guided"):
             inputs: TextInputs | None = getattr(self, text)
             if inputs is not None:
@@ -75,6 +78,7 @@ class LoopInputs:
             plain=text("plain"),
             guided=text("guided"),
             guides=self.guides,
+            control=tensors.get("control"),
         )
 
 
@@ -89,6 +93,7 @@ def run_loop(
 ) -> Tensor:
     """The tokens [B, N, C·p·p] after the last step."""
     x = x0 = inputs.x
+    control = {} if inputs.control is None else {"control": inputs.control}
     for step, guided in enumerate(inputs.guides):
         text = inputs.guided if guided else inputs.plain
         assert text is not None
@@ -98,6 +103,7 @@ def run_loop(
             modulation=inputs.modulation[step],
             outputs=inputs.outputs,
             **text.to_dict(),
+            **control,
         )
         x, x0 = cfg_dpmpp_step(noise, x, x0, inputs.coefficients[step], channels)
         if on_step is not None:

@@ -34,6 +34,7 @@ from pixart_rt.config import (
     Scheduler,
     TextPlace,
 )
+from pixart_rt.control import ControlImage, Controls
 from pixart_rt.denoising import VAE_SCALE_FACTOR, After, Denoiser, Item
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.model.captions import PromptTokenizer
@@ -80,6 +81,7 @@ class Request:
     aspect_ratio: str | None = None
     height: int | None = None
     width: int | None = None
+    control_image: Image | None = None
 
 
 class _Placed:
@@ -138,6 +140,7 @@ class PixArtPipeline:
             if path.is_file():
                 self.y_embedding = load_file(path)["y_embedding"].float().to(device)
         self.denoiser = self._make_denoiser(components["transformer"])
+        self.controls = Controls(manifest, self.folder, device)
         self._previewer: Previewer | None = None  # the bundle's own, read when first asked
         self._interrupted = False
 
@@ -151,7 +154,9 @@ class PixArtPipeline:
         planner = Planner(modulator, self.config, self.folder / "scheduler", self.device, lossless)
         # An engine in half precision may run on a CPU, where PyTorch is slow in float16.
         wide = self.device.type == "cpu" and precision is torch.float16
-        side = TextSide.load(self.folder / TEXT_SIDE, self.config)
+        control = self.manifest.control
+        copies = 0 if control is None else control.num_copies
+        side = TextSide.load(self.folder / TEXT_SIDE, self.config, copies)
         texts = TextCache(side.to(self.device, torch.float32 if wide else precision))
         return Denoiser(transformer, self.config, planner, texts, self.device, savings)
 
@@ -245,6 +250,8 @@ class PixArtPipeline:
         output_type: str = "pil",
         vae_tiling: bool | None = None,
         approximate: Approximation | None = None,
+        control_image: ControlImage | None = None,
+        control_latents: Tensor | None = None,
     ) -> PipelineOutput:
         """Make `num_images_per_prompt` images of every prompt.
 
@@ -267,6 +274,9 @@ class PixArtPipeline:
             shows. Images are made `max_batch` at a time; each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
         A batch without a callback replays its CUDA graph, if `warmup` captured one.
+        control_image: for a bundle with a ControlNet, and only for one: a picture of edges, or one
+            for each image, scaled and centre-cropped to the bucket; or control_latents
+            [1 or images, C, h, w] of such pictures, times the VAE's scaling factor.
         vae_tiling: decode in overlapping tiles, one at a time: less memory, almost the same image.
             By default as the bundle was built.
         The loop waits for the device nowhere; samplers that add noise (SA-Solver, iDDPM, LCM) draw
@@ -299,9 +309,10 @@ class PixArtPipeline:
         rows = self._rows(prompts, negatives, sampling.guided, given, given_null)
         seeds = _seeds(seed, count * num_images_per_prompt)
         repeated = [row for row in rows for _ in range(num_images_per_prompt)]
+        controls = self.controls(control_image, control_latents, bucket, len(repeated))
         items = [
-            row.item(bucket, seed, sampling.guidance_scale)
-            for row, seed in zip(repeated, seeds, strict=True)
+            row.item(bucket, seed, sampling.guidance_scale, control)
+            for row, seed, control in zip(repeated, seeds, controls, strict=True)
         ]
         decode = self._decoder(vae_tiling)
         images, skipped = [], []
@@ -352,7 +363,7 @@ class PixArtPipeline:
                 "batch; use a step cache, or call the pipeline for each"
             )
         self._interrupted = False
-        settings = []
+        settings, controls = [], []
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
             sampling = self._sampling(
@@ -363,6 +374,7 @@ class PixArtPipeline:
                 self.resolution, request.aspect_ratio, request.height, request.width
             )
             settings.append((sampling, bucket))
+            controls += self.controls(request.control_image, None, bucket, 1)
             mixes = approximate is None and self.denoiser.mixes(sampling)
             shape = bucket.num_tokens if mixes else bucket
             groups.setdefault((shape, sampling.guided), []).append(index)
@@ -379,10 +391,11 @@ class PixArtPipeline:
                 sampling = settings[batch[0]][0]
                 items = [
                     rows[index].item(
-                        settings[index][1], requests[index].seed, settings[index][0].guidance_scale
+                        settings[index][1], requests[index].seed,
+                        settings[index][0].guidance_scale, controls[index],
                     )
                     for index in batch
-                ]
+                ]  # fmt: skip
                 latents = self.denoiser(items, sampling, self._before(sampling), None)
                 for index, each in zip(batch, latents, strict=True):
                     done[index] = self._image(each, requests[index], sampling, output_type)
@@ -450,7 +463,8 @@ class PixArtPipeline:
             for index, (bucket, prompt) in enumerate(work):
                 report(f"{bucket.num_tokens} tokens", index, len(work))
                 rows = self._rows([prompt], [""], sampling.guided, None, None)
-                item = rows[0].item(bucket, 0, sampling.guidance_scale)
+                control = self.controls.blank(bucket) if self.controls.wanted else None
+                item = rows[0].item(bucket, 0, sampling.guidance_scale, control)
                 self.denoiser.warm([item] * batch_size, sampling)
             report("ready", len(work), len(work))
         return self._num_captures() - before
@@ -600,10 +614,11 @@ class _Row:
     null_text: str | None
     null: Encoded | None
 
-    def item(self, bucket: Bucket, seed: int, guidance_scale: float) -> Item:
-        return Item(
-            bucket, seed, guidance_scale, self.text, self.encoded, self.null_text, self.null
-        )
+    def item(
+        self, bucket: Bucket, seed: int, guidance_scale: float, control: Tensor | None
+    ) -> Item:
+        text, null = (self.text, self.encoded), (self.null_text, self.null)
+        return Item(bucket, seed, guidance_scale, *text, *null, control)
 
 
 def _text_key(manifest: Manifest) -> str:

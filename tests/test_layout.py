@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "backends",
+            "control",
             "denoising",
             "graphs",
             "loop",

@@ -12,6 +12,7 @@ B images, C latent channels, N tokens, T text tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,24 +81,30 @@ def predict_noise(
     prompt_embeds: Tensor,
     prompt_mask: Tensor,
     batch: Batch,
+    *,
     projected: bool = False,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """The text model on noisy latents [B, C, h, w] at timesteps t [B]: [B, 2C, h, w].
 
     With `projected` the embeddings have been through the caption projection already. Positions,
     sizes and aspect ratios are the batch's. Modulation is computed in float32 also under autocast,
-    as it is when images are made.
+    as it is when images are made. A `condition` [B, C, h, w], of a ControlNet, is patchified as the
+    latents are.
     """
     config, bucket = model.config, batch.bucket
     with torch.autocast(latents.device.type, enabled=False):
         modulation = model.modulator(t.float(), batch.original_size, batch.aspect_ratio.flatten())
+    more: dict[str, Any] = {"projected": True} if projected else {}
+    if condition is not None:
+        more["control"] = patchify(condition, config.patch_size)
     tokens = model(
         patchify(latents, config.patch_size),
         positions(bucket, latents.device),
         modulation,
         prompt_embeds,
         prompt_mask,
-        projected,
+        **more,
     )
     return unpatchify(tokens, bucket.grid, config.patch_size)
 
@@ -172,7 +179,7 @@ class TextObjective(Objective):
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         output = predict_noise(
             self.model, self.positions, noisy, t, *self.captions(batch, draws), batch,
-            self.projected,
+            projected=self.projected,
         )  # fmt: skip
         return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
 

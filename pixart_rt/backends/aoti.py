@@ -40,10 +40,13 @@ class AotInductorBackend:
     def load(self, bundle: Path, manifest: Manifest, name: str, device: torch.device) -> Component:
         check_device(device)
         paths = engine_paths(bundle, manifest, name)
+        controlled = manifest.control is not None
         return Chain(
             name,
             [
-                FunctionPart(load_package(path, device), part_inputs(name, index))
+                FunctionPart(
+                    load_package(path, device), part_inputs(name, index, controlled=controlled)
+                )
                 for index, path in enumerate(paths)
             ],
             capturable=True,

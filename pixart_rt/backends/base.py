@@ -8,12 +8,14 @@ masks int64 and boolean), on the component's device:
                    null_rows [U], text_rows [R-U], constant [L, U, 1, D],
                    text_kv [L, R-U, T, 2, H, K], prompt_mask [R-U, T] boolean,
                    outputs [P]                                           -> noise [R, N, P]
+                   with a ControlNet also control [B, N, 16]
     vae_decoder    latents [B, 4, h, w] (as the sampler leaves them)     -> image [B, 3, 8h, 8w]
 
 Rows of the transformer are images with a text: with guidance an image has two. Row r < U is image
 null_rows[r] with the prompt of one token whose vectors are constant[:, r]; the others are images
 text_rows with the keys and values in text_kv. `outputs` are the wanted channels of a patch. A
-component may take other forms of the same input instead; it lists them in `also_takes`.
+component may take other forms of the same input instead; it lists them in `also_takes`. `control`
+are the control images' latents as tokens; L counts a ControlNet's copies after the blocks.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
     "vae_decoder": ("latents",),
 }  # fmt: skip
 ABSORBED = ("absorbed_keys", "absorbed_bias", "absorbed_values")  # instead of text_kv
+CONTROL = "control"  # what the transformer of a bundle with a ControlNet takes besides
 OUTPUTS = {"text_encoder": "prompt_embeds", "transformer": "noise", "vae_decoder": "image"}
 
 

@@ -33,6 +33,7 @@ DYNAMIC: dict[str, tuple[int, ...]] = {  # input -> axes that differ between cal
     "absorbed_keys": (1,),
     "absorbed_bias": (1,),
     "absorbed_values": (1,),
+    "control": (0, 1),
     "latents": (0, 2, 3),
 }
 
@@ -66,7 +67,8 @@ class CompiledBackend:
             output: Tensor = compiled(**inputs)
             return output
 
-        return Chain(name, [FunctionPart(call, part_inputs(name, 0))], forms_of(name), module, True)
+        names = part_inputs(name, 0, controlled=manifest.control is not None)
+        return Chain(name, [FunctionPart(call, names)], forms_of(name), module, True)
 
 
 def has_compiler() -> bool:

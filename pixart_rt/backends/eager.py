@@ -47,8 +47,9 @@ class EagerBackend:
             module = load_on(bundle, manifest, name, torch.device("cpu"))
             return Chain(name, [FunctionPart(Offloaded(module, device), part_inputs(name, 0))])
         module = load_on(bundle, manifest, name, device)
-        parts = [FunctionPart(module, part_inputs(name, 0))]
-        cacheable = module if name == "transformer" else None
+        controlled = manifest.control is not None
+        parts = [FunctionPart(module, part_inputs(name, 0, controlled=controlled))]
+        cacheable = module if name == "transformer" and not controlled else None
         return Chain(name, parts, forms_of(name), module, True, cacheable)
 
 

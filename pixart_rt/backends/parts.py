@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pixart_rt.backends.base import ABSORBED, INPUTS
+from pixart_rt.backends.base import ABSORBED, CONTROL, INPUTS
 from pixart_rt.bundle import ComponentEntry, Manifest
 from pixart_rt.errors import BackendError, BundleError
 
@@ -94,9 +94,13 @@ class FunctionPart:
             return self._function(**inputs)
 
 
-def part_inputs(name: str, index: int) -> tuple[str, ...]:
-    """The inputs of part `index` of component `name`, where the engine does not name its own."""
-    return INPUTS[name] if index == 0 else (HIDDEN, *INPUTS[name][1:])
+def part_inputs(name: str, index: int, *, controlled: bool = False) -> tuple[str, ...]:
+    """The inputs of part `index` of component `name`, where the engine does not name its own.
+
+    `controlled`: the bundle has a ControlNet.
+    """
+    also = (CONTROL,) if controlled and name == "transformer" else ()
+    return (*INPUTS[name], *also) if index == 0 else (HIDDEN, *INPUTS[name][1:])
 
 
 def forms_of(name: str) -> frozenset[str]:

@@ -18,6 +18,7 @@ from pixart_rt.cli.inspect import inspect
 from pixart_rt.cli.merge import merge
 from pixart_rt.cli.plan import plan
 from pixart_rt.cli.reparameterize import reparameterize
+from pixart_rt.cli.train import train
 from pixart_rt.cli.tune import tune
 from pixart_rt.cli.verify import verify
 from pixart_rt.version import __version__
@@ -55,8 +56,8 @@ def root(
 
 
 for verb in (
-    build, generate, fidelity, plan, convert, reparameterize, merge, inspect, verify, bench, tune,
-    doctor,
+    build, generate, fidelity, plan, convert, train, reparameterize, merge, inspect, verify, bench,
+    tune, doctor,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(data)

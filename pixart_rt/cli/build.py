@@ -99,6 +99,10 @@ def build(
         int | None,
         typer.Option(help="Prompt length if the checkpoint does not say: 120, 300."),
     ] = None,
+    controlnet: Annotated[
+        Path | None,
+        typer.Option(help="A ControlNet's folder or .pth, trained for the model."),
+    ] = None,
     max_memory: Annotated[
         float | None,
         typer.Option(help="GiB that building a text encoder may take. Default: 80 % of free."),
@@ -132,6 +136,10 @@ def build(
         max_batch, quality, plugins, weights, text_weights,
     )  # fmt: skip
     memory = None
+    if vram is not None and controlnet is not None:
+        raise ConfigError(
+            "--vram was asked with --controlnet, whose memory is not predicted; leave one out"
+        )
     if vram is not None:
         config, memory = _fit(model, config, vram)
     from pixart_rt.export.build import build as build_bundle  # torch, onnx: seconds to import
@@ -146,6 +154,7 @@ def build(
             heads=heads,
             sample_size=sample_size,
             max_text_tokens=max_text_tokens,
+            controlnet=controlnet,
             memory=memory,
             progress=progress,
         )

@@ -22,7 +22,7 @@ data = typer.Typer(
     name="data",
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Make training data: extract features, plan stages.\n\n\b\nExamples:\n"
+    help="Make training data: extract features, draw edges, plan stages.\n\n\b\nExamples:\n"
     "  pixart-rt data extract images/ features/ --res 256 --model tiny\n"
     "  pixart-rt data plan --images 14000000 --epochs 0.44 --res 1024 --rates rates.json",
 )
@@ -130,6 +130,54 @@ def extract(
         _show(extraction, as_json)
     elif as_json:
         print_json(planned)
+
+
+@data.command()
+def edges(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="A folder with images and metadata.jsonl.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make or continue.")],
+    kind: Annotated[str, typer.Option(help="canny; or hed, which needs controlnet-aux.")] = "canny",
+    res: Annotated[str, typer.Option(help="256, 512, 1024 or multi, as for extract.")] = "256",
+    square: Annotated[
+        bool, typer.Option("--square", help="Crop to the square, as for extract.")
+    ] = False,
+    caption_column: Annotated[
+        str, typer.Option(help="The column of metadata.jsonl that holds the captions.")
+    ] = "text",
+    threads: Annotated[
+        int | None, typer.Option(help="Threads. Default: one a core, at most 16.")
+    ] = None,
+) -> None:
+    """Draw the edges of images, for a ControlNet: a folder to extract a second store of.
+
+    Edges are those of each image as `extract` cuts it, so give both the same --res and --square.
+    Then `pixart-rt data extract OUT` makes the second store. A stopped run goes on.
+
+    \b
+    Examples:
+      pixart-rt data edges images/ edges/ --res 256
+      pixart-rt data edges images/ edges/ --res multi --kind hed
+    """
+    resolution = _resolution(res)
+    from pixart_rt.data.edges import EdgeKind, edge_finder  # numpy, Pillow: part of a second
+
+    if kind not in list(EdgeKind):
+        raise ConfigError(f"--kind {kind} was asked; choose one of {', '.join(EdgeKind)}")
+    from pixart_rt.data.control import draw_edges
+    from pixart_rt.data.crop import bucket_table
+    from pixart_rt.data.folder import ImageFolder
+
+    folder = ImageFolder(images, caption_column)
+    table = bucket_table(resolution, square=square)
+    workers = threads or min(os.cpu_count() or 1, _MOST_THREADS)
+    with Steps() as progress:
+        finder = edge_finder(EdgeKind(kind))
+        left_out = draw_edges(folder, out, table, finder, threads=workers, progress=progress)
+    if left_out:
+        note(f"warning: {left_out} images cannot be read; their lines have no edges")
+    typer.echo(str(out))
 
 
 @data.command()

@@ -66,6 +66,9 @@ def generate(
         float | None,
         typer.Option(metavar="PART", help="Approximate: guide only this part of the steps."),
     ] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(help="A picture of edges, for a bundle with a ControlNet.")
+    ] = None,
     vram: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G; torch bundles only."),
@@ -115,10 +118,18 @@ def generate(
     if preview is not None:
         check_previews(preview, bundle, force=force)
     choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
+    if (control_image is None) != (manifest.control is None):
+        raise ConfigError(
+            f"--control-image was {'not ' if control_image is None else ''}given, but {bundle} has "
+            f"{'a' if manifest.control else 'no'} ControlNet; "
+            + ("name a picture of edges" if manifest.control else "leave it out")
+        )
+    picture = None if control_image is None else _open_picture(control_image)
     writer = None if preview is None else PreviewWriter(preview, preview_every, steps)
     fit = None if vram is None else _fit(bundle, manifest, vram, vae_tiling)
     tiled = fit.vae_tiling if fit else vae_tiling or manifest.vae_tiling
-    options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": tiled}
+    options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": tiled,
+               "control_image": picture}  # fmt: skip
     loading = {"prompt_cache": prompt_cache, "text_place": fit.text_place if fit else None}
     at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
     result, seconds = _run(
@@ -149,6 +160,16 @@ def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> LoadC
         f"{fit.forecast.peak / 2**30:.2f} GiB"
     )
     return fit
+
+
+def _open_picture(path: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"--control-image {path} cannot be read ({error})") from error
 
 
 def _check_text(*texts: str) -> None:

@@ -45,6 +45,7 @@ def _summary(bundle: Path, manifest: Manifest) -> Table:
         **{f"model: {name}": value for name, value in manifest.model.items()},
         **{f"engine: {name}": value for name, value in manifest.engine_config.items()},
         **{f"model config: {name}": value for name, value in manifest.model_config.items()},
+        **{f"controlnet: {name}": value for name, value in (manifest.controlnet or {}).items()},
         **{f"vae: {name}": value for name, value in manifest.vae.items()},
         "scheduler": manifest.scheduler,
         "image sizes": f"{len(sizes)}, height x width from {_size(sizes, 0)} to {_size(sizes, -1)}",

@@ -98,6 +98,11 @@ class FeatureStore:
         return np.ascontiguousarray(self._rows["num_tokens"])
 
     @property
+    def sources(self) -> npt.NDArray[np.int64]:
+        """The line of the metadata, from 0, that every sample is of: [num_samples]."""
+        return np.ascontiguousarray(self._rows["source"])
+
+    @property
     def empty_prompt(self) -> Tensor:
         """T5(""), the text of a dropped caption: [n, E] bfloat16."""
         return load_file(self.path / EMPTY_PROMPT)["prompt_embeds"]

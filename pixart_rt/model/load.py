@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -18,10 +17,15 @@ from torch import Tensor, nn
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError, CheckpointError
 from pixart_rt.kernels.cross_attention import Absorbed
+from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
+from pixart_rt.model.controlnet_config import ControlNetConfig
 from pixart_rt.model.tensors import TensorFolder
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
-from pixart_rt.model.transformer import Block, BlockCache, CrossText, PixArtTransformer
-from pixart_rt.model.vae import VaeDecoder, vae_from_config
+from pixart_rt.model.transformer import BlockCache, CrossText, PixArtTransformer
+from pixart_rt.model.vae import VaeDecoder, VaeEncoder, vae_from_config
+
+CONTROLNET = "controlnet"  # in a transformer's config.json, beside the model's settings
+VAE_ENCODER = "vae_encoder"  # of a bundle with a ControlNet; no component: PyTorch always runs it
 
 
 class TextEncoderModule(nn.Module):
@@ -56,8 +60,8 @@ class DenoiserModule(nn.Module):
         super().__init__()
         self.core = core
         del core.modulator, core.y_proj
-        for block in core.blocks:
-            del cast(Block, block).cross_attn.kv_linear
+        for block in text_blocks(core):
+            del block.cross_attn.kv_linear
 
     def forward(
         self,
@@ -74,13 +78,14 @@ class DenoiserModule(nn.Module):
         absorbed_bias: Tensor | None = None,
         absorbed_values: Tensor | None = None,
         cache: BlockCache | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
         """Shapes as in backends/base.py. Either text_kv or the three absorbed tensors."""
         dtype = self.core.x_embedder.weight.dtype
         # An exported graph must not branch on a size that may be 0; PyTorch saves two copies.
         none = not torch.compiler.is_exporting() and null_rows.shape[0] == 0
         text = []
-        for index in range(len(self.core.blocks)):
+        for index in range(len(text_blocks(self.core))):
             attended: Tensor | Absorbed
             if text_kv is not None:
                 attended = text_kv[index].to(dtype)
@@ -96,7 +101,12 @@ class DenoiserModule(nn.Module):
                 CrossText(attended, prompt_mask, None if none else constant[index].to(dtype))
             )
         rows = torch.cat([null_rows, text_rows])
-        noise = self.core.denoise(tokens, pos_embed, modulation, rows, text, outputs, cache)
+        given = (tokens, pos_embed, modulation, rows, text, outputs, cache)
+        if control is None:
+            noise = self.core.denoise(*given)
+        else:
+            assert isinstance(self.core, ControlNetTransformer), "this model takes no control"
+            noise = self.core.denoise(*given, control=control)
         return noise.to(torch.promote_types(noise.dtype, torch.float32))
 
 
@@ -118,7 +128,7 @@ def load_module(folder: Path, component: str) -> nn.Module:
         with torch.device("meta"):
             module = build_module(component, config)
         state = dict(TensorFolder(folder))
-        if component == "vae_decoder":  # diffusers keeps buffers that meta tensors cannot fill
+        if component.startswith("vae"):  # diffusers keeps buffers that meta tensors cannot fill
             module = build_module(component, config)
         module.load_state_dict(state, assign=True)
     except (OSError, ValueError, KeyError, RuntimeError, CheckpointError) as error:
@@ -132,5 +142,14 @@ def build_module(component: str, config: dict[str, object]) -> nn.Module:
     if component == "text_encoder":
         return TextEncoderModule(T5Encoder(T5Config(**config)))  # type: ignore[arg-type]
     if component == "transformer":
-        return DenoiserModule(PixArtTransformer(ModelConfig.from_dict(config)))
-    return VaeDecoder(vae_from_config(config))
+        return DenoiserModule(_transformer(dict(config)))
+    vae = vae_from_config(config)
+    return VaeEncoder(vae) if component == VAE_ENCODER else VaeDecoder(vae)
+
+
+def _transformer(config: dict[str, object]) -> PixArtTransformer:
+    controlnet = config.pop(CONTROLNET, None)
+    model = ModelConfig.from_dict(config)
+    if controlnet is None:
+        return PixArtTransformer(model)
+    return ControlNetTransformer(model, ControlNetConfig.from_dict(dict(controlnet)))  # type: ignore[call-overload]

@@ -19,7 +19,8 @@ from pixart_rt.quiet import quiet_imports
 def quantize_weights(module: nn.Module, weights: Weights) -> None:
     """Quantize the linears of a component's repeated layers, in place. FULL leaves them.
 
-    Those are T5's layers (`layers`) and the transformer's blocks (`blocks`): nearly all weights.
+    Those are T5's layers (`layers`), the transformer's blocks (`blocks`) and a ControlNet's copies
+    of them (`copies`): nearly all weights.
     What stands beside them is small and stays: embeddings, norms, caption projection, last layer.
     Raises BackendError where torchao is not installed.
     """
@@ -33,7 +34,7 @@ def quantize_weights(module: nn.Module, weights: Weights) -> None:
 
 def _in_a_layer(module: nn.Module, name: str) -> bool:
     words = name.split(".")
-    return isinstance(module, nn.Linear) and ("layers" in words or "blocks" in words)
+    return isinstance(module, nn.Linear) and not {"layers", "blocks", "copies"}.isdisjoint(words)
 
 
 def _config(weights: Weights) -> Any:

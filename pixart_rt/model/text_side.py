@@ -27,6 +27,7 @@ from pixart_rt.kernels.cross_attention import (
     choose_form,
     cross_attention_constant,
 )
+from pixart_rt.model.controlnet import text_blocks
 from pixart_rt.model.transformer import CrossAttention, Mlp, PixArtTransformer
 from pixart_rt.ops import refuse_adapters
 
@@ -75,14 +76,16 @@ class _CrossText(nn.Module):
 class TextSide(nn.Module):
     """The caption projection and the cross-attention weights of a transformer, and what they make.
 
-    Its state is a subset of the transformer's, under the same names.
+    Its state is a subset of the transformer's, under the same names; the `num_copies` copies of a
+    ControlNet are further blocks (model/controlnet.py). L counts both.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, num_copies: int = 0) -> None:
         super().__init__()
         self.config = config
         self.y_proj = Mlp(config.caption_channels, config.hidden_size, config.hidden_size)
-        self.blocks = nn.ModuleList(_CrossText(config) for _ in range(config.num_layers))
+        count = config.num_layers + num_copies
+        self.blocks = nn.ModuleList(_CrossText(config) for _ in range(count))
 
     @classmethod
     def of(cls, model: PixArtTransformer) -> TextSide:
@@ -91,18 +94,19 @@ class TextSide(nn.Module):
         Raises ConfigError for a model with adapters: its forms read weights, not modules.
         """
         refuse_adapters(model, "sampling")
+        blocks = text_blocks(model)
         with torch.device("meta"):
-            side = cls(model.config)
+            side = cls(model.config, len(blocks) - model.config.num_layers)
         side.y_proj = model.y_proj
-        for mine, theirs in zip(side.blocks, model.blocks, strict=True):
+        for mine, theirs in zip(side.blocks, blocks, strict=True):
             mine.cross_attn = theirs.cross_attn
         return side
 
     @classmethod
-    def load(cls, path: Path, config: ModelConfig) -> TextSide:
+    def load(cls, path: Path, config: ModelConfig, num_copies: int = 0) -> TextSide:
         """From the bundle's file. Raises BundleError if it is missing or damaged."""
         with torch.device("meta"):
-            side = cls(config)
+            side = cls(config, num_copies)
         try:
             side.load_state_dict(load_file(path), assign=True)
         except Exception as error:

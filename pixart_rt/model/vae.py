@@ -1,4 +1,4 @@
-"""The VAE decoder, diffusers' AutoencoderKL without its encoder, latents rescaled inside.
+"""The two halves of diffusers' AutoencoderKL, latents rescaled inside.
 
 B images, C latent channels, h×w latent pixels. The scaling factor comes from the VAE's own config:
 0.18215 for PixArt-alpha, 0.13025 for PixArt-Sigma. `use` chooses diffusers' modules or the fused
@@ -63,6 +63,22 @@ class VaeDecoder(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents).to(torch.promote_types(dtype, torch.float32))
+
+
+class VaeEncoder(nn.Module):
+    """Images [B, 3, 8h, 8w] in [-1, 1] to the scaled means of their latents [B, C, h, w]."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.quant_conv = vae.quant_conv
+        self.encoder = vae.encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        moments = self.encoder(images.to(self.encoder.conv_in.weight.dtype))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        return moments.chunk(2, dim=1)[0].float() * self.scaling_factor
 
 
 def read_vae(folder: Path) -> AutoencoderKL:

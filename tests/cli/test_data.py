@@ -43,6 +43,19 @@ def test_from_a_folder_to_a_store(run, images, tmp_path):
     assert "measuring" not in again.err, "nothing is left to plan"
 
 
+def test_from_a_folder_to_its_edges_and_their_store(run, images, tmp_path):
+    (images / "1.png").write_bytes(b"no picture")
+    outcome = run("data", "edges", images, tmp_path / "edges", "--caption-column", "caption")
+    assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path / "edges"))
+    assert "1 images cannot be read" in outcome.err
+    outcome = run("data", "extract", tmp_path / "edges", tmp_path / "out", "--model", "tiny",
+                  "--device", "cpu")  # fmt: skip
+    assert outcome.code == 0
+    assert FeatureStore(tmp_path / "out").sources.tolist() == [0, 2]
+    refused = run("data", "edges", images, tmp_path / "edges", "--kind", "sobel")
+    assert refused.code == 2 and "choose one of canny, hed" in refused.err
+
+
 def test_a_plan_only(run, images, tmp_path):
     outcome = run("data", "extract", images, tmp_path / "out", "--model", "tiny", "--res", "512",
                   "--caption-column", "caption", "--plan-only", "--json")  # fmt: skip

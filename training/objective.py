@@ -138,6 +138,7 @@ class TextObjective(Objective):
         diffusion: GaussianDiffusion,
         null: NullText,
         text_dropout: float = 0.1,
+        *,
         timestep_shift: float = 1.0,
         projected: bool = False,
     ) -> None:
@@ -192,6 +193,7 @@ class ClassObjective(Objective):
         model: DiT,
         diffusion: GaussianDiffusion,
         label_dropout: float = 0.1,
+        *,
         timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()

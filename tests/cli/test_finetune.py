@@ -138,3 +138,18 @@ def test_one_line_for_what_cannot_be(run: Callable[..., Any], dog: Path, tmp_pat
         assert reason in run(*words("lora", dog, out, *more)).error
     assert "is no folder" in run(*words("lora", tmp_path / "x", out, "--prompt", PROMPT)).error
     assert [each.name for each in tmp_path.iterdir()] == ["dog"]
+
+
+@pytest.mark.slow
+def test_from_pictures_to_an_engine(run: Callable[..., Any], dog: Path, tmp_path: Path) -> None:
+    """The commands of docs/training.md, with tiny: what was learned changes the image."""
+    assert run(*words("lora", dog, tmp_path / "lora", "--prompt", PROMPT, "--lr", 1e-2)).code == 0
+    assert run("merge", "tiny", tmp_path / "lora", tmp_path / "model", "--res", 256).code == 0
+    drawn = []
+    for name, model in (("plain", "tiny"), ("merged", tmp_path / "model")):
+        bundle, image = tmp_path / f"{name}-engines", tmp_path / f"{name}.png"
+        built = run("build", "--model", model, "--res", 256, "--backend", "torch", "--out", bundle)
+        assert built.code == 0, built.err
+        assert run("generate", PROMPT, "--bundle", bundle, "-o", image, "--steps", 4).code == 0
+        drawn.append(np.asarray(Image.open(image)).astype(float))
+    assert np.abs(drawn[0] - drawn[1]).mean() > 5  # of 255

@@ -37,6 +37,7 @@ from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
+from pixart_rt.training.communication import profiled
 from pixart_rt.training.draws import Draws, draw
 from pixart_rt.training.ema import Ema
 from pixart_rt.training.flops import peak_flops
@@ -99,6 +100,11 @@ class Trainer:
                 f"{settings.micro_batches} micro-batches were asked on {ranks.num_ranks} ranks; "
                 "use a multiple of the ranks"
             )
+        if settings.profile_every is not None and ranks.device.type != "cuda":
+            raise ConfigError(
+                f"profile_every was asked on {ranks.device.type}; what communicates is told from "
+                "a GPU's kernels: leave it out"
+            )
         self.settings, self.ranks, self.feed, self.out = settings, ranks, feed, Path(out)
         self.objective = objective.to(ranks.device).train()
         self._spread = spread(objective, settings, ranks)
@@ -145,7 +151,8 @@ class Trainer:
         while self.done < stop:
             with self.meter.waiting():
                 batch = next(batches)
-            result = self.step(batch)
+            with self._profiled():
+                result = self.step(batch)
             self.observe(result, batch)
             if self.done % settings.log_every == 0 or self.done == stop:
                 line = self.meter.line(self.done, result.lr)
@@ -157,6 +164,13 @@ class Trainer:
                 with self.meter.paused():
                     self._validate()
             self.checkpoints.poll()
+
+    def _profiled(self) -> AbstractContextManager[None]:
+        """Around the next step: profiled if it is one of those, which a log line follows."""
+        every = self.settings.profile_every
+        if every is None or (self.done + 1) % every:
+            return nullcontext()
+        return profiled(self.ranks.device, self.meter.communication)
 
     def observe(self, result: StepResult, batch: Batch) -> None:
         """Remember a step until its log line says whether it was finite."""

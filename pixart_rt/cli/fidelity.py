@@ -16,6 +16,7 @@ from rich.table import Table
 from pixart_rt.approximate import FirstBlockCache, StepCache
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, print_tables
+from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import replacing

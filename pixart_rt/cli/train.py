@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pixart_rt.cli.console import note, print_json
+from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
 if TYPE_CHECKING:
-    from pixart_rt.training.phases import Machine
+    from pixart_rt.model.checkpoint import TransformerCheckpoint
+    from pixart_rt.training.phases import Machine, Validate
+    from pixart_rt.training.ranks import Ranks
     from pixart_rt.training.recipe import Phase, Recipe
 
 LOGS = ("console", "jsonl", "tensorboard", "wandb")
@@ -84,6 +88,25 @@ def train(
     log_every: Annotated[int, typer.Option(help="Steps.")] = 50,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
     keep: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 3,
+    validate_with: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Draw images in text phases, with the encoder, VAE and sampler of: tiny, a "
+            "pipeline folder or a hub id.",
+        ),
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between them.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Their prompts: a text file, one a line.")
+    ] = None,
+    profile_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between two that are profiled, a multiple of --log-every; their log line "
+            "has the share of communication. On GPUs."
+        ),
+    ] = None,
     replay: Annotated[
         int | None,
         typer.Option(help="Run this step of --phase again and print what was not finite in it."),
@@ -109,6 +132,7 @@ def train(
     if replay is not None and len(chosen) != 1:
         raise ConfigError("--replay runs a step of one phase; name it with --phase")
     paths = _data_paths(read, chosen, data or [])
+    texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
     from pixart_rt.training.log import Place  # torch: seconds
     from pixart_rt.training.phases import Machine, is_done, phase_folder, phase_trainer, run_phase
     from pixart_rt.training.ranks import start_ranks
@@ -136,11 +160,14 @@ def train(
             log_every=log_every,
             save_every=save_every,
             keep=keep,
+            validate_every=validate_every,
+            profile_every=profile_every,
             log=[Place(each) for each in log or LOGS[:2]],
         )
         if ranks.is_first and replay is None:
             for line in report(read):
                 note(line)
+        drawing = _drawing(validate_with, texts, machine, ranks) if validate_with else None
         done = out
         for each in chosen:
             if replay is None and is_done(each, phase_folder(read, each, out)):
@@ -157,7 +184,7 @@ def train(
                 return
             if ranks.is_first:
                 note(_started(read, each, machine, ranks.num_ranks, len(source)))
-            done = run_phase(read, each, source, machine, out, ranks, init=init)
+            done = run_phase(read, each, source, machine, out, ranks, init=init, validation=drawing)
             init = None  # of the first phase that is run
         if ranks.is_first:
             typer.echo(str(done))
@@ -192,6 +219,49 @@ def _data_paths(recipe: Recipe, phases: list[Phase], given: list[str]) -> dict[s
             )
         found[phase.name] = Path(path.replace("{res}", str(phase.resolution)))
     return found
+
+
+def _validation_prompts(
+    phases: list[Phase], model: str | None, every: int | None, prompts: Path | None
+) -> tuple[str, ...]:
+    """The prompts of validation images; none where no images are asked."""
+    given = {"--validate-with": model, "--validate-every": every, "--prompts": prompts}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return ()
+    if missing or prompts is None:
+        raise ConfigError(
+            f"validation images were asked without {' and '.join(missing)}; give {', '.join(given)}"
+        )
+    if all(phase.of_classes for phase in phases):
+        raise ConfigError(
+            "validation images were asked, but no text phase is run, and a DiT draws none; leave "
+            f"out {', '.join(given)}"
+        )
+    return tuple(read_prompts(prompts))
+
+
+def _drawing(
+    model: str, prompts: tuple[str, ...], machine: Machine, ranks: Ranks
+) -> Callable[[TransformerCheckpoint, Path], Validate]:
+    """What draws the images of a phase; prompts are encoded when the phase begins."""
+    from pixart_rt.training.parallel import DTYPES
+    from pixart_rt.training.validation import Validation, ValidationSettings
+
+    autocast = None if machine.precision is Precision.FP32 else DTYPES[machine.precision]
+
+    def begin(start: TransformerCheckpoint, folder: Path) -> Validate:
+        validation = Validation(
+            model,
+            start.config,
+            ValidationSettings(prompts=prompts),
+            ranks.device,
+            autocast=autocast,
+            y_embedding=start.y_embedding,
+        )
+        return lambda weights, step: note(str(validation.of_weights(weights, folder, step)))
+
+    return begin
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -47,6 +47,7 @@ def test_every_form_agrees_with_the_peer_and_is_timed(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of PyTorch, compiling the peer
 def test_compiled_forms_agree_too(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_kernels: None
 ) -> None:

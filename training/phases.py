@@ -44,7 +44,7 @@ from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.sampler import BucketSampler
+from pixart_rt.training.sampler import BucketSampler, RankIds
 from pixart_rt.training.trainer import Feed, Trainer
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
@@ -160,7 +160,7 @@ def phase_trainer(
     )
     trainer = Trainer(
         objective,
-        source.feed(lambda step: sampler.ids(step, ranks.rank, ranks.num_ranks), settings.seed),
+        source.feed(RankIds(sampler, ranks.rank, ranks.num_ranks), settings.seed),
         settings,
         phase_folder(recipe, phase, out),
         ranks,

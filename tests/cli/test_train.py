@@ -59,7 +59,7 @@ def test_from_a_store_to_a_transformer(run, recipe, images, tmp_path):
     store, out = tmp_path / "noise-256", tmp_path / "run"
     run("data", "extract", images, store, "--model", "tiny", "--square", "--device", "cpu")
     words = ("train", recipe, "--out", out, "--data", f"noise={tmp_path}/noise-{{res}}",
-             "--device", "cpu", "--workers", 0, "--log-every", 1, "--save-every", 1)  # fmt: skip
+             "--device", "cpu", "--workers", 2, "--log-every", 1, "--save-every", 1)  # fmt: skip
     outcome = run(*words)
     assert outcome.code == 0, outcome.err
     assert outcome.out.strip() == str(out / "01-text" / "transformer-ema")

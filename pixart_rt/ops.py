@@ -100,6 +100,9 @@ class FusedOperators(Operators):
 
     Under autocast the residual stream stays float32 and the linears' inputs are cast, as
     nn.Linear's are; the residual is then added by the kernel that normalizes.
+
+    What is not exactly an nn.Linear runs as the module it is, and the kernels do the rest: of a
+    linear that carries an adapter (peft's LoRA) they would read the base weight alone.
     """
 
     def __init__(self, lossless: bool = False) -> None:
@@ -118,6 +121,8 @@ class FusedOperators(Operators):
         return ln_modulate(x, *rows, self.lossless)
 
     def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+        if not is_plain(layer):
+            return super().linear_gelu(y, layer)
         return linear_gelu(*_autocast(y, layer), self.lossless)
 
     def self_attention(self, qkv: Tensor) -> Tensor:
@@ -129,6 +134,8 @@ class FusedOperators(Operators):
     def linear_residual(
         self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
     ) -> Tensor:
+        if not is_plain(layer):
+            return super().linear_residual(x, layer, residual, gate)
         x, weight, bias = _autocast(x, layer)
         if not self.gemm_epilogue or x.dtype != residual.dtype:
             branch = F.linear(x, weight, bias)
@@ -140,10 +147,13 @@ class FusedOperators(Operators):
     def linear_residual_norm(
         self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
     ) -> tuple[Tensor, Normed]:
-        x, weight, bias = _autocast(x, layer)
-        if self.gemm_epilogue and x.dtype == residual.dtype:
-            return super().linear_residual_norm(x, layer, residual, gate, rows)
-        branch = F.linear(x, weight, bias)
+        if is_plain(layer):
+            x, weight, bias = _autocast(x, layer)
+            if self.gemm_epilogue and x.dtype == residual.dtype:
+                return super().linear_residual_norm(x, layer, residual, gate, rows)
+            branch = F.linear(x, weight, bias)
+        else:
+            branch = self.linear(x, layer)
         return gate_residual_ln_modulate(residual, branch, *_gate(gate), *rows, self.lossless)
 
     def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
@@ -170,7 +180,9 @@ class Fp8Operators(FusedOperators):
     """
 
     def prepare(self, blocks: nn.Module) -> None:
+        """Quantize the weights. Raises ConfigError for linears that carry adapters."""
         super().prepare(blocks)
+        refuse_adapters(blocks, "fp8")
         for name, layer in blocks.named_modules():
             if isinstance(layer, nn.Linear) and not name.endswith("kv_linear"):
                 weight, scale = quantize_rows(layer.weight.detach())
@@ -200,6 +212,21 @@ class Fp8Operators(FusedOperators):
 
     def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
         return Operators.residual_norm(self, branch, residual, rows)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear is its weight and bias and nothing more, so that a kernel may read them."""
+    return type(layer) is nn.Linear
+
+
+def refuse_adapters(module: nn.Module, what: str) -> None:
+    """ConfigError if a linear inside carries an adapter, which `what` would not see."""
+    for name, layer in module.named_modules():
+        if isinstance(getattr(layer, "base_layer", None), nn.Module):
+            raise ConfigError(
+                f"{what} was asked of a model whose {name} carries an adapter, which it would "
+                "leave out; merge the adapter into the weights first"
+            )
 
 
 def _gate(rows: Rows | None) -> tuple[Tensor | None, Tensor | None, int]:

@@ -170,10 +170,13 @@ def test_a_public_name_is_loaded_when_used() -> None:
         ["verify"],
         ["doctor"],
         ["convert"],
+        ["merge"],
         ["bench"],
         ["reparameterize"],
         ["data"],
         ["data", "extract"],
+        ["finetune"],
+        ["finetune", "lora"],
     ],
 )
 def test_help_loads_nothing_heavy(verb: list[str]) -> None:

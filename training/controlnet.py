@@ -46,10 +46,11 @@ class ControlNetObjective(TextObjective):
         null: NullText,
         text_dropout: float = 0.1,
         timestep_shift: float = 1.0,
+        projected: bool = False,
     ) -> None:
-        super().__init__(model, diffusion, null, text_dropout, timestep_shift)
         model.requires_grad_(False)
         model.copies.requires_grad_(True)
+        super().__init__(model, diffusion, null, text_dropout, timestep_shift, projected)
 
     @property
     def units(self) -> Sequence[nn.Module]:
@@ -76,8 +77,9 @@ class ControlNetObjective(TextObjective):
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         embeds, mask = self.captions(batch, draws)
         output = predict_noise(
-            self.model, self.positions, noisy, t, embeds, mask, batch, batch.condition
-        )
+            self.model, self.positions, noisy, t, embeds, mask, batch,
+            projected=self.projected, condition=batch.condition,
+        )  # fmt: skip
         return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
 
 
@@ -117,8 +119,8 @@ def controlnet_flops(
     linear = 2 * N * D * D
     copies = [
         *blocks(config, count, N, text_tokens),
-        Product(part=Part.BLOCKS, flops=num_before * linear, after=None, in_block=True),
-        Product(part=Part.BLOCKS, flops=count * linear),
+        Product(part=Part.BLOCKS, flops=num_before * linear, after=None),
+        Product(part=Part.FINAL, flops=count * linear),  # never run again, as the last layer
     ]
     keys_values = 4 * N * text_tokens * D * (config.num_layers - 1)
     frozen = step_flops(passing, frozen=set(Part), full_checkpointing=full_checkpointing)

@@ -50,7 +50,6 @@ class Product:
     flops: int
     after: Part | None = Part.BLOCKS  # whose output it reads; None: data, which has no gradient
     has_weight: bool = True  # False: of two activations, as in attention
-    in_block: bool = False  # inside a block's forward, which full checkpointing runs twice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +81,8 @@ def step_flops(
 
     `frozen` parts get no weight gradients; gradients still pass through all of the blocks, as LoRA
     and ControlNet need them (the adapters' own products are not counted). Full checkpointing runs
-    each block's forward again. The selective policy of kernels/checkpointing.py keeps the result of
-    every product, so it recomputes none: leave it False.
+    each block's forward again. The selective policy of kernels/checkpointing.py keeps every
+    product's result and recomputes none: leave it False.
     """
     backward = 0
     for each in products:
@@ -95,7 +94,7 @@ def step_flops(
     return StepFlops(
         forward=sum(each.flops for each in products),
         backward=backward,
-        recomputed=sum(each.flops for each in products if each.in_block)
+        recomputed=sum(each.flops for each in products if each.part is Part.BLOCKS)
         if full_checkpointing
         else 0,
     )
@@ -125,8 +124,8 @@ def blocks(config: ModelConfig, count: int, num_tokens: int, text_tokens: int) -
     part = Part.BLOCKS
     return [
         *_self_attention_and_mlp(D, count, N),
-        _linear(part, N, D, 2 * D, count=count, in_block=True),  # cross-attention's q and out
-        _linear(part, T, D, 2 * D, after=Part.CAPTIONS, count=count, in_block=True),  # k and v
+        _linear(part, N, D, 2 * D, count=count),  # cross-attention's q and out
+        _linear(part, T, D, 2 * D, after=Part.CAPTIONS, count=count),  # k and v
         _attention(count, N, T, D),
     ]
 
@@ -141,7 +140,7 @@ def dit(config: DiTConfig, num_tokens: int) -> list[Product]:
         _linear(timestep, 1, FREQUENCY_CHANNELS, D, after=None),
         _linear(timestep, 1, D, D, after=timestep),
         *_self_attention_and_mlp(D, L, N),
-        _linear(Part.BLOCKS, 1, D, 6 * D, after=timestep, count=L, in_block=True),
+        _linear(Part.BLOCKS, 1, D, 6 * D, after=timestep, count=L),
         _linear(Part.FINAL, 1, D, 2 * D, after=timestep),
         _linear(Part.FINAL, N, D, config.patch_size**2 * config.out_channels),
     ]
@@ -160,9 +159,9 @@ def _modulator(config: ModelConfig) -> Iterator[Product]:
 def _self_attention_and_mlp(D: int, count: int, N: int) -> list[Product]:
     part = Part.BLOCKS
     return [
-        _linear(part, N, D, 4 * D, count=count, in_block=True),  # q, k, v and out
+        _linear(part, N, D, 4 * D, count=count),  # q, k, v and out
         _attention(count, N, N, D),
-        _linear(part, N, D, 8 * D, count=count, in_block=True),  # both linears of the MLP
+        _linear(part, N, D, 8 * D, count=count),  # both linears of the MLP
     ]
 
 
@@ -174,16 +173,13 @@ def _linear(
     *,
     after: Part | None = Part.BLOCKS,
     count: int = 1,
-    in_block: bool = False,
 ) -> Product:
-    flops = 2 * rows * inner * out * count
-    return Product(part=part, flops=flops, after=after, in_block=in_block)
+    return Product(part=part, flops=2 * rows * inner * out * count, after=after)
 
 
 def _attention(count: int, queries: int, keys: int, D: int) -> Product:
     """Scores and their product with the values, over all heads."""
-    flops = 4 * queries * keys * D * count
-    return Product(part=Part.BLOCKS, flops=flops, has_weight=False, in_block=True)
+    return Product(part=Part.BLOCKS, flops=4 * queries * keys * D * count, has_weight=False)
 
 
 _HALF = frozenset({torch.float16, torch.bfloat16})

@@ -190,8 +190,7 @@ class Meter:
         packed = torch.cat([numbers, self._steps, self._sums.flatten()])
         if not dist.is_initialized():
             return [packed.tolist()]
-        ranks = dist.get_world_size(self.group)
-        everything = [torch.empty_like(packed) for _ in range(ranks)]
+        everything = [torch.empty_like(packed) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(everything, packed, group=self.group)
         return torch.stack(everything).tolist()
 

@@ -12,6 +12,7 @@ B images, C latent channels, N tokens, T text tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import ModelConfig
-from pixart_rt.errors import DataError
+from pixart_rt.errors import ConfigError, DataError
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
@@ -80,25 +81,30 @@ def predict_noise(
     prompt_embeds: Tensor,
     prompt_mask: Tensor,
     batch: Batch,
+    *,
+    projected: bool = False,
     condition: Tensor | None = None,
 ) -> Tensor:
     """The text model on noisy latents [B, C, h, w] at timesteps t [B]: [B, 2C, h, w].
 
-    Positions, sizes and aspect ratios are the batch's. Modulation is computed in float32 also
-    under autocast, as it is when images are made. A `condition` [B, C, h, w], of a ControlNet, is
-    patchified as the latents are.
+    With `projected` the embeddings have been through the caption projection already. Positions,
+    sizes and aspect ratios are the batch's. Modulation is computed in float32 also under autocast,
+    as it is when images are made. A `condition` [B, C, h, w], of a ControlNet, is patchified as the
+    latents are.
     """
     config, bucket = model.config, batch.bucket
     with torch.autocast(latents.device.type, enabled=False):
         modulation = model.modulator(t.float(), batch.original_size, batch.aspect_ratio.flatten())
-    control = () if condition is None else (patchify(condition, config.patch_size),)
+    more: dict[str, Any] = {"projected": True} if projected else {}
+    if condition is not None:
+        more["control"] = patchify(condition, config.patch_size)
     tokens = model(
         patchify(latents, config.patch_size),
         positions(bucket, latents.device),
         modulation,
         prompt_embeds,
         prompt_mask,
-        *control,
+        **more,
     )
     return unpatchify(tokens, bucket.grid, config.patch_size)
 
@@ -106,7 +112,9 @@ def predict_noise(
 class TextObjective(Objective):
     """Noise and variance from a caption: the paper's stages 2 and 3 (Section 2.2).
 
-    `null` is what dropped captions become; its tensors are moved with the module.
+    `null` is what dropped captions become; its tensors are moved with the module. With `projected`
+    the batches' captions and the null have been through the model's caption projection, which must
+    be frozen then, else ConfigError: it would learn nothing.
     """
 
     def __init__(
@@ -116,10 +124,17 @@ class TextObjective(Objective):
         null: NullText,
         text_dropout: float = 0.1,
         timestep_shift: float = 1.0,
+        projected: bool = False,
     ) -> None:
         super().__init__()
+        if projected and any(each.requires_grad for each in model.y_proj.parameters()):
+            raise ConfigError(
+                "projected captions were given to a model whose caption projection is trained; "
+                "freeze it (model.y_proj), or give it the text encoder's captions"
+            )
         self.model, self.diffusion, self.text_dropout = model, diffusion, text_dropout
         self.timestep_shift = timestep_shift
+        self.projected = projected
         self.positions = Positions(model.config)
         self.register_buffer("null_embeds", null.embeds, persistent=False)
         self.register_buffer("null_mask", null.mask, persistent=False)
@@ -146,8 +161,9 @@ class TextObjective(Objective):
         t = self.timesteps(draws)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         output = predict_noise(
-            self.model, self.positions, noisy, t, *self.captions(batch, draws), batch
-        )
+            self.model, self.positions, noisy, t, *self.captions(batch, draws), batch,
+            projected=self.projected,
+        )  # fmt: skip
         return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
 
 

@@ -47,6 +47,36 @@ class Weights(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """The model of all phases; the default is XL/2 with T5-XXL, and ImageNet's classes."""
+
+    num_layers: int = 28
+    num_heads: int = 16
+    head_dim: int = 72
+    caption_channels: int = 4096
+    max_text_tokens: int = 120
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ConfigError(f"num_classes must be positive, got {self.num_classes}")
+        self.config()  # refuses what cannot be
+
+    def config(self) -> ModelConfig:
+        """The text model, as in the 256 px phases."""
+        return ModelConfig(
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            caption_channels=self.caption_channels,
+            max_text_tokens=self.max_text_tokens,
+            sample_size=32,
+            interpolation_scale=1.0,
+            micro_conditioning=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
     """One row of the paper's Table 4."""
 
@@ -64,11 +94,12 @@ class Phase:
     original_batch_per_gpu: int | None = None  # in the released configuration, if it differs
     num_gpus: int
     lr: float  # before a preset's rule
+    timestep_shift: float = 1.0  # above 1, more noise; 1, uniform timesteps, is the paper's
     v100_days: float | None = None  # what the paper's run took
     in_original_code: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "lr"):
+        for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "lr", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.resolution not in RESOLUTIONS:
@@ -114,6 +145,7 @@ class Recipe:
 
     preset: Preset
     phases: tuple[Phase, ...]
+    model: ModelShape = field(default_factory=ModelShape)
     ema_decay: float = 0.9999
     text_dropout: float = 0.1  # captions replaced by the null of the model's `cfg_null`
     label_dropout: float = 0.1

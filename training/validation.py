@@ -1,8 +1,8 @@
 """Validation images: fixed prompts and seeds, drawn by the weights as they are, as one grid.
 
     validation = Validation("PixArt-alpha/PixArt-XL-2-256x256", model.config, settings, device)
-    with ema.applied(model), meter.paused():
-        validation(model, out, step)                     out/validation/step-<step>.png
+    validation(model, out, step)                         out/validation/step-<step>.png
+    Trainer(..., validation=lambda weights, step: validation.of_weights(weights, out, step))
 
 The text encoder runs once, when this is made, and is let go; the VAE waits on the CPU. No random
 state but the images' own is touched, and no compiled block is compiled again: the model runs
@@ -14,6 +14,7 @@ B images, C latent channels, h×w latent pixels, T text tokens, E text width.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from pixart_rt.training.objective import Positions, predict_noise
 
 FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 VAE_SCALE = 8  # pixels per latent pixel
+_MODEL = "model."  # what an objective calls its transformer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +127,21 @@ class Validation:
             "scheduler": sampling.scheduler,
         }
         return write_png(sheet, path, metadata, force=True)
+
+    def of_weights(self, weights: Mapping[str, Tensor], out: Path, step: int) -> Path:
+        """The same of a TextObjective's whole weights by their names, as the trainer gives them.
+
+        They are copied to the device for as long as it takes.
+        """
+        with torch.device("meta"):
+            model = PixArtTransformer(self.config)
+        state = {
+            name.removeprefix(_MODEL): each
+            for name, each in weights.items()
+            if name.startswith(_MODEL)
+        }
+        model.load_state_dict(state, assign=True)
+        return self(model.to(self.device), out, step)
 
     @torch.no_grad()
     def images(self, model: PixArtTransformer) -> Tensor:

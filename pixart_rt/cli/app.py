@@ -12,10 +12,13 @@ from pixart_rt.cli.convert import convert
 from pixart_rt.cli.data import data
 from pixart_rt.cli.doctor import doctor
 from pixart_rt.cli.fidelity import fidelity
+from pixart_rt.cli.finetune import finetune
 from pixart_rt.cli.generate import generate
 from pixart_rt.cli.inspect import inspect
+from pixart_rt.cli.merge import merge
 from pixart_rt.cli.plan import plan
 from pixart_rt.cli.reparameterize import reparameterize
+from pixart_rt.cli.train import train
 from pixart_rt.cli.tune import tune
 from pixart_rt.cli.verify import verify
 from pixart_rt.version import __version__
@@ -53,7 +56,9 @@ def root(
 
 
 for verb in (
-    build, generate, fidelity, plan, convert, reparameterize, inspect, verify, bench, tune, doctor,
+    build, generate, fidelity, plan, convert, train, reparameterize, merge, inspect, verify, bench,
+    tune, doctor,
 ):  # fmt: skip
     app.command()(verb)
 app.add_typer(data)
+app.add_typer(finetune)

@@ -1,22 +1,20 @@
 """Steps in, batches out: a feature store or an online source behind a torch DataLoader.
 
     sampler = BucketSampler(store.bucket_of, ...)                 # pixart_rt.training.sampler
-    steps = StepDataset(store, lambda step: sampler.ids(step, rank, num_ranks), seed=0)
-    loader = DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=4)
-    for loaded in loader:
-        batch = store.finish(loaded).to(device)
+    batches = Batches(store, lambda step: sampler.ids(step, rank, num_ranks), seed=0, workers=4)
+    for batch in batches(start, stop): ...
 
-An item is a step, so workers share nothing and a run resumes by starting the range elsewhere.
+A worker's item is a step, so workers share nothing and a run resumes by starting elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
@@ -51,3 +49,35 @@ class StepDataset(Dataset[Any]):
 
     def __getitem__(self, step: int) -> Any:
         return self.source.load(self.ids(step), seed=self.seed, step=step)
+
+
+class Batches:
+    """The batches of a rank: batches(start, stop) gives those of the steps start..stop-1.
+
+    ids: the samples of this rank at a step. workers: processes that read; 0 reads in this one.
+    pin: into memory that a GPU copies from without waiting.
+    """
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        ids: Callable[[int], Sequence[int]],
+        *,
+        seed: int,
+        workers: int = 0,
+        pin: bool = False,
+    ) -> None:
+        self.source, self.workers, self.pin = source, workers, pin
+        self.steps = StepDataset(source, ids, seed=seed)
+
+    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
+        loader = DataLoader(
+            self.steps,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.workers,
+            multiprocessing_context="spawn" if self.workers else None,  # fork and CUDA do not mix
+        )
+        for loaded in loader:
+            batch = self.source.finish(loaded)
+            yield batch.pin_memory() if self.pin else batch

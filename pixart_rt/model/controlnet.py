@@ -110,13 +110,16 @@ class ControlNetTransformer(PixArtTransformer):
         modulation: Tensor,
         prompt_embeds: Tensor,
         prompt_mask: Tensor,
+        projected: bool = False,
         control: Tensor | None = None,
     ) -> Tensor:
         """As the model's; control [B, N, C·p·p] are the patches of the control image's latents."""
         if control is None:
-            return super().forward(tokens, pos_embed, modulation, prompt_embeds, prompt_mask)
-        captions = self.y_proj(prompt_embeds.to(self.x_embedder.weight.dtype))
-        text = [Captions(captions, prompt_mask)] * (len(self.blocks) + len(self.copies))
+            plain = tokens, pos_embed, modulation, prompt_embeds, prompt_mask
+            return super().forward(*plain, projected)
+        embeds = prompt_embeds.to(self.x_embedder.weight.dtype)
+        captions = Captions(embeds if projected else self.y_proj(embeds), prompt_mask)
+        text = [captions] * (len(self.blocks) + len(self.copies))
         return self._controlled(tokens, pos_embed, modulation, control, text)
 
     def denoise(

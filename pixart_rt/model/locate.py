@@ -29,6 +29,11 @@ def locate(model: str, folders: Sequence[str]) -> Path:
     return _download(model, folders)
 
 
+def transformer_path(folder: Path, model: str, resolution: int | None) -> Path:
+    """What read_transformer is given for `model` at `folder`: tiny has one more, for 256 pixels."""
+    return folder / "transformer_256" if model == "tiny" and resolution == 256 else folder
+
+
 def _download(model: str, folders: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

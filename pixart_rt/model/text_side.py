@@ -29,6 +29,7 @@ from pixart_rt.kernels.cross_attention import (
 )
 from pixart_rt.model.controlnet import text_blocks
 from pixart_rt.model.transformer import CrossAttention, Mlp, PixArtTransformer
+from pixart_rt.ops import refuse_adapters
 
 TEXT_SIDE = "text_side.safetensors"  # in a bundle
 
@@ -88,7 +89,11 @@ class TextSide(nn.Module):
 
     @classmethod
     def of(cls, model: PixArtTransformer) -> TextSide:
-        """The text side of a model, sharing its weights."""
+        """The text side of a model, sharing its weights.
+
+        Raises ConfigError for a model with adapters: its forms read weights, not modules.
+        """
+        refuse_adapters(model, "sampling")
         blocks = text_blocks(model)
         with torch.device("meta"):
             side = cls(model.config, len(blocks) - model.config.num_layers)

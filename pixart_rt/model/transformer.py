@@ -286,14 +286,17 @@ class PixArtTransformer(nn.Module):
         modulation: Tensor,
         prompt_embeds: Tensor,
         prompt_mask: Tensor,
+        projected: bool = False,
     ) -> Tensor:
         """The core. Returns [B, N, p·p·out_channels], each patch channel last.
 
         tokens [B, N, C·p·p]; pos_embed [1 or B, N, D] float32; modulation [B, 7, D] float32 from
         `self.modulator`; prompt_embeds [B, T, C]; prompt_mask [B, T] boolean, True to attend.
+        With `projected` the embeddings are what `self.y_proj` made of them, [B, T, D].
         """
         x, y, modulation = self._embed(tokens, pos_embed, modulation)
-        captions = Captions(self.y_proj(prompt_embeds.to(x.dtype)), prompt_mask)
+        embeds = prompt_embeds.to(x.dtype)
+        captions = Captions(embeds if projected else self.y_proj(embeds), prompt_mask)
         ops, shared = self.operators, modulation[:, :6].contiguous()
         for block, following in self._chain():
             x, y = block(ops, x, y, shared, captions, following)

@@ -15,10 +15,10 @@ import pytest
 import pixart_rt
 
 VERBS = (
-    "build", "generate", "fidelity", "plan", "convert", "reparameterize", "inspect", "verify",
-    "bench", "tune", "doctor",
+    "build", "generate", "fidelity", "plan", "convert", "train", "reparameterize", "merge",
+    "inspect", "verify", "bench", "tune", "doctor",
 )  # fmt: skip
-GROUPS = {"data": ("extract", "edges", "plan")}
+GROUPS = {"data": ("extract", "edges", "plan"), "finetune": ("lora", "dreambooth")}
 COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 
 

@@ -110,7 +110,7 @@ def test_guided_rows_give_the_whole_output(model, inputs, null_tokens, text_toke
     expected = model(
         twice(inputs["tokens"]), twice(inputs["pos_embed"]), twice(inputs["modulation"]),
         torch.cat([null_embeds, inputs["prompt_embeds"]]), torch.arange(T) < counts,
-        twice(inputs["control"]),
+        control=twice(inputs["control"]),
     )  # fmt: skip
     side = TextSide.of(model)
     assert len(side.blocks) == len(text_blocks(model)) == 4 + model.controlnet.num_copies

@@ -138,6 +138,20 @@ def test_the_model_has_no_gradient_and_does_not_change(variant) -> None:
         assert torch.equal(parameter, before[name]) is not mine, name
 
 
+def test_captions_may_be_projected_once() -> None:
+    """The projection is frozen, so it need not run in every step."""
+    objective, batch = objective_of("chained"), batch_of(3)
+    draws = draw(1, 2, batch)
+    with torch.no_grad():
+        project = objective.model.y_proj
+        ready = replace(batch, prompt_embeds=project(batch.prompt_embeds))
+        nothing = replace(null(), embeds=project(null().embeds[None])[0])
+    again = ControlNetObjective(
+        objective.model, objective.diffusion, nothing, text_dropout=0.5, projected=True
+    )
+    torch.testing.assert_close(again(ready, draws), objective(batch, draws), atol=1e-9, rtol=1e-9)
+
+
 def test_an_untrained_one_has_the_text_models_loss() -> None:
     objective, batch = objective_of("chained", untrained=True), batch_of(3)
     draws = draw(1, 2, batch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from pixart_rt.errors import ConfigError
 from pixart_rt.training.communication import Span, device_spans, exposed_share
 from pixart_rt.training.flops import StepFlops
 from pixart_rt.training.meter import Meter, memory_in_use
+from pixart_rt.training.ranks import start_ranks
 
 CPU = torch.device("cpu")
 FLOPS = StepFlops(forward=100, backward=200, recomputed=90)
@@ -186,6 +189,34 @@ def test_what_cannot_be_is_said(meter):
         Meter(CPU, clip_norm=1.0).micro_batch({"vb": torch.ones(1)}, torch.tensor([3]), 7)
     with pytest.raises(ConfigError, match="3 timesteps have no quarters"):
         Meter(CPU, clip_norm=1.0, num_timesteps=3)
+
+
+def test_a_line_of_the_trainer_is_of_its_results(tmp_path):
+    """Four steps of the small run, one of them poisoned; the results themselves are the oracle."""
+    spec = importlib.util.spec_from_file_location(
+        "small_run", Path(__file__).with_name("small_run.py")
+    )
+    small_run = sys.modules["small_run"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_run)
+    results, batches = [], []
+
+    with start_ranks("cpu") as ranks:
+        trainer = small_run.make_trainer(tmp_path, 4, ranks, poisoned=2)
+        for batch in trainer.feed(0, 4):
+            results.append(trainer.step(batch))
+            batches.append(batch)
+        line = trainer.meter.line(trainer.done, results[-1].lr)
+    taken = [result for result in results if not result.found_inf]
+    losses = torch.cat([result.losses["loss"] for result in taken])
+    assert len(taken) == 3 and line.skipped == 1
+    assert line.loss == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert set(line.by_quarter) == set(taken[0].losses)
+    norms = torch.stack([result.norm for result in taken])
+    assert line.grad_norm == pytest.approx(norms.mean().item(), rel=1e-5)
+    assert line.images_per_second * line.seconds == pytest.approx(sum(map(len, batches)))
+    tokens = sum(len(batch) * batch.bucket.num_tokens for batch in batches)
+    assert line.tokens_per_second * line.seconds == pytest.approx(tokens)
+    assert (line.mfu, line.step, line.lr) == (None, 4, 1e-3)
 
 
 @pytest.mark.gpu

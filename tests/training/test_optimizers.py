@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import io
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from pixart_rt.errors import BackendError, ConfigError
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
 from pixart_rt.training.lr import set_lr
 from pixart_rt.training.optimizers import make_optimizer
+from pixart_rt.training.ranks import start_ranks
 from pixart_rt.training.run_settings import OptimizerKind
 
 KINDS = list(OptimizerKind)
@@ -97,6 +101,10 @@ def test_a_saved_state_goes_on_exactly(kind):
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
+    for state in saved["optimizer"]["state"].values():
+        assert all(type(value) is torch.Tensor for value in state.values()), (
+            "checkpoints take these"
+        )
 
     again, _, _ = regression(seed=1)
     resumed = make_optimizer(kind, again.parameters(), 1.0, 0.5)
@@ -160,6 +168,37 @@ def test_compiled_8_bit_updates_are_the_eager_ones(monkeypatch):
     train(compiled, second, x, y, 4)
     for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0.1 * LR)
+
+
+def test_a_run_with_8_bit_moments_goes_on_exactly(tmp_path):
+    """Through the trainer's own checkpoints, which are written aside while it computes."""
+    spec = importlib.util.spec_from_file_location(
+        "small_run", Path(__file__).with_name("small_run.py")
+    )
+    small_run = sys.modules["small_run"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_run)
+
+    def run(out, steps, ranks):
+        kind = OptimizerKind.ADAMW_8BIT
+        trainer = small_run.make_trainer(tmp_path / out, steps, ranks, optimizer=kind)
+        trainer.run()
+        return tensors(trainer.objective, trainer.optimizer)
+
+    with start_ranks("cpu") as ranks:
+        whole = run("whole", 4, ranks)
+        run("parts", 2, ranks)
+        resumed = run("parts", 4, ranks)
+    assert sum(each.dtype == torch.uint8 for each in whole) > 20
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_divided_parameters_are_refused():
+    with start_ranks("cpu"):
+        model, _, _ = regression()
+        fully_shard(model)
+        with pytest.raises(ConfigError, match=r"divided over ranks \(FSDP\); use DDP"):
+            make_optimizer(OptimizerKind.ADAMW_8BIT, model.parameters(), 0.1, 0.0)
 
 
 def test_settings_reach_the_optimiser():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +23,14 @@ from pixart_rt.images import contact_sheet, read_metadata
 from pixart_rt.model import text_encoder
 from pixart_rt.model.checkpoint import load_transformer, read_transformer
 from pixart_rt.model.locate import TINY
+from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.pipeline import PixArtPipeline
+from pixart_rt.training.diffusion import GaussianDiffusion
+from pixart_rt.training.dropout import NullText
 from pixart_rt.training.ema import Ema
+from pixart_rt.training.objective import TextObjective
+from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.trainer import Trainer
 from pixart_rt.training.validation import Validation, ValidationSettings
 
 CPU = torch.device("cpu")
@@ -142,6 +151,42 @@ def test_the_average_is_drawn_and_training_goes_on(tiny):
         validation.images(tiny), validation.images(tiny)
     )
     assert not tiny.training
+
+
+def test_a_run_draws_its_averages(tmp_path):
+    """The trainer's weights, at the steps that were asked, on the steps' own numbers."""
+    spec = importlib.util.spec_from_file_location(
+        "small_run", Path(__file__).with_name("small_run.py")
+    )
+    small_run = sys.modules["small_run"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_run)
+    config = replace(small_run.MODEL, caption_channels=128, max_text_tokens=8)
+    validation = Validation("tiny", config, settings(1, prompts=PROMPTS[:1]), CPU)
+    model = PixArtTransformer(config)
+    null = NullText(torch.zeros(8, 128), torch.arange(8) < 1)
+    objective = TextObjective(model, GaussianDiffusion(), null)
+    drawn = []
+
+    def validate(weights, step):
+        drawn.append(validation.of_weights(weights, tmp_path, step))
+        averages = {name: each.clone() for name, each in trainer.ema.averages.items()}
+        assert all(torch.equal(weights[name], each) for name, each in averages.items())
+
+    class Feed:
+        def __call__(self, start, stop):
+            for step in range(start, stop):
+                batch = small_run.MadeUpFeed(small_run.make_sampler(), ranks).batch(step)
+                text = torch.zeros(len(batch), 8, 128, dtype=torch.bfloat16)
+                yield replace(batch, prompt_embeds=text, prompt_mask=torch.ones(len(batch), 8) > 0)
+
+    with start_ranks("cpu") as ranks:
+        run_settings = small_run.make_settings(4, validate_every=2)
+        trainer = Trainer(objective, Feed(), run_settings, tmp_path, ranks, validation=validate)
+        trainer.run()
+        with trainer.ema.applied(objective):
+            again = validation(model, tmp_path / "again", 4)
+    assert [path.name for path in drawn] == ["step-2.png", "step-4.png"]
+    assert drawn[1].read_bytes() == again.read_bytes() != drawn[0].read_bytes()
 
 
 def test_compiled_blocks_are_not_compiled_again(tiny):

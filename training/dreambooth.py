@@ -42,7 +42,7 @@ class DreamBoothObjective(TextObjective):
         text_dropout: float = 0.0,
         projected: bool = False,
     ) -> None:
-        super().__init__(model, diffusion, null, text_dropout, projected)
+        super().__init__(model, diffusion, null, text_dropout, projected=projected)
         if prior_weight < 0:
             raise ConfigError(f"prior_weight must be >= 0, got {prior_weight}")
         self.num_instances, self.prior_weight = num_instances, prior_weight

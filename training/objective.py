@@ -123,6 +123,7 @@ class TextObjective(Objective):
         diffusion: GaussianDiffusion,
         null: NullText,
         text_dropout: float = 0.1,
+        *,
         timestep_shift: float = 1.0,
         projected: bool = False,
     ) -> None:
@@ -175,6 +176,7 @@ class ClassObjective(Objective):
         model: DiT,
         diffusion: GaussianDiffusion,
         label_dropout: float = 0.1,
+        *,
         timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()

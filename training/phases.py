@@ -240,13 +240,13 @@ def objective_of(
     recipe: Recipe, phase: Phase, start: Checkpoint, source: Source, kernels: Kernels
 ) -> Objective:
     """What the phase minimises, from its start."""
-    diffusion = GaussianDiffusion(min_snr_gamma=recipe.min_snr_gamma)
+    diffusion, shift = GaussianDiffusion(min_snr_gamma=recipe.min_snr_gamma), phase.timestep_shift
     if isinstance(start, DiTCheckpoint):
         dit = load_dit(start, torch.float32).use(kernels)
-        return ClassObjective(dit, diffusion, recipe.label_dropout, phase.timestep_shift)
+        return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
     model = load_transformer(start, torch.float32).use(kernels)
     null = _null(start, source)
-    return TextObjective(model, diffusion, null, recipe.text_dropout, phase.timestep_shift)
+    return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
 
 
 def check_source(phase: Phase, source: Source) -> None:

@@ -45,12 +45,15 @@ class ControlNetObjective(TextObjective):
         diffusion: GaussianDiffusion,
         null: NullText,
         text_dropout: float = 0.1,
+        *,
         timestep_shift: float = 1.0,
         projected: bool = False,
     ) -> None:
         model.requires_grad_(False)
         model.copies.requires_grad_(True)
-        super().__init__(model, diffusion, null, text_dropout, timestep_shift, projected)
+        super().__init__(
+            model, diffusion, null, text_dropout, timestep_shift=timestep_shift, projected=projected
+        )
 
     @property
     def units(self) -> Sequence[nn.Module]:

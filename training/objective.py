@@ -27,7 +27,7 @@ from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dit import DiT
 from pixart_rt.training.draws import Draws
 from pixart_rt.training.dropout import NullText, drop_captions, drop_labels
-from pixart_rt.training.flops import StepFlops, dit, step_flops, text_model
+from pixart_rt.training.flops import Part, StepFlops, dit, step_flops, text_model
 
 
 class Objective(nn.Module):
@@ -109,6 +109,21 @@ def predict_noise(
     return unpatchify(tokens, bucket.grid, config.patch_size)
 
 
+def frozen_parts(model: PixArtTransformer) -> set[Part]:
+    """The parts whose own weights get no gradients; adapters in them may."""
+    modules = {
+        Part.PATCHES: model.x_embedder, Part.CAPTIONS: model.y_proj, Part.TIMESTEP: model.modulator,
+        Part.BLOCKS: model.blocks, Part.FINAL: model.final_layer,
+    }  # fmt: skip
+    return {
+        part
+        for part, module in modules.items()
+        if not any(
+            each.requires_grad for name, each in module.named_parameters() if ".lora_" not in name
+        )
+    }
+
+
 class TextObjective(Objective):
     """Noise and variance from a caption: the paper's stages 2 and 3 (Section 2.2).
 
@@ -134,8 +149,7 @@ class TextObjective(Objective):
                 "freeze it (model.y_proj), or give it the text encoder's captions"
             )
         self.model, self.diffusion, self.text_dropout = model, diffusion, text_dropout
-        self.timestep_shift = timestep_shift
-        self.projected = projected
+        self.timestep_shift, self.projected = timestep_shift, projected
         self.positions = Positions(model.config)
         self.register_buffer("null_embeds", null.embeds, persistent=False)
         self.register_buffer("null_mask", null.mask, persistent=False)
@@ -156,7 +170,10 @@ class TextObjective(Objective):
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
         config = self.model.config
         products = text_model(config, bucket.num_tokens, config.max_text_tokens)
-        return step_flops(products, full_checkpointing=full_checkpointing)
+        if self.projected:
+            products = [each for each in products if each.part is not Part.CAPTIONS]
+        frozen = frozen_parts(self.model)
+        return step_flops(products, frozen=frozen, full_checkpointing=full_checkpointing)
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         t = self.timesteps(draws)

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 
-from pixart_rt.cli.finetuning import Progress, Shown, forget_checkpoints, silent, usual_precision
+from pixart_rt.cli.finetuning import (
+    LOG,
+    Progress,
+    Shown,
+    forget_checkpoints,
+    silent,
+    usual_precision,
+)
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.data.training_data import paired
 from pixart_rt.errors import ConfigError
@@ -84,7 +91,7 @@ def train_controlnet(request: ControlRequest, progress: Progress) -> bool:
             lr=asked.lr,
             optimizer=request.optimizer,
             weight_decay=asked.weight_decay,
-            eps=asked.eps,
+            eps=None if request.optimizer is OptimizerKind.CAME else asked.eps,  # it has two
             clip_norm=asked.clip_norm,
             ema_decay=None,
             precision=request.precision or usual_precision(ranks.device),
@@ -117,6 +124,7 @@ def train_controlnet(request: ControlRequest, progress: Progress) -> bool:
                 "batch": asked.batch,
                 "data": data.identity,
             },
+            log=LOG,
             progress=progress if ranks.is_first else silent,
         )
         trainer.run()

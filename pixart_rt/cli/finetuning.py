@@ -2,7 +2,7 @@
 
     pictures encoded once -> encoders let go -> model adapted -> trained -> written, whole or absent
 
-Checkpoints lie in OUT.run while it trains; the same command goes on from them.
+OUT.run holds the log and, while it trains, checkpoints; the same command goes on from them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, 
 from pixart_rt.model.locate import locate, transformer_path
 from pixart_rt.model.pipeline_folder import COMPONENTS, check_target, is_pipeline, write_model
 from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.training.checkpoints import FOLDER
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dreambooth import DreamBoothObjective
 from pixart_rt.training.dropout import NullText, null_text
 from pixart_rt.training.finetune_settings import FinetuneSettings, LoraSettings
+from pixart_rt.training.log import Place
 from pixart_rt.training.lora import add_lora, lora_state, save_lora
 from pixart_rt.training.pairs import PairedSampler
 from pixart_rt.training.ranks import Ranks, start_ranks
@@ -46,6 +48,8 @@ from pixart_rt.training.sampler import BucketSampler
 from pixart_rt.training.trainer import StepResult, Trainer
 
 Progress = Callable[[str, int, int], None]
+LOG = (Place.CONSOLE, Place.JSONL)
+LINES = 20  # of the log in a run
 SAVES = 3  # checkpoints in a run, of which the last is kept
 
 
@@ -122,7 +126,10 @@ def finetune(request: Request, progress: Progress) -> bool:
             "pictures": [sha256(each.path) for each in (*instances, *of_class)],
         }
         settings = _run_settings(request, ranks)
-        Shown(objective, feed, settings, run, ranks, identity=identity, progress=progress).run()
+        trainer = Shown(
+            objective, feed, settings, run, ranks, identity=identity, log=LOG, progress=progress
+        )
+        trainer.run()
         if ranks.is_first:
             _write(request, checkpoint, folder, model)
             forget_checkpoints(run)
@@ -216,13 +223,14 @@ def _run_settings(request: Request, ranks: Ranks) -> RunSettings:
         lr=settings.lr,
         optimizer=request.optimizer,
         weight_decay=settings.weight_decay,
-        eps=settings.eps,
+        eps=None if request.optimizer is OptimizerKind.CAME else settings.eps,  # it has two
         clip_norm=settings.clip_norm,
         ema_decay=None,  # of 300 steps an average is mostly the start
         precision=request.precision or usual_precision(ranks.device),
         micro_batches=request.micro_batches or ranks.num_ranks,
         checkpointing=request.checkpointing,
         seed=request.seed,
+        log_every=-(-settings.steps // LINES),
         save_every=-(-settings.steps // SAVES),
         keep=1,
     )
@@ -267,9 +275,7 @@ def _write(
 
 def forget_checkpoints(run: Path) -> None:
     """Remove what the run needed to go on; its log stays."""
-    shutil.rmtree(run / "checkpoints")
-    if not any(run.iterdir()):
-        run.rmdir()
+    shutil.rmtree(run / FOLDER)
 
 
 class _Feed:

@@ -44,7 +44,11 @@ def test_a_lora_is_trained_and_merged(run: Callable[..., Any], dog: Path, tmp_pa
     out, merged = tmp_path / "lora", tmp_path / "merged"
     outcome = run(*words("lora", dog, out, "--prompt", PROMPT, "--rank", 4, "--batch", 2))
     assert (outcome.code, outcome.out) == (0, f"{out}\n")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["dog", "lora"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["dog", "lora", "lora.run"]
+    assert [each.name for each in (tmp_path / "lora.run").iterdir()] == ["log.jsonl"]
+    lines = (tmp_path / "lora.run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    assert "step 3/3  loss 0." in outcome.err
     origin = json.loads((out / "origin.json").read_text())
     assert (origin["prompt"], origin["lora"]["rank"]) == (PROMPT, 4)
     learned = load_file(out / "adapter_model.safetensors")
@@ -95,7 +99,7 @@ def test_a_run_that_was_stopped_goes_on(
     )
     assert run(*words("lora", dog, out, *asked)).code == 0
     assert steps == [], "all steps were done"
-    assert not (tmp_path / "lora.run").exists()
+    assert not (tmp_path / "lora.run" / "checkpoints").exists()
 
 
 def test_dreambooth_with_class_pictures_makes_a_pipeline(
@@ -134,3 +138,18 @@ def test_one_line_for_what_cannot_be(run: Callable[..., Any], dog: Path, tmp_pat
         assert reason in run(*words("lora", dog, out, *more)).error
     assert "is no folder" in run(*words("lora", tmp_path / "x", out, "--prompt", PROMPT)).error
     assert [each.name for each in tmp_path.iterdir()] == ["dog"]
+
+
+@pytest.mark.slow
+def test_from_pictures_to_an_engine(run: Callable[..., Any], dog: Path, tmp_path: Path) -> None:
+    """The commands of docs/training.md, with tiny: what was learned changes the image."""
+    assert run(*words("lora", dog, tmp_path / "lora", "--prompt", PROMPT, "--lr", 1e-2)).code == 0
+    assert run("merge", "tiny", tmp_path / "lora", tmp_path / "model", "--res", 256).code == 0
+    drawn = []
+    for name, model in (("plain", "tiny"), ("merged", tmp_path / "model")):
+        bundle, image = tmp_path / f"{name}-engines", tmp_path / f"{name}.png"
+        built = run("build", "--model", model, "--res", 256, "--backend", "torch", "--out", bundle)
+        assert built.code == 0, built.err
+        assert run("generate", PROMPT, "--bundle", bundle, "-o", image, "--steps", 4).code == 0
+        drawn.append(np.asarray(Image.open(image)).astype(float))
+    assert np.abs(drawn[0] - drawn[1]).mean() > 5  # of 255

@@ -152,6 +152,23 @@ def test_without_class_pictures_it_is_the_text_objective(features):
         dreambooth(source, null, model, prior_weight=-1.0)
 
 
+def test_work_that_is_left_out_is_not_counted(features):
+    """Of a LoRA: no weight gradients of the base, and no caption projection where it is cached."""
+    _, null = features
+    model, bucket = tiny(), TABLE[20]
+    counted = {"all": DreamBoothObjective(model, GaussianDiffusion(), null).flops(bucket, False)}
+    add_lora(model, LoraSettings())
+    for name, projected in (("lora", False), ("cached", True)):
+        objective = DreamBoothObjective(model, GaussianDiffusion(), null, projected=projected)
+        counted[name] = objective.flops(bucket, False)
+    assert counted["lora"].forward == counted["all"].forward
+    assert counted["lora"].backward < 0.65 * counted["all"].backward  # attention has no weights
+    config = model.config
+    D, E, T = config.hidden_size, config.caption_channels, config.max_text_tokens
+    projection = 2 * T * (E * D + D * D)
+    assert counted["lora"].forward - counted["cached"].forward == projection
+
+
 def train(objective, source, sampler, steps, lr):
     """A plain loop; returns the loss of a fixed batch before and after."""
     learning = [p for p in objective.parameters() if p.requires_grad]

@@ -245,7 +245,7 @@ def objective_of(
         dit = load_dit(start, torch.float32).use(kernels)
         return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
     model = load_transformer(start, torch.float32).use(kernels)
-    null = _null(start, source)
+    null = null_of(start, source.empty_prompt)
     return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
 
 
@@ -302,8 +302,9 @@ def _random_dit(recipe: Recipe, phase: Phase, seed: int) -> DiTCheckpoint:
     return DiTCheckpoint(config, dict(dit.state_dict()), f"random weights, seed {seed}")
 
 
-def _null(start: TransformerCheckpoint, source: Source) -> NullText:
-    config, found = start.config, source.empty_prompt.float()
+def null_of(start: TransformerCheckpoint, empty_prompt: Tensor) -> NullText:
+    """What dropped captions become, by the model's convention; empty_prompt is T5("") [n, E]."""
+    config, found = start.config, empty_prompt.float()
     if config.cfg_null is CfgNull.EMPTY_PROMPT_CAPTION_MASK:
         raise ConfigError(
             f"cfg_null {config.cfg_null} needs T5's output at padding, which features do not keep; "

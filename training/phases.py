@@ -44,7 +44,7 @@ from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.sampler import BucketSampler
+from pixart_rt.training.sampler import BucketSampler, RankIds
 from pixart_rt.training.trainer import Feed, Trainer
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
@@ -171,7 +171,7 @@ def phase_trainer(
         validate = validation(start, folder)
     trainer = Trainer(
         objective,
-        source.feed(lambda step: sampler.ids(step, ranks.rank, ranks.num_ranks), settings.seed),
+        source.feed(RankIds(sampler, ranks.rank, ranks.num_ranks), settings.seed),
         settings,
         folder,
         ranks,
@@ -256,7 +256,7 @@ def objective_of(
         dit = load_dit(start, torch.float32).use(kernels)
         return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
     model = load_transformer(start, torch.float32).use(kernels)
-    null = _null(start, source)
+    null = null_of(start, source.empty_prompt)
     return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
 
 
@@ -313,8 +313,9 @@ def _random_dit(recipe: Recipe, phase: Phase, seed: int) -> DiTCheckpoint:
     return DiTCheckpoint(config, dict(dit.state_dict()), f"random weights, seed {seed}")
 
 
-def _null(start: TransformerCheckpoint, source: Source) -> NullText:
-    config, found = start.config, source.empty_prompt.float()
+def null_of(start: TransformerCheckpoint, empty_prompt: Tensor) -> NullText:
+    """What dropped captions become, by the model's convention; empty_prompt is T5("") [n, E]."""
+    config, found = start.config, empty_prompt.float()
     if config.cfg_null is CfgNull.EMPTY_PROMPT_CAPTION_MASK:
         raise ConfigError(
             f"cfg_null {config.cfg_null} needs T5's output at padding, which features do not keep; "

@@ -40,8 +40,20 @@ def train(
         list[str] | None, typer.Option(help="Only this phase. Default: all, in order.")
     ] = None,
     init: Annotated[
-        Path | None,
-        typer.Option(help="What the first phase that is run starts from, instead of the recipe's."),
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What the first phase that is run starts from, instead of the recipe's: a "
+            "checkpoint, tiny, a pipeline folder or a hub id.",
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Write OUT/pipeline at the end: this one with the last phase's average, for "
+            "`pixart-rt build`.",
+        ),
     ] = None,
     preset: Annotated[Preset | None, typer.Option(help="Instead of the recipe's.")] = None,
     encoder: Annotated[
@@ -125,16 +137,28 @@ def train(
           --phase text-image-256 --data SAM-LLaVA=sam-256 --parallel fsdp --compile
       pixart-rt train recipes/pixart-alpha.toml --out run --phase text-image-256 --replay 1234
     """
-    from pixart_rt.training.recipe import read_recipe
+    from pixart_rt.training.recipe import Weights, read_recipe
 
     read = read_recipe(recipe, preset)
     chosen = _chosen(read, phase or [])
     if replay is not None and len(chosen) != 1:
         raise ConfigError("--replay runs a step of one phase; name it with --phase")
+    if pipeline is not None and chosen[-1].of_classes:
+        raise ConfigError(
+            f"--pipeline was asked, but the last phase is {chosen[-1].name}, of classes; run a "
+            "text phase after it, or leave it out"
+        )
     paths = _data_paths(read, chosen, data or [])
     texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
     from pixart_rt.training.log import Place  # torch: seconds
-    from pixart_rt.training.phases import Machine, is_done, phase_folder, phase_trainer, run_phase
+    from pixart_rt.training.phases import (
+        Machine,
+        is_done,
+        phase_folder,
+        phase_trainer,
+        result_path,
+        run_phase,
+    )
     from pixart_rt.training.ranks import start_ranks
     from pixart_rt.training.recipe_report import report
     from pixart_rt.training.replay import replay as run_again
@@ -167,26 +191,31 @@ def train(
         if ranks.is_first and replay is None:
             for line in report(read):
                 note(line)
+        start = _located(init, chosen[0]) if init else None
         drawing = _drawing(validate_with, texts, machine, ranks) if validate_with else None
         done = out
         for each in chosen:
             if replay is None and is_done(each, phase_folder(read, each, out)):
                 if ranks.is_first:
                     note(f"phase {each.name} is done")
-                init = None
+                start, done = None, result_path(each, phase_folder(read, each, out), Weights.EMA)
                 continue
             source = _source(paths[each.name], each, encoder, ranks.device, workers)
             if replay is not None:
-                trainer, *_ = phase_trainer(read, each, source, machine, out, ranks, init=init)
+                trainer, *_ = phase_trainer(read, each, source, machine, out, ranks, init=start)
                 found = run_again(trainer, replay)
                 if ranks.is_first:
                     print_json(found)
                 return
             if ranks.is_first:
                 note(_started(read, each, machine, ranks.num_ranks, len(source)))
-            done = run_phase(read, each, source, machine, out, ranks, init=init, validation=drawing)
-            init = None  # of the first phase that is run
+            done = run_phase(
+                read, each, source, machine, out, ranks, init=start, validation=drawing
+            )
+            start = None  # of the first phase that is run
         if ranks.is_first:
+            if pipeline is not None:
+                done = _whole(done, pipeline, out / "pipeline")
             typer.echo(str(done))
 
 
@@ -219,6 +248,23 @@ def _data_paths(recipe: Recipe, phases: list[Phase], given: list[str]) -> dict[s
             )
         found[phase.name] = Path(path.replace("{res}", str(phase.resolution)))
     return found
+
+
+def _located(model: str, phase: Phase) -> Path:
+    """The checkpoint of a path, of tiny or of a hub id, for a phase."""
+    from pixart_rt.model.locate import locate, transformer_path
+
+    return transformer_path(locate(model, ["transformer"]), model, phase.resolution)
+
+
+def _whole(transformer: Path, model: str, out: Path) -> Path:
+    """A copy of the pipeline `model` with this transformer."""
+    from pixart_rt.model.checkpoint import read_transformer
+    from pixart_rt.model.locate import locate
+    from pixart_rt.model.pipeline_folder import COMPONENTS, write_model
+
+    write_model(read_transformer(transformer), out, pipeline=locate(model, COMPONENTS))
+    return out
 
 
 def _validation_prompts(

@@ -257,7 +257,7 @@ class Trainer:
         self.skipped += found_inf
         if self.ema is not None:
             self.ema.update()
-        self.objective.after_step()
+        self.objective.after_step(found_inf)
         self.done += 1
         return StepResult(losses, norm, found_inf, rate)
 

@@ -81,7 +81,7 @@ class Machine:
     steps: int | None = None
     batch: int | None = None  # images of a step, over all ranks
     micro_batches: int | None = None  # None: one for each rank
-    optimizer: OptimizerKind = OptimizerKind.ADAMW
+    optimizer: OptimizerKind | None = None
     precision: Precision = Precision.BF16
     parallel: Parallel = Parallel.DDP
     reproducible: bool = False
@@ -110,12 +110,14 @@ def result_path(phase: Phase, folder: Path, weights: Weights) -> Path:
 def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int) -> RunSettings:
     """The recipe's optimiser on this machine. The rate follows the batch that is really used."""
     preset = recipe.settings
-    adam = machine.optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
+    optimizer = machine.optimizer or recipe.optimizer
+    adam = optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
     return RunSettings(
         steps=machine.steps or phase.steps,
         lr=preset.effective_lr(phase.lr, machine.batch or phase.global_batch(preset)),
-        warmup=preset.warmup(phase.num_gpus),
-        optimizer=machine.optimizer,
+        warmup=phase.warmup(preset),
+        decay=phase.decay,
+        optimizer=optimizer,
         weight_decay=preset.weight_decay,
         betas=preset.betas if adam else None,
         eps=preset.eps if adam else None,

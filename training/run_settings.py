@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
-from pixart_rt.training.warmup import Warmup
+from pixart_rt.training.warmup import Warmup, cosine_end
 
 
 class OptimizerKind(StrEnum):
@@ -22,6 +22,8 @@ class OptimizerKind(StrEnum):
     """torchao's, with moments of 8 bits; the host waits for the device once a step."""
     CAME = "came"
     """Factored second moment (arXiv:2307.02047), as PixArt-Sigma trains."""
+    MUON = "muon"
+    """Orthogonalized steps for the blocks' matrices, AdamW for the rest (muon.py); DDP only."""
 
 
 class Parallel(StrEnum):
@@ -52,6 +54,7 @@ class RunSettings:
     steps: int
     lr: float  # after a preset's rule: what a step gets once the warm-up is over
     warmup: Warmup = field(default_factory=Warmup)
+    decay: float = 0.0  # share of the steps, the last ones, in which the rate falls to zero
     optimizer: OptimizerKind = OptimizerKind.ADAMW
     weight_decay: float = 0.03
     betas: tuple[float, ...] | None = None  # None: the optimiser's own
@@ -87,6 +90,8 @@ class RunSettings:
                 f"profile_every {self.profile_every} was asked with a log line every "
                 f"{self.log_every} steps; use a multiple, so that a line reports what was profiled"
             )
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, got {self.seed}")
         if self.reproducible and self.parallel is not Parallel.DDP:
@@ -99,6 +104,10 @@ class RunSettings:
                 f"reproducible was asked with {self.micro_batches} micro-batches, which do not "
                 "pair up in a tree; use a power of two"
             )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.lr * self.warmup.share(step) * cosine_end(step, self.steps, self.decay)
 
     def identity(self) -> dict[str, object]:
         """What must not change when a run goes on: the samples, their draws and what learns."""

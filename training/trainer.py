@@ -46,12 +46,13 @@ from pixart_rt.training.log import Log, Place, open_log
 from pixart_rt.training.loss_scale import LossScale
 from pixart_rt.training.lr import set_lr
 from pixart_rt.training.meter import Meter
+from pixart_rt.training.muon import muon_groups
 from pixart_rt.training.objective import Objective
 from pixart_rt.training.optimizers import make_optimizer
 from pixart_rt.training.parallel import DTYPES, spread
 from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.reproducible import TreeSum, sum_over_ranks, take_gradients
-from pixart_rt.training.run_settings import Checkpointing, RunSettings
+from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, RunSettings
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ class Trainer:
             raise ConfigError("nothing is to be trained: no parameter requires a gradient")
         self.optimizer = make_optimizer(
             settings.optimizer,
-            self.parameters,
+            muon_groups(objective, objective.units)
+            if settings.optimizer is OptimizerKind.MUON
+            else self.parameters,
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             betas=settings.betas,
@@ -241,7 +244,7 @@ class Trainer:
     def step(self, batch: Batch) -> StepResult:
         """One step of the optimiser on this rank's samples of step `done`."""
         settings = self.settings
-        rate = settings.lr * settings.warmup.share(self.done)
+        rate = settings.rate(self.done)
         set_lr(self.optimizer, rate)
         draws = draw(settings.seed, self.done, batch).to(self.ranks.device)
         losses = self.backward(batch.to(self.ranks.device), draws)
@@ -254,7 +257,7 @@ class Trainer:
         self.skipped += found_inf
         if self.ema is not None:
             self.ema.update()
-        self.objective.after_step()
+        self.objective.after_step(found_inf)
         self.done += 1
         return StepResult(losses, norm, found_inf, rate)
 

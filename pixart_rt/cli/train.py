@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pixart_rt.cli.console import note, print_json
+from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
+from pixart_rt.training.tiny.kinds import Scenes
 
 if TYPE_CHECKING:
     from pixart_rt.model.checkpoint import TransformerCheckpoint
     from pixart_rt.training.phases import Machine, Validate
     from pixart_rt.training.ranks import Ranks
     from pixart_rt.training.recipe import Phase, Recipe
+    from pixart_rt.training.tiny.source import SceneSource
 
 LOGS = ("console", "jsonl", "tensorboard", "wandb")
 
@@ -33,7 +35,8 @@ def train(
         typer.Option(
             metavar="NAME=PATH",
             help="The data of a phase, by the recipe's name for it or the phase's: a feature store "
-            "or a folder of pictures. {res} stands for the phase's resolution.",
+            "or a folder of pictures. {res} stands for the phase's resolution. Data named scenes "
+            "or scenes-classes are drawn and need none.",
         ),
     ] = None,
     phase: Annotated[
@@ -73,8 +76,8 @@ def train(
         typer.Option(help="Of matrix products. Default: bf16, before sm_80 fp16; fp32 on a CPU."),
     ] = None,
     optimizer: Annotated[
-        OptimizerKind, typer.Option(help="adamw is the paper's.")
-    ] = OptimizerKind.ADAMW,
+        OptimizerKind | None, typer.Option(help="Default: the recipe's; adamw is the paper's.")
+    ] = None,
     parallel: Annotated[Parallel, typer.Option(help="How ranks share.")] = Parallel.DDP,
     reproducible: Annotated[
         bool, typer.Option("--reproducible", help="The same bits on 1, 2, 4... ranks; slower.")
@@ -135,6 +138,7 @@ def train(
           --data SAM-LLaVA=sam-256 --data HQ=hq-{res}
       torchrun --nproc-per-node 8 -m pixart_rt train recipes/pixart-alpha.toml --out run \\
           --phase text-image-256 --data SAM-LLaVA=sam-256 --parallel fsdp --compile
+      pixart-rt train recipes/tiny.toml --out run
       pixart-rt train recipes/pixart-alpha.toml --out run --phase text-image-256 --replay 1234
     """
     from pixart_rt.training.recipe import Weights, read_recipe
@@ -200,7 +204,11 @@ def train(
                     note(f"phase {each.name} is done")
                 start, done = None, result_path(each, phase_folder(read, each, out), Weights.EMA)
                 continue
-            source = _source(paths[each.name], each, encoder, ranks.device, workers)
+            source = (
+                _source(paths[each.name], each, encoder, ranks.device, workers)
+                if each.name in paths
+                else _scenes(each, out, ranks)
+            )
             if replay is not None:
                 trainer, *_ = phase_trainer(read, each, source, machine, out, ranks, init=start)
                 found = run_again(trainer, replay)
@@ -229,7 +237,7 @@ def _chosen(recipe: Recipe, names: list[str]) -> list[Phase]:
 
 
 def _data_paths(recipe: Recipe, phases: list[Phase], given: list[str]) -> dict[str, Path]:
-    """Where the data of each phase is, by the phase's name."""
+    """Where the data of each phase is, by the phase's name; not of those on drawn scenes."""
     pairs = dict(_pair(each) for each in given)
     known = {phase.name for phase in recipe.phases} | {phase.data for phase in recipe.phases}
     for name in pairs:
@@ -241,6 +249,8 @@ def _data_paths(recipe: Recipe, phases: list[Phase], given: list[str]) -> dict[s
     found = {}
     for phase in phases:
         path = pairs.get(phase.name, pairs.get(phase.data))
+        if path is None and phase.data in set(Scenes):
+            continue
         if path is None:
             raise ConfigError(
                 f"phase {phase.name} trains on {phase.data}; say where it is with "
@@ -333,6 +343,22 @@ def _source(path: Path, phase: Phase, encoder: str | None, device: Any, workers:
     opened = FeatureEncoder.open(EncoderConfig(model=encoder, text_precision=text), device)
     square = not phase.multi_scale
     return encoded_online(path, opened, phase.resolution, square=square, workers=workers)
+
+
+def _scenes(phase: Phase, out: Path, ranks: Ranks) -> SceneSource:
+    """The drawn scenes of a phase, their latents under the run's folder."""
+    from pixart_rt.training.tiny.source import open_scenes, phase_buckets
+
+    with Steps() as steps:
+        name = f"encoding scenes for {phase.name}"
+        return open_scenes(
+            Scenes(phase.data),
+            phase.num_images,
+            phase_buckets(phase.resolution, phase.multi_scale),
+            out / "scenes",
+            ranks,
+            progress=(lambda done, total: steps(name, done, total)) if ranks.is_first else None,
+        )
 
 
 def _precision(device: Any) -> Precision:

@@ -144,7 +144,7 @@ def test_a_dit_draws_no_validation_images(run, recipe, tmp_path):
 
 
 def test_from_pictures_to_an_image_by_an_engine(run, recipe, images, tmp_path, no_kernels):
-    """The five commands of docs/training.md, with tiny: the weights in the bundle are trained."""
+    """The commands of docs/own-images.md, with tiny: the weights in the bundle are trained."""
     store, out, engines = tmp_path / "features", tmp_path / "run", tmp_path / "engines"
     pipeline, image = out / "pipeline", tmp_path / "image.png"
     text = RECIPE.replace('"random"', '"previous"').replace("num_layers = 2", "num_layers = 8")

@@ -210,10 +210,10 @@ class Trainer:
             self.validation(weights, self.done)
         self.ranks.barrier()
 
-    def weights(self, *, average: bool) -> dict[str, Tensor]:
+    def weights(self, *, average: bool, prefix: str = "") -> dict[str, Tensor]:
         """Whole weights of the objective on the CPU, by name; the averages of those that have one.
 
-        A collective where the model is sharded.
+        Of those whose names begin with `prefix`. A collective where the model is sharded.
         """
         found = dict(self.objective.named_parameters())
         if average:
@@ -222,6 +222,7 @@ class Trainer:
         return {
             name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().cpu().clone()
             for name, each in found.items()
+            if name.startswith(prefix)
         }
 
     def step(self, batch: Batch) -> StepResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -109,7 +109,9 @@ def train(
     if replay is not None and len(chosen) != 1:
         raise ConfigError("--replay runs a step of one phase; name it with --phase")
     paths = _data_paths(read, chosen, data or [])
-    from pixart_rt.training.log import Place  # torch: seconds
+    from pixart_rt.data.training_data import open_data  # torch: seconds
+    from pixart_rt.training.log import Place
+    from pixart_rt.training.machine import usual_kernels, usual_precision
     from pixart_rt.training.phases import Machine, is_done, phase_folder, phase_trainer, run_phase
     from pixart_rt.training.ranks import start_ranks
     from pixart_rt.training.recipe_report import report
@@ -124,13 +126,12 @@ def train(
             batch=batch,
             micro_batches=micro_batches,
             optimizer=optimizer,
-            precision=precision or _precision(ranks.device),
+            precision=precision or usual_precision(ranks.device),
             parallel=parallel,
             reproducible=reproducible,
             compile=compile_blocks,
             checkpointing=checkpointing,
-            kernels=kernels
-            or (Kernels.FUSED if ranks.device.type == "cuda" else Kernels.REFERENCE),
+            kernels=kernels or usual_kernels(ranks.device),
             ema_on_cpu=ema_on_cpu,
             seed=seed,
             log_every=log_every,
@@ -148,7 +149,14 @@ def train(
                     note(f"phase {each.name} is done")
                 init = None
                 continue
-            source = _source(paths[each.name], each, encoder, ranks.device, workers)
+            source = open_data(
+                paths[each.name],
+                resolution=each.resolution,
+                square=not each.multi_scale,
+                encoder=encoder,
+                device=ranks.device,
+                workers=workers,
+            )
             if replay is not None:
                 trainer, *_ = phase_trainer(read, each, source, machine, out, ranks, init=init)
                 found = run_again(trainer, replay)
@@ -199,36 +207,6 @@ def _pair(text: str) -> tuple[str, str]:
     if match is None:
         raise ConfigError(f"--data {text!r} was given; write it as NAME=PATH")
     return match[1], match[2]
-
-
-def _source(path: Path, phase: Phase, encoder: str | None, device: Any, workers: int) -> Any:
-    """The TrainingData at `path`, a store or pictures."""
-    from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
-    from pixart_rt.data.training_data import encoded_online, is_store, stored
-
-    if is_store(path):
-        return stored(path, workers=workers, pin=device.type == "cuda")
-    if encoder is None:
-        raise ConfigError(
-            f"{path} is no feature store; make one with `pixart-rt data extract`, or encode its "
-            "pictures in every step with --encoder MODEL"
-        )
-    text = Precision.BF16 if device.type == "cuda" else Precision.FP32
-    opened = FeatureEncoder.open(EncoderConfig(model=encoder, text_precision=text), device)
-    square = not phase.multi_scale
-    return encoded_online(path, opened, phase.resolution, square=square, workers=workers)
-
-
-def _precision(device: Any) -> Precision:
-    import torch
-
-    if device.type != "cuda":
-        return Precision.FP32
-    return Precision.BF16 if torch.cuda.get_device_capability(device) >= (8, 0) else Precision.FP16
-
-
-def _kernels(device: Any) -> Kernels:
-    return Kernels.FUSED if device.type == "cuda" else Kernels.REFERENCE
 
 
 def _started(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int, samples: int) -> str:

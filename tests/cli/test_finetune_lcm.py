@@ -1,4 +1,4 @@
-"""`pixart-rt finetune lcm`: from a store or pictures to a student that samples with lcm, on tiny."""
+"""`pixart-rt finetune lcm`: a store or pictures into a student that samples with lcm, on tiny."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The optimisers by name: fused AdamW, AdamW with 8-bit moments, CAME.
+"""The optimisers by name: fused AdamW, AdamW with 8-bit moments, CAME, Muon.
 
 All take steps through clipping.step_if_finite: one that is not finite changes neither weights nor
-state. Rates are changed by lr.set_lr. Bytes of state a parameter: 8, about 2, about 4.
+state. Rates are changed by lr.set_lr. Bytes of state a parameter: 8, about 2, about 4, about 4.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from torch.optim import Optimizer
 from pixart_rt.errors import BackendError, ConfigError
 from pixart_rt.quiet import quiet_imports
 from pixart_rt.training.came import CAME
+from pixart_rt.training.muon import Muon
 from pixart_rt.training.run_settings import OptimizerKind
 
 _BETAS: dict[OptimizerKind, tuple[float, ...]] = {
     OptimizerKind.ADAMW: (0.9, 0.999),
     OptimizerKind.ADAMW_8BIT: (0.9, 0.999),
     OptimizerKind.CAME: (0.9, 0.999, 0.9999),
+    OptimizerKind.MUON: (0.9, 0.999),  # of what AdamW moves
 }
 _EPS: dict[OptimizerKind, tuple[float, ...]] = {
     OptimizerKind.ADAMW: (1e-8,),
     OptimizerKind.ADAMW_8BIT: (1e-8,),
     OptimizerKind.CAME: (1e-30, 1e-16),
+    OptimizerKind.MUON: (1e-8,),
 }
 
 
@@ -54,6 +57,8 @@ def make_optimizer(
     if kind is OptimizerKind.CAME:
         came_betas, came_eps = (betas[0], betas[1], betas[2]), (eps[0], eps[1])
         return CAME(parameters, lr, came_betas, came_eps, weight_decay=weight_decay)
+    if kind is OptimizerKind.MUON:
+        return Muon(parameters, lr, (betas[0], betas[1]), eps[0], weight_decay=weight_decay)
     settings: dict[str, Any] = {
         "lr": lr, "betas": betas, "eps": eps[0], "weight_decay": weight_decay
     }  # fmt: skip

@@ -5,7 +5,8 @@
         transformer-ema/  -raw/    of a text phase: diffusers folders for `pixart-rt build`
     out/02-text-image-256/ ...
 
-A phase is done when its weights are there. The data comes from outside (source.py): this file knows
+A phase is done when its done.json is there, which says as what it was trained. The data comes from
+outside (source.py): this file knows
 neither stores nor encoders.
 """
 
@@ -15,6 +16,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from pixart_rt.training.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.training.dit_checkpoint import DiTCheckpoint, load_dit, read_dit, write_dit
 from pixart_rt.training.initialize import from_scratch
 from pixart_rt.training.log import Place
+from pixart_rt.training.machine import check_kernels
 from pixart_rt.training.next_phase import for_next_phase
 from pixart_rt.training.objective import ClassObjective, Objective, TextObjective
 from pixart_rt.training.ranks import Ranks
@@ -45,7 +48,8 @@ from pixart_rt.training.source import Source, feed_of, null_of, sampler_of
 from pixart_rt.training.trainer import Trainer
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
-EXPOSURE = "exposure.json"
+Validate = Callable[[dict[str, Tensor], int], None]  # whole weights by name, steps done
+EXPOSURE, DONE = "exposure.json", "done.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +59,7 @@ class Machine:
     steps: int | None = None
     batch: int | None = None  # images of a step, over all ranks
     micro_batches: int | None = None  # None: one for each rank
-    optimizer: OptimizerKind = OptimizerKind.ADAMW
+    optimizer: OptimizerKind | None = None
     precision: Precision = Precision.BF16
     parallel: Parallel = Parallel.DDP
     reproducible: bool = False
@@ -67,7 +71,8 @@ class Machine:
     log_every: int = 50
     save_every: int = 1000
     keep: int = 3
-    validate_every: int | None = None
+    validate_every: int | None = None  # of text phases; what draws is given to run_phase
+    profile_every: int | None = None
     log: Collection[Place] = (Place.CONSOLE, Place.JSONL)
 
 
@@ -80,15 +85,26 @@ def result_path(phase: Phase, folder: Path, weights: Weights) -> Path:
     return folder / (f"dit-{weights}.pt" if phase.of_classes else f"transformer-{weights}")
 
 
+def global_batch(recipe: Recipe, phase: Phase, machine: Machine) -> int:
+    """Images of a step, of all ranks."""
+    if machine.batch is None:
+        return phase.global_batch(recipe.settings)
+    if machine.batch < 1:
+        raise ConfigError(f"a batch of {machine.batch} images was asked; it must be positive")
+    return machine.batch
+
+
 def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int) -> RunSettings:
     """The recipe's optimiser on this machine. The rate follows the batch that is really used."""
     preset = recipe.settings
-    adam = machine.optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
+    optimizer = machine.optimizer or recipe.optimizer
+    adam = optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
     return RunSettings(
-        steps=machine.steps or phase.steps,
-        lr=preset.effective_lr(phase.lr, machine.batch or phase.global_batch(preset)),
-        warmup=preset.warmup(phase.num_gpus),
-        optimizer=machine.optimizer,
+        steps=phase.steps if machine.steps is None else machine.steps,
+        lr=preset.effective_lr(phase.lr, global_batch(recipe, phase, machine)),
+        warmup=phase.warmup(preset),
+        decay=phase.decay,
+        optimizer=optimizer,
         weight_decay=preset.weight_decay,
         betas=preset.betas if adam else None,
         eps=preset.eps if adam else None,
@@ -96,7 +112,7 @@ def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int)
         ema_decay=recipe.ema_decay,
         ema_on_cpu=machine.ema_on_cpu,
         precision=machine.precision,
-        micro_batches=machine.micro_batches or num_ranks,
+        micro_batches=num_ranks if machine.micro_batches is None else machine.micro_batches,
         parallel=machine.parallel,
         reproducible=machine.reproducible,
         compile=machine.compile,
@@ -105,7 +121,8 @@ def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int)
         log_every=machine.log_every,
         save_every=machine.save_every,
         keep=machine.keep,
-        validate_every=machine.validate_every,
+        validate_every=None if phase.of_classes else machine.validate_every,
+        profile_every=machine.profile_every,
     )
 
 
@@ -118,30 +135,37 @@ def phase_trainer(
     ranks: Ranks,
     *,
     init: Path | None = None,
-    validation: Callable[[dict[str, Tensor], int], None] | None = None,
+    validation: Callable[[TransformerCheckpoint, Path], Validate] | None = None,
 ) -> tuple[Trainer, Checkpoint, BucketSampler]:
-    """The trainer of a phase, the checkpoint that it starts from, and its sampler."""
+    """The trainer of a phase, the checkpoint that it starts from, and its sampler.
+
+    `validation` makes what draws validation images of a text phase, from its start and its folder;
+    it is called on the first rank alone.
+    """
     check_source(phase, source)
     settings = run_settings(recipe, phase, machine, ranks.num_ranks)
     start = start_of(recipe, phase, out, init, machine.seed)
-    objective = objective_of(recipe, phase, start, source, machine.kernels)
-    batch = machine.batch or phase.global_batch(recipe.settings)
+    objective = objective_of(recipe, phase, start, source, machine, ranks.device)
     sampler = sampler_of(
         source,
-        batch=batch,
+        batch=global_batch(recipe, phase, machine),
         base_size=phase.resolution // PIXELS_PER_TOKEN,
         multiple=settings.micro_batches,
         seed=settings.seed,
     )
+    folder = phase_folder(recipe, phase, out)
+    validate = None
+    if validation is not None and ranks.is_first and isinstance(start, TransformerCheckpoint):
+        validate = validation(start, folder)
     trainer = Trainer(
         objective,
         feed_of(source, sampler, ranks),
         settings,
-        phase_folder(recipe, phase, out),
+        folder,
         ranks,
-        identity={"phase": phase.name, "batch": batch, "data": source.identity},
+        identity={**_identity(recipe, phase, machine), "data": source.identity},
         log=machine.log,
-        validation=validation,
+        validation=validate,
     )
     return trainer, start, sampler
 
@@ -155,7 +179,7 @@ def run_phase(
     ranks: Ranks,
     *,
     init: Path | None = None,
-    validation: Callable[[dict[str, Tensor], int], None] | None = None,
+    validation: Callable[[TransformerCheckpoint, Path], Validate] | None = None,
 ) -> Path:
     """Train a phase to its end, from wherever it stopped; returns where its weights are.
 
@@ -164,14 +188,14 @@ def run_phase(
     """
     folder = phase_folder(recipe, phase, out)
     done = result_path(phase, folder, Weights.EMA)
-    if is_done(phase, folder):
+    if is_done(recipe, phase, machine, out):
         return done
     trainer, start, sampler = phase_trainer(
         recipe, phase, source, machine, out, ranks, init=init, validation=validation
     )
     trainer.run()
     exposure = [asdict(each) for each in sampler.exposure(trainer.done)]
-    for weights in (Weights.RAW, Weights.EMA):  # the second is what says that the phase is done
+    for weights in Weights:
         state = trainer.weights(average=weights is Weights.EMA)
         if ranks.is_first:
             _write(start, state, result_path(phase, folder, weights), trainer, recipe)
@@ -181,18 +205,52 @@ def run_phase(
             each |= {"height": bucket.height, "width": bucket.width}
         with replacing(folder / EXPOSURE) as temporary:
             temporary.write_text(json.dumps(exposure, indent=1) + "\n")
+        with replacing(folder / DONE) as temporary:
+            record = _asked(recipe, phase, machine)
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
     ranks.barrier()
     return done
 
 
-def is_done(phase: Phase, folder: Path) -> bool:
-    return result_path(phase, folder, Weights.EMA).exists()
+def is_done(recipe: Recipe, phase: Phase, machine: Machine, out: Path) -> bool:
+    """Whether a phase was trained to its end. Raises ConfigError where it was as something else."""
+    path = phase_folder(recipe, phase, out) / DONE
+    if not path.is_file():
+        return False
+    found, asked = json.loads(path.read_text()), _asked(recipe, phase, machine)
+    for name, value in json.loads(json.dumps(asked)).items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"phase {phase.name} was trained in {path.parent} with {name} {found.get(name)}, "
+                f"this run has {value}; go on with the same, or in another folder"
+            )
+    return True
+
+
+def _asked(recipe: Recipe, phase: Phase, machine: Machine) -> dict[str, Any]:
+    """What makes a finished phase another one; not how many ranks shared it."""
+    settings = run_settings(recipe, phase, machine, 1)
+    asked = {**settings.identity(), **_identity(recipe, phase, machine), "steps": settings.steps}
+    del asked["micro_batches"]
+    return asked
+
+
+def _identity(recipe: Recipe, phase: Phase, machine: Machine) -> dict[str, Any]:
+    """What a phase's loss and samples depend on, beside RunSettings."""
+    return {
+        "phase": phase.name,
+        "batch": global_batch(recipe, phase, machine),
+        "text_dropout": recipe.text_dropout,
+        "label_dropout": recipe.label_dropout,
+        "min_snr_gamma": recipe.min_snr_gamma,
+        "timestep_shift": phase.timestep_shift,
+    }
 
 
 def start_of(recipe: Recipe, phase: Phase, out: Path, init: Path | None, seed: int) -> Checkpoint:
     """The weights that a phase starts from, under its own configuration."""
     config = phase.model_config(recipe.settings, _text_config(recipe))
-    if phase.start is Start.RANDOM:
+    if phase.start is Start.RANDOM and init is None:
         return _random_dit(recipe, phase, seed) if phase.of_classes else from_scratch(config, seed)
     path = _before(recipe, phase, out, init)
     if phase.of_classes:
@@ -212,14 +270,21 @@ def start_of(recipe: Recipe, phase: Phase, out: Path, init: Path | None, seed: i
 
 
 def objective_of(
-    recipe: Recipe, phase: Phase, start: Checkpoint, source: Source, kernels: Kernels
+    recipe: Recipe,
+    phase: Phase,
+    start: Checkpoint,
+    source: Source,
+    machine: Machine,
+    device: torch.device,
 ) -> Objective:
-    """What the phase minimises, from its start."""
+    """What the phase minimises, from its start, on a device: kernels are compared with their
+    references there first, in the dtypes of autocast too."""
+    check_kernels(device, machine.kernels, machine.precision)
     diffusion, shift = GaussianDiffusion(min_snr_gamma=recipe.min_snr_gamma), phase.timestep_shift
     if isinstance(start, DiTCheckpoint):
-        dit = load_dit(start, torch.float32).use(kernels)
+        dit = load_dit(start, torch.float32).to(device).use(machine.kernels)
         return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
-    model = load_transformer(start, torch.float32).use(kernels)
+    model = load_transformer(start, torch.float32).to(device).use(machine.kernels)
     null = null_of(start, source.empty_prompt)
     return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
 

@@ -16,8 +16,10 @@ from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import PRESETS, Preset, Settings
+from pixart_rt.training.run_settings import OptimizerKind
 from pixart_rt.training.settings_file import read_settings
 from pixart_rt.training.text_start import TextStart
+from pixart_rt.training.warmup import Warmup
 
 
 class Stage(StrEnum):
@@ -95,6 +97,8 @@ class Phase:
     num_gpus: int
     lr: float  # before a preset's rule
     timestep_shift: float = 1.0  # above 1, more noise; 1, uniform timesteps, is the paper's
+    warmup_steps: float | None = None  # None: the preset's
+    decay: float = 0.0  # share of the steps in which the rate falls to 0; 0, none, is the paper's
     v100_days: float | None = None  # what the paper's run took
     in_original_code: bool = True
 
@@ -102,6 +106,8 @@ class Phase:
         for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "lr", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
         if self.of_classes and (self.multi_scale or self.micro_conditioning):
@@ -129,6 +135,12 @@ class Phase:
     def effective_lr(self, settings: Settings) -> float:
         return settings.effective_lr(self.lr, self.global_batch(settings))
 
+    def warmup(self, settings: Settings) -> Warmup:
+        """The phase's own, from 1 / steps on, or the preset's as it acts on `num_gpus`."""
+        if self.warmup_steps is None:
+            return settings.warmup(self.num_gpus)
+        return Warmup(steps=self.warmup_steps)
+
     def model_config(self, settings: Settings, model: ModelConfig) -> ModelConfig:
         """`model` at this phase's resolution, positions and micro-conditioning."""
         return replace(
@@ -150,6 +162,7 @@ class Recipe:
     text_dropout: float = 0.1  # captions replaced by the null of the model's `cfg_null`
     label_dropout: float = 0.1
     min_snr_gamma: float | None = None
+    optimizer: OptimizerKind = OptimizerKind.ADAMW  # the paper's; a run may take another
     text_start: TextStart = field(default_factory=TextStart)
 
     def __post_init__(self) -> None:

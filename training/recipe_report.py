@@ -59,7 +59,7 @@ def _row(phase: Phase, preset: Preset, settings: Settings) -> tuple[str, ...]:
         str(preset),
         str(phase.global_batch(settings)),
         f"{phase.effective_lr(settings):.3g}",
-        f"{settings.effective_warmup(phase.num_gpus):.3g}",
+        f"{phase.warmup(settings).steps:.3g}",
         f"{settings.interpolation_scale(phase.resolution):g}",
     )
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
-from pixart_rt.training.warmup import Warmup
+from pixart_rt.training.warmup import Warmup, cosine_end
 
 
 class OptimizerKind(StrEnum):
@@ -22,6 +22,8 @@ class OptimizerKind(StrEnum):
     """torchao's, with moments of 8 bits; the host waits for the device once a step."""
     CAME = "came"
     """Factored second moment (arXiv:2307.02047), as PixArt-Sigma trains."""
+    MUON = "muon"
+    """Orthogonalized steps for the blocks' matrices, AdamW for the rest (muon.py); DDP only."""
 
 
 class Parallel(StrEnum):
@@ -52,6 +54,7 @@ class RunSettings:
     steps: int
     lr: float  # after a preset's rule: what a step gets once the warm-up is over
     warmup: Warmup = field(default_factory=Warmup)
+    decay: float = 0.0  # share of the steps, the last ones, in which the rate falls to zero
     optimizer: OptimizerKind = OptimizerKind.ADAMW
     weight_decay: float = 0.03
     betas: tuple[float, ...] | None = None  # None: the optimiser's own
@@ -72,14 +75,23 @@ class RunSettings:
     save_every: int = 1000
     keep: int = 3  # checkpoints; older ones are removed
     validate_every: int | None = None
+    profile_every: int | None = None  # steps, a multiple of log_every; on GPUs
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "clip_norm", "micro_batches", "log_every", "save_every",
                      "keep"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.validate_every is not None and self.validate_every < 1:
-            raise ConfigError(f"validate_every must be > 0, got {self.validate_every}")
+        for name in ("validate_every", "profile_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.profile_every is not None and self.profile_every % self.log_every:
+            raise ConfigError(
+                f"profile_every {self.profile_every} was asked with a log line every "
+                f"{self.log_every} steps; use a multiple, so that a line reports what was profiled"
+            )
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, got {self.seed}")
         if self.reproducible and self.parallel is not Parallel.DDP:
@@ -93,12 +105,23 @@ class RunSettings:
                 "pair up in a tree; use a power of two"
             )
 
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.lr * self.warmup.share(step) * cosine_end(step, self.steps, self.decay)
+
     def identity(self) -> dict[str, object]:
-        """What must not change when a run goes on: the samples, their draws and what learns."""
+        """What must not change when a run goes on: the samples, their draws and how it learns."""
         return {
             "seed": self.seed,
             "micro_batches": self.micro_batches,
             "optimizer": str(self.optimizer),
             "precision": str(self.precision),
-            "ema": self.ema_decay is not None,
+            "lr": self.lr,
+            "warmup": [self.warmup.steps, self.warmup.from_zero],
+            "decay": [self.decay, self.steps] if self.decay else None,
+            "weight_decay": self.weight_decay,
+            "betas": None if self.betas is None else list(self.betas),
+            "eps": self.eps,
+            "clip_norm": self.clip_norm,
+            "ema_decay": self.ema_decay,
         }

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.batch import Batch
-from pixart_rt.buckets import bucket_for_aspect
+from pixart_rt.buckets import Bucket, bucket_for_aspect
 from pixart_rt.config import Kernels, ModelConfig, SamplingConfig, Scheduler
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.images import as_image, contact_sheet, write_png
@@ -73,6 +73,7 @@ class Validation:
     config: the model that is trained. text_dtype: of the text encoder, by default bfloat16 on a GPU
     and float32 elsewhere. autocast: dtype of the model's products, as in training; None leaves them
     in the weights'. y_embedding [T, E]: the checkpoint's, for CfgNull.Y_EMBEDDING.
+    bucket: a size beyond the tables, instead of the settings' aspect ratio.
     Raises CheckpointError where a part of the pipeline is missing or of another model.
     """
 
@@ -86,6 +87,7 @@ class Validation:
         text_dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
         y_embedding: Tensor | None = None,
+        bucket: Bucket | None = None,
     ) -> None:
         if uses_learned_variance(settings.sampling.scheduler) and not config.learned_variance:
             raise ConfigError("iddpm was asked for validation, but the model learns no variance")
@@ -97,7 +99,7 @@ class Validation:
                 "folder, as diffusers writes it, or tiny"
             )
         self.config, self.settings, self.device, self.autocast = config, settings, device, autocast
-        self.bucket = bucket_for_aspect(config.resolution, settings.aspect_ratio)
+        self.bucket = bucket or bucket_for_aspect(config.resolution, settings.aspect_ratio)
         self.positions = Positions(config)
         self._scheduler = folder / "scheduler"
         dtype = text_dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

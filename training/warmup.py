@@ -1,4 +1,4 @@
-"""A constant learning rate after a linear warm-up, counted in optimiser steps.
+"""A constant learning rate after a linear warm-up, and its end; counted in optimiser steps.
 
 A pure function of the step, so that resuming needs one integer. Gradient accumulation and the
 number of processes do not enter: the original code's scheduler was advanced once per process, and
@@ -8,6 +8,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pixart_rt.errors import ConfigError
@@ -28,3 +29,13 @@ class Warmup:
         """In 0..1; 1 from the end of the warm-up on."""
         done = step if self.from_zero else step + 1
         return 1.0 if done >= self.steps else done / self.steps
+
+
+def cosine_end(step: int, steps: int, share: float) -> float:
+    """The share of the rate where it falls to zero over the last `share` of `steps`, in 0..1.
+
+    By half a cosine; 1 before. With share 0 the rate is constant to the last step, as the paper's.
+    """
+    length = share * steps
+    left = steps - step
+    return 1.0 if left >= length else 0.5 - 0.5 * math.cos(math.pi * left / length)

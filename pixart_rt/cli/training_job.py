@@ -28,7 +28,7 @@ from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.checkpoints import FOLDER
 from pixart_rt.training.finetune_settings import FinetuneSettings
 from pixart_rt.training.log import Place
-from pixart_rt.training.machine import usual_precision
+from pixart_rt.training.machine import check_kernels, usual_kernels, usual_precision
 from pixart_rt.training.objective import Objective
 from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
@@ -146,9 +146,10 @@ def train_and_write(
 
     `identity` is what must be the same to go on.
     """
-    run = job.run_folder
+    run, settings = job.run_folder, job.run_settings(ranks)
+    check_kernels(ranks.device, usual_kernels(ranks.device), settings.precision)
     trainer = Shown(
-        objective, feed, job.run_settings(ranks), run, ranks, identity=identity, log=LOG,
+        objective, feed, settings, run, ranks, identity=identity, log=LOG,
         progress=on_first(ranks, progress),
     )  # fmt: skip
     trainer.run()

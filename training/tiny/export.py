@@ -1,8 +1,10 @@
 """Gather the trained parts into one diffusers folder, weights in float16.
 
-    python -m pixart_rt.training.tiny.export --root runs/tiny --out pixart_rt/assets/tiny
+    pixart-rt train recipes/tiny.toml --out runs/tiny
+    python -m pixart_rt.training.tiny.export --run runs/tiny --out pixart_rt/assets/tiny
 
-`PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the 256-pixel transformer lies
+Tokenizer, text encoder and VAE are those under --root, by default the shipped ones: the run was
+trained with these. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the 256-pixel transformer lies
 beside it in `transformer_256`.
 """
 
@@ -20,6 +22,12 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
+
+from pixart_rt.files import replacing
+from pixart_rt.model.locate import TINY
+
+MULTISCALE = "05-aesthetics-1024/transformer-ema"
+SQUARE = "03-aesthetics-256/transformer-ema"
 
 
 def build_pipeline(
@@ -43,17 +51,16 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def export(root: Path, multiscale: Path, square: Path, out: Path) -> int:
-    """Write the folder and return its size in bytes."""
-    if out.exists():
-        shutil.rmtree(out)
+    """Write the folder, which may be `root`, and return its size in bytes."""
     pipeline = build_pipeline(root, PixArtTransformer2DModel.from_pretrained(multiscale))
-    pipeline.save_pretrained(out)
-    PixArtTransformer2DModel.from_pretrained(square).save_pretrained(out / "transformer_256")
-    for folder in ("transformer", "transformer_256", "vae", "text_encoder"):
-        for path in (out / folder).glob("*.safetensors"):
-            halve(path)
-        forget_origin(out / folder / "config.json")
-    shutil.copy(root / "tokenizer" / "spiece.model", out / "tokenizer" / "spiece.model")
+    with replacing(out) as new:
+        pipeline.save_pretrained(new)
+        PixArtTransformer2DModel.from_pretrained(square).save_pretrained(new / "transformer_256")
+        for folder in ("transformer", "transformer_256", "vae", "text_encoder"):
+            for path in (new / folder).glob("*.safetensors"):
+                halve(path)
+            forget_origin(new / folder / "config.json")
+        shutil.copy(root / "tokenizer" / "spiece.model", new / "tokenizer" / "spiece.model")
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
@@ -77,12 +84,11 @@ def forget_origin(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--multiscale", type=Path, default=Path("runs/tiny/ms1024"))
-    parser.add_argument("--square", type=Path, default=Path("runs/tiny/256"))
+    parser.add_argument("--root", type=Path, default=TINY, help="the other parts")
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="of recipes/tiny.toml")
     parser.add_argument("--out", type=Path, default=Path("pixart_rt/assets/tiny"))
     args = parser.parse_args()
-    size = export(args.root, args.multiscale, args.square, args.out)
+    size = export(args.root, args.run / MULTISCALE, args.run / SQUARE, args.out)
     print(f"{size / 1e6:.1f} MB in {args.out}")
 
 

@@ -1,34 +1,34 @@
-"""Draw the losses that `train` printed, stage after stage: step across, log10 of the MSE up.
+"""Draw the losses of a run's phases: step across, log10 of the loss up.
 
-    python -m pixart_rt.training.tiny.loss_curve runs/tiny/*.log --out docs/images/tiny-loss.png
+    python -m pixart_rt.training.tiny.loss_curve runs/tiny --out docs/images/tiny-loss.png
 
-A log line reads "<step> <seconds>s mse <value> vb <value>". Pillow only.
+A phase's line is the mean loss of each line of its log.jsonl. Pillow only.
 """
 
 import argparse
+import json
 import math
-import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-LINE = re.compile(r"^(\d+) \d+s mse ([\d.]+) vb ([\d.]+)", re.MULTILINE)
 WIDTH, HEIGHT, MARGIN = 900, 420, 60
 COLORS = ("#1f5fbf", "#c4452d", "#2e8b57", "#8a3fa0", "#b8860b")
 
 
 def read_log(path: Path) -> list[tuple[int, float]]:
-    """(step, mse) of every printed line."""
-    return [(int(step), float(mse)) for step, mse, _ in LINE.findall(path.read_text())]
+    """(step, loss) of every line of a log.jsonl whose loss is finite."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
 
 
-def draw_curves(stages: dict[str, list[tuple[int, float]]]) -> Image.Image:
-    """One coloured curve a stage, side by side on a common axis of steps."""
+def draw_curves(phases: dict[str, list[tuple[int, float]]]) -> Image.Image:
+    """One coloured curve a phase, side by side on a common axis of steps."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(image)
-    values = [math.log10(mse) for points in stages.values() for _, mse in points]
+    values = [math.log10(loss) for points in phases.values() for _, loss in points]
     low, high = math.floor(min(values) * 5) / 5, math.ceil(max(values) * 5) / 5
-    total = sum(points[-1][0] for points in stages.values())
+    total = sum(points[-1][0] for points in phases.values())
 
     def at(step: float, value: float) -> tuple[float, float]:
         x = MARGIN + step / total * (WIDTH - 1.5 * MARGIN)
@@ -39,25 +39,26 @@ def draw_curves(stages: dict[str, list[tuple[int, float]]]) -> Image.Image:
         pen.line([at(0, value), at(total, value)], fill="#e4e4e4")
         pen.text((8, at(0, value)[1] - 6), f"{10**value:.4f}", fill="black")
     start = 0
-    for color, (name, points) in zip(COLORS, stages.items(), strict=False):
-        curve = [at(start + step, math.log10(mse)) for step, mse in points]
+    for color, (name, points) in zip(COLORS, phases.items(), strict=False):
+        curve = [at(start + step, math.log10(loss)) for step, loss in points]
         pen.line(curve, fill=color, width=2)
         pen.text((at(start, high)[0] + 6, 12), name, fill=color)
         start += points[-1][0]
         pen.line([at(start, low), at(start, high)], fill="#bbbbbb")
         pen.text((at(start, low)[0] - 14, HEIGHT - MARGIN + 6), str(start), fill="black")
-    pen.text((WIDTH // 2 - 130, HEIGHT - 24), "steps; mean squared error of noise", fill="black")
+    pen.text((WIDTH // 2 - 130, HEIGHT - 24), "steps; loss", fill="black")
     return image
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("logs", nargs="+", type=Path, help="in the order of the stages")
+    parser.add_argument("run", type=Path, help="a folder of `pixart-rt train`")
     parser.add_argument("--out", type=Path, default=Path("docs/images/tiny-loss.png"))
     args = parser.parse_args()
-    stages = {path.stem: points for path in args.logs if (points := read_log(path))}
+    logs = sorted(args.run.glob("*/log.jsonl"))
+    phases = {path.parent.name: points for path in logs if (points := read_log(path))}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves(stages).save(args.out)
+    draw_curves(phases).save(args.out)
     print(args.out)
 
 

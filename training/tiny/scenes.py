@@ -8,7 +8,7 @@ Images are [height, width, 3] float32 in 0..1.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,6 +69,20 @@ def random_scene(rng: np.random.Generator, held_out: bool | None = None) -> Scen
         )
         if held_out is None or scene.held_out() == held_out:
             return scene
+
+
+def one_thing(rng: np.random.Generator, held_out: bool | None = None) -> Scene:
+    """A scene of one thing from the asked side of the split."""
+    while True:
+        scene = random_scene(rng, held_out)
+        if len(scene.things) == 1:
+            return scene
+
+
+def only_one(scene: Scene, rng: np.random.Generator) -> Scene:
+    """What a caption says that names one of the scene's things and leaves out the others."""
+    thing = scene.things[int(rng.integers(len(scene.things)))]
+    return replace(scene, things=(thing,))
 
 
 def _random_thing(rng: np.random.Generator) -> Thing:

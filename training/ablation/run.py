@@ -1,0 +1,270 @@
+"""Trains the arms one after the other and scores each on held-out captions while it learns.
+
+    DIR/plan.json            arms.Plan
+    DIR/<arm>/               trainer.py's files; scores/step-00000100.json
+    DIR/dit.pt               what the arms from a DiT start from
+
+Stopped anywhere, the same call goes on: an arm from its newest checkpoint, and a score that is
+missing is taken from the checkpoint of its step.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixart_rt.batch import Batch
+from pixart_rt.buckets import Bucket
+from pixart_rt.config import ModelConfig, Precision, SamplingConfig
+from pixart_rt.errors import ConfigError
+from pixart_rt.files import replacing
+from pixart_rt.model.checkpoint import load_transformer
+from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.training.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
+from pixart_rt.training.ablation.arms import Arm, Plan
+from pixart_rt.training.diffusion import GaussianDiffusion
+from pixart_rt.training.dit import DiT, DiTConfig, initialize_dit
+from pixart_rt.training.dit_checkpoint import DiTCheckpoint, read_dit, write_dit
+from pixart_rt.training.dropout import NullText
+from pixart_rt.training.initialize import from_scratch
+from pixart_rt.training.objective import ClassObjective, Objective, TextObjective
+from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.reparameterize import reparameterize
+from pixart_rt.training.run_settings import RunSettings
+from pixart_rt.training.sampler import BucketSampler
+from pixart_rt.training.text_start import TextStart
+from pixart_rt.training.tiny.scenes import SHAPES, Scene, caption, random_scene
+from pixart_rt.training.tiny.scorer import score
+from pixart_rt.training.tiny.source import SceneSource, open_scenes
+from pixart_rt.training.trainer import Trainer
+from pixart_rt.training.validation import Validation, ValidationSettings
+from pixart_rt.training.warmup import Warmup
+
+DROPOUT = 0.1  # of captions and labels
+WARMUP = 0.05  # share of S
+TIMED = 3  # steps, after one that is not counted
+CAPTIONS = 4  # what the random numbers of held-out captions are for
+CAPTION_CHANNELS, MAX_TEXT_TOKENS = 128, 120  # of the shipped text encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What an arm draws after some of its steps: shares of the objects that captions ask for."""
+
+    step: int
+    right: float  # colour and shape
+    placed: float  # and at their place
+    exact: float  # share of images: all placed, nothing else, the right background
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """An arm: (step, mean loss since the step before), scores, seconds a step."""
+
+    losses: list[tuple[int, float]]
+    points: list[Point]
+    seconds_per_step: float
+
+
+class Ablation:
+    """The arms of a plan in a folder, on one process."""
+
+    def __init__(self, plan: Plan, out: Path, ranks: Ranks) -> None:
+        if ranks.num_ranks > 1:
+            raise ConfigError("the ablation runs on one process; start it without torchrun")
+        self.plan, self.out, self.ranks = plan, Path(out), ranks
+        side = plan.resolution
+        self.bucket = Bucket(ratio=1.0, height=side, width=side)
+        self.config = ModelConfig(
+            num_layers=plan.num_layers,
+            num_heads=plan.num_heads,
+            caption_channels=CAPTION_CHANNELS,
+            max_text_tokens=MAX_TEXT_TOKENS,
+            sample_size=side // 8,
+            interpolation_scale=1.0,
+            micro_conditioning=False,
+        )
+
+    def run(self, progress: Callable[[str, int, int], None]) -> dict[Arm, Curve]:
+        """Train what is not trained yet; what all arms did."""
+        for number, arm in enumerate(Arm):
+            progress(f"training {arm}", number, len(Arm))
+            trainer = self.trainer(arm)
+            trainer.run()
+            if arm is Arm.DIT:
+                self._keep_dit(trainer)
+            else:
+                self._fill_scores(arm, trainer)
+        return {arm: self.curve(arm) for arm in Arm}
+
+    def trainer(self, arm: Arm) -> Trainer:
+        """Of one arm; scores are taken as it goes."""
+        plan, source = self.plan, self.source(arm)
+        sampler = BucketSampler(
+            source.bucket_of,
+            [self.bucket.num_tokens],
+            token_budget=plan.batch * self.bucket.num_tokens,
+            seed=plan.seed,
+        )
+        settings = RunSettings(
+            steps=arm.length * plan.steps,
+            lr=plan.lr,
+            warmup=Warmup(steps=max(WARMUP * plan.steps, 1)),
+            optimizer=plan.optimizer,
+            ema_decay=plan.ema_decay,
+            precision=Precision(plan.precision),
+            seed=plan.seed,
+            log_every=max(plan.score_every // 5, 1),
+            save_every=plan.score_every,
+            keep=arm.length * plan.points,
+            validate_every=None if arm is Arm.DIT else plan.score_every,
+        )
+        return Trainer(
+            self.objective(arm, source),
+            source.feed(sampler.ids, plan.seed),
+            settings,
+            self.out / arm,
+            self.ranks,
+            identity={"arm": str(arm), "plan": plan.to_dict(), "data": source.identity},
+            validation=lambda weights, step: self._score(arm, weights, step),
+        )
+
+    def source(self, arm: Arm) -> SceneSource:
+        table, root = (self.bucket,), self.out / "scenes"
+        return open_scenes(arm.data, self.plan.num_scenes, table, root, self.ranks)
+
+    def objective(self, arm: Arm, source: SceneSource) -> Objective:
+        """From the weights that the arm starts from."""
+        diffusion, shift = GaussianDiffusion(), self.plan.timestep_shift
+        if arm is Arm.DIT:
+            config = DiTConfig(
+                num_classes=len(SHAPES),
+                num_layers=self.config.num_layers,
+                num_heads=self.config.num_heads,
+                head_dim=self.config.head_dim,
+                sample_size=self.config.sample_size,
+            )
+            dit = initialize_dit(DiT(config), torch.Generator().manual_seed(self.plan.seed))
+            return ClassObjective(dit, diffusion, DROPOUT, timestep_shift=shift)
+        model, null = self.model(arm), self._null(source)
+        if isinstance(model, AdaLNTransformer):
+            return AdaLNObjective(model, diffusion, null, DROPOUT, timestep_shift=shift)
+        return TextObjective(model, diffusion, null, DROPOUT, timestep_shift=shift)
+
+    def model(self, arm: Arm) -> PixArtTransformer | AdaLNTransformer:
+        """A text arm's, as it starts."""
+        if arm is Arm.SCRATCH:
+            return load_transformer(from_scratch(self.config, self.plan.seed), torch.float32)
+        dit = read_dit(self.out / "dit.pt", heads=self.config.num_heads)
+        if arm is Arm.ADALN:
+            return from_dit(dit, self.config, self.plan.seed)
+        start = TextStart(
+            caption_channels=CAPTION_CHANNELS, max_text_tokens=MAX_TEXT_TOKENS, seed=self.plan.seed
+        )
+        return load_transformer(reparameterize(dit, start), torch.float32)
+
+    def curve(self, arm: Arm) -> Curve:
+        """What the files of an arm that has run say."""
+        lines = [
+            json.loads(each) for each in (self.out / arm / "log.jsonl").read_text().splitlines()
+        ]
+        losses = [(int(line["step"]), float(line["loss"])) for line in lines]
+        scores = sorted((self.out / arm / "scores").glob("step-*.json"))
+        points = [Point(**json.loads(path.read_text())) for path in scores]
+        seconds = sorted(
+            self.plan.batch / line["images_per_second"] for line in lines if line["step"] > 1
+        )
+        return Curve(losses, points, seconds[len(seconds) // 2])
+
+    def some_batch(self) -> Batch:
+        """A batch of captioned scenes of the plan."""
+        return self.source(Arm.SCRATCH).batch(list(range(self.plan.batch)), self.plan.seed, 0)
+
+    @cached_property
+    def asked(self) -> list[tuple[Scene, str]]:
+        """Held-out scenes and one phrasing of each; the same for every arm."""
+        rng = np.random.default_rng([self.plan.seed, CAPTIONS])
+        scenes = [random_scene(rng, held_out=True) for _ in range(self.plan.captions)]
+        return [(scene, caption(scene, rng)) for scene in scenes]
+
+    @cached_property
+    def _drawer(self) -> Validation:
+        sampling = SamplingConfig(
+            num_inference_steps=self.plan.sampling_steps, guidance_scale=self.plan.guidance_scale
+        )
+        settings = ValidationSettings(
+            prompts=tuple(text for _, text in self.asked),
+            seed=self.plan.seed,
+            sampling=sampling,
+            batch=16,
+        )
+        return Validation("tiny", self.config, settings, self.ranks.device, bucket=self.bucket)
+
+    def _score(self, arm: Arm, weights: dict[str, Tensor], step: int) -> None:
+        model = self.model(arm)
+        own = {
+            name.removeprefix("model."): each
+            for name, each in weights.items()
+            if name.startswith("model.")
+        }
+        model.load_state_dict(own)
+        as_text = cast(PixArtTransformer, model.to(self.ranks.device))
+        images = self._drawer.images(as_text).permute(0, 2, 3, 1).numpy()
+        found = [score(image, scene) for image, (scene, _) in zip(images, self.asked, strict=True)]
+        asked = sum(each.asked for each in found)
+        point = Point(
+            step,
+            sum(each.right for each in found) / asked,
+            sum(each.placed for each in found) / asked,
+            sum(each.exact for each in found) / len(found),
+        )
+        with replacing(self._score_path(arm, step)) as new:
+            new.write_text(json.dumps(asdict(point)) + "\n")
+
+    def _score_path(self, arm: Arm, step: int) -> Path:
+        return self.out / arm / "scores" / f"step-{step:08d}.json"
+
+    def _fill_scores(self, arm: Arm, trainer: Trainer) -> None:
+        """Of steps whose checkpoint was written and whose score was not, before a kill."""
+        every = self.plan.score_every
+        for step in range(every, trainer.settings.steps + 1, every):
+            if not self._score_path(arm, step).exists():
+                trainer.resume(step)
+                self._score(arm, trainer.weights(average=True), step)
+
+    def _keep_dit(self, trainer: Trainer) -> None:
+        path = self.out / "dit.pt"
+        if path.exists():
+            return
+        objective = cast(ClassObjective, trainer.objective)
+        weights = trainer.weights(average=True)
+        state = {name.removeprefix("model."): each for name, each in weights.items()}
+        write_dit(DiTCheckpoint(objective.model.config, state, "ablation"), path)
+
+    def _null(self, source: SceneSource) -> NullText:
+        found = source.empty_prompt.float()
+        embeds = torch.zeros(MAX_TEXT_TOKENS, CAPTION_CHANNELS)
+        embeds[: len(found)] = found
+        return NullText(embeds, torch.arange(MAX_TEXT_TOKENS) < len(found))
+
+
+def seconds_per_step(plan: Plan, out: Path, ranks: Ranks) -> float:
+    """Of a text arm on this machine, measured over TIMED steps in a folder that is thrown away."""
+    short = replace(plan, steps=TIMED + 1, points=1, num_scenes=plan.batch)
+    ablation = Ablation(short, out, ranks)
+    trainer = ablation.trainer(Arm.SCRATCH)
+    batches = trainer.feed(0, TIMED + 1)
+    trainer.step(next(batches))
+    start = time.perf_counter()
+    for batch in batches:
+        trainer.step(batch)
+    return (time.perf_counter() - start) / TIMED

@@ -21,6 +21,7 @@ VERBS = (
 GROUPS = {
     "data": ("extract", "edges", "plan"),
     "finetune": ("lora", "dreambooth", "lcm", "controlnet"),
+    "reproduce": ("ablation",),
 }
 COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 

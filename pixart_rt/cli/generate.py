@@ -13,7 +13,7 @@ from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.cli.previews import PreviewWriter, check_previews
-from pixart_rt.config import DISTILLED, SamplingConfig, Scheduler
+from pixart_rt.config import DISTILLED, USUAL_STEPS, SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.version import __version__
 
@@ -43,7 +43,9 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels; with --width.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels; with --height.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps. Default: 20; 4 with lcm, 1 with dmd.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale. Default: 4.5; 1 with lcm and dmd.")
     ] = None,
@@ -108,6 +110,8 @@ def generate(
     sampler = scheduler or Scheduler(manifest.scheduler)
     if guidance is None:
         guidance = 1.0 if sampler in DISTILLED else SamplingConfig().guidance_scale
+    if steps is None:
+        steps = USUAL_STEPS.get(sampler, SamplingConfig().num_inference_steps)
     sampling = SamplingConfig(
         num_inference_steps=steps,
         guidance_scale=guidance,

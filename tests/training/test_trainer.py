@@ -403,7 +403,7 @@ def test_profiling_needs_a_gpu_and_a_log_line_to_report_it(ranks, tmp_path):
 def test_a_profiled_step_reports_its_communication(tmp_path):
     """Alone there is none; lines of steps that were not profiled say nothing."""
     with start_ranks("cuda") as ranks:
-        make_trainer(tmp_path, 6, ranks, log_every=2, profile_every=4).run()
+        make_trainer(tmp_path, 6, ranks, log_every=2, profile_every=4, save_every=6).run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["communication"] for line in lines] == [None, 0.0, None]
 
@@ -420,7 +420,7 @@ def test_profiled_steps_are_those_before_a_log_line(ranks, tmp_path, monkeypatch
         report(0.25)
 
     monkeypatch.setattr("pixart_rt.training.trainer.profiled", made_up)
-    trainer = make_trainer(tmp_path, 7, ranks)
+    trainer = make_trainer(tmp_path, 7, ranks, save_every=7)
     trainer.settings = dataclasses.replace(trainer.settings, profile_every=4)
     trainer.run()
     assert profiled == [(3, 4)]

@@ -148,6 +148,18 @@ def test_a_negative_prompt_changes_the_image_only_with_guidance(pipe: PixArtPipe
     assert torch.equal(unguided, latents(pipe, guidance_scale=1.0, negative_prompt="a star"))
 
 
+@pytest.mark.parametrize(("scheduler", "count"), [(None, 20), ("ddim", 20), ("lcm", 4), ("dmd", 1)])
+def test_a_sampler_has_its_usual_number_of_steps(
+    pipe: PixArtPipeline, scheduler: str | None, count: int
+) -> None:
+    steps: list[int] = []
+    latents(
+        pipe, scheduler=scheduler, num_inference_steps=None,
+        callback_on_step_end=lambda _p, step, _t, _v: steps.append(step),
+    )  # fmt: skip
+    assert steps == list(range(count))
+
+
 @pytest.mark.parametrize("scheduler", ["sa-solver", "ddim", "iddpm", "lcm"])
 def test_other_schedulers_match_their_diffusers_loop(
     pipe: PixArtPipeline, pipeline_folder: Callable[..., Path], scheduler: str

@@ -42,6 +42,7 @@ from pixart_rt.model.transformer import PixArtTransformer, local
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.draws import Draws
 from pixart_rt.training.dropout import NullText, drop_captions
+from pixart_rt.training.finetune_settings import LCM_GUIDANCE
 from pixart_rt.training.flops import StepFlops, text_model
 from pixart_rt.training.objective import TextObjective, predict_noise
 
@@ -53,7 +54,7 @@ SAMPLED_STEPS = MOST_STEPS[Scheduler.LCM]  # the sampler's timesteps are among t
 class LcmSettings:
     """What is distilled. The defaults are those of PixArt-alpha's code."""
 
-    guidance_w: float = 4.5
+    guidance_w: float = LCM_GUIDANCE
     """(1 + w) eps(c) - w eps(null): what a guidance_scale of 1 + w samples."""
     num_ddim_timesteps: int = 50
     huber_c: float = 0.001

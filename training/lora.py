@@ -80,11 +80,12 @@ def add_lora(model: PixArtTransformer, settings: LoraSettings, seed: int = 0) ->
 
 def lora_state(model: PixArtTransformer) -> dict[str, Tensor]:
     """The adapters' parameters by our names, such as blocks.0.attn.qkv.lora_A.default.weight."""
-    return {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if name.endswith((_A, _B))
-    }
+    return adapters_in(dict(model.named_parameters()))
+
+
+def adapters_in(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a model's weights that are adapters'."""
+    return {name: each.detach() for name, each in weights.items() if name.endswith((_A, _B))}
 
 
 def peft_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,28 +5,25 @@
         transformer-ema/  -raw/    of a text phase: diffusers folders for `pixart-rt build`
     out/02-text-image-256/ ...
 
-A phase is done when its done.json is there, which says as what it was trained. The data comes from outside (`Source`): this file knows
-neither stores nor encoders.
+A phase is done when its done.json is there, which says as what it was trained. The data comes from
+outside (source.py): this file knows neither stores nor encoders.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pixart_rt.buckets import Bucket
-from pixart_rt.config import CfgNull, Kernels, ModelConfig, Precision
+from pixart_rt.buckets import PIXELS_PER_TOKEN
+from pixart_rt.config import Kernels, ModelConfig, Precision
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
 from pixart_rt.files import replacing
-from pixart_rt.kernels.catalog import self_test
 from pixart_rt.model.checkpoint import (
     TransformerCheckpoint,
     load_transformer,
@@ -36,44 +33,22 @@ from pixart_rt.model.checkpoint import (
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.training.dit_checkpoint import DiTCheckpoint, load_dit, read_dit, write_dit
-from pixart_rt.training.dropout import NullText, null_text
 from pixart_rt.training.initialize import from_scratch
 from pixart_rt.training.log import Place
+from pixart_rt.training.machine import check_kernels
 from pixart_rt.training.next_phase import for_next_phase
 from pixart_rt.training.objective import ClassObjective, Objective, TextObjective
-from pixart_rt.training.parallel import DTYPES
 from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.sampler import BucketSampler, RankIds
-from pixart_rt.training.trainer import Feed, Trainer
+from pixart_rt.training.sampler import BucketSampler
+from pixart_rt.training.source import Source, feed_of, null_of, sampler_of
+from pixart_rt.training.trainer import Trainer
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
 Validate = Callable[[dict[str, Tensor], int], None]  # whole weights by name, steps done
 EXPOSURE, DONE = "exposure.json", "done.json"
-
-
-class Source(Protocol):
-    """The samples of a phase."""
-
-    @property
-    def buckets(self) -> Sequence[Bucket]: ...
-
-    @property
-    def bucket_of(self) -> npt.NDArray[np.integer]:
-        """[num_samples], indices into `buckets`."""
-
-    @property
-    def empty_prompt(self) -> Tensor:
-        """T5("") [n, E]."""
-
-    @property
-    def identity(self) -> str:
-        """Changes when the samples do."""
-
-    def feed(self, ids: Callable[[int], npt.NDArray[np.int64]], seed: int) -> Feed:
-        """The batches of the samples that `ids` gives for a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,11 +145,10 @@ def phase_trainer(
     settings = run_settings(recipe, phase, machine, ranks.num_ranks)
     start = start_of(recipe, phase, out, init, machine.seed)
     objective = objective_of(recipe, phase, start, source, machine, ranks.device)
-    batch = global_batch(recipe, phase, machine)
-    sampler = BucketSampler(
-        source.bucket_of,
-        [bucket.num_tokens for bucket in source.buckets],
-        token_budget=batch * (phase.resolution // 16) ** 2,
+    sampler = sampler_of(
+        source,
+        batch=global_batch(recipe, phase, machine),
+        base_size=phase.resolution // PIXELS_PER_TOKEN,
         multiple=settings.micro_batches,
         seed=settings.seed,
     )
@@ -184,7 +158,7 @@ def phase_trainer(
         validate = validation(start, folder)
     trainer = Trainer(
         objective,
-        source.feed(RankIds(sampler, ranks.rank, ranks.num_ranks), settings.seed),
+        feed_of(source, sampler, ranks),
         settings,
         folder,
         ranks,
@@ -304,8 +278,7 @@ def objective_of(
 ) -> Objective:
     """What the phase minimises, from its start, on a device: kernels are compared with their
     references there first, in the dtypes of autocast too."""
-    if device.type == "cuda" and machine.kernels is Kernels.FUSED:
-        self_test(device, DTYPES[machine.precision])
+    check_kernels(device, machine.kernels, machine.precision)
     diffusion, shift = GaussianDiffusion(min_snr_gamma=recipe.min_snr_gamma), phase.timestep_shift
     if isinstance(start, DiTCheckpoint):
         dit = load_dit(start, torch.float32).to(device).use(machine.kernels)
@@ -366,29 +339,6 @@ def _random_dit(recipe: Recipe, phase: Phase, seed: int) -> DiTCheckpoint:
     )
     dit = initialize_dit(DiT(config), torch.Generator().manual_seed(seed))
     return DiTCheckpoint(config, dict(dit.state_dict()), f"random weights, seed {seed}")
-
-
-def null_of(start: TransformerCheckpoint, empty_prompt: Tensor) -> NullText:
-    """What dropped captions become, by the model's convention; empty_prompt is T5("") [n, E]."""
-    config, found = start.config, empty_prompt.float()
-    if config.cfg_null is CfgNull.EMPTY_PROMPT_CAPTION_MASK:
-        raise ConfigError(
-            f"cfg_null {config.cfg_null} needs T5's output at padding, which features do not keep; "
-            f"train with {CfgNull.EMPTY_PROMPT} or {CfgNull.Y_EMBEDDING}"
-        )
-    if found.shape[1] != config.caption_channels:
-        raise DataError(
-            f"the data's text is {found.shape[1]} wide, the model takes {config.caption_channels}; "
-            "extract it with the model's text encoder"
-        )
-    T = config.max_text_tokens
-    embeds = torch.zeros(T, config.caption_channels)
-    embeds[: len(found)] = found
-    return null_text(
-        config.cfg_null,
-        empty_prompt=(embeds, torch.arange(T) < len(found)),
-        y_embedding=start.y_embedding,
-    )
 
 
 def _write(

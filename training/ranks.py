@@ -50,9 +50,7 @@ def start_ranks(device: str | None = None) -> Iterator[Ranks]:
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"device {kind} was asked; choose cpu or cuda, of which each rank has one"
-        )
+        raise ConfigError(f"device {kind} was asked; choose cpu, or cuda: each rank has a GPU")
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
         raise ConfigError(
             f"Slurm started {os.environ['SLURM_NTASKS']} tasks that do not know each other; start "

@@ -247,10 +247,11 @@ class Trainer:
             self.validation(weights, self.done)
         self.ranks.barrier()
 
-    def weights(self, *, average: bool) -> dict[str, Tensor]:
+    def weights(self, *, average: bool, prefix: str = "") -> dict[str, Tensor]:
         """Whole weights of the objective on the CPU, by name; the averages of those that have one.
 
-        A collective where the model is sharded; ranks other than the first get nothing.
+        Of those whose names begin with `prefix`. A collective where the model is sharded; ranks
+        other than the first get nothing.
         """
         found = dict(self.objective.named_parameters())
         if average:
@@ -258,6 +259,8 @@ class Trainer:
             found |= self.ema.averages  # type: ignore[arg-type]  # tensors in place of parameters
         kept = {}
         for name, each in found.items():
+            if not name.startswith(prefix):
+                continue
             whole = each.full_tensor() if isinstance(each, DTensor) else each
             if self.ranks.is_first:
                 kept[name] = whole.detach().cpu().clone()

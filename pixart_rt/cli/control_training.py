@@ -1,6 +1,6 @@
-"""What `pixart-rt finetune controlnet` runs: two stores in, copies trained, a folder of them out.
+"""What `pixart-rt finetune controlnet` runs: images and edges in, copies trained, a folder out.
 
-Checkpoints lie in OUT.run while it trains; the same command goes on from them.
+Two stores, or pictures whose edges are found while training.
 """
 
 from __future__ import annotations
@@ -10,60 +10,75 @@ from pathlib import Path
 
 import torch
 
-from pixart_rt.cli.finetuning import (
-    LOG,
-    Progress,
-    Shown,
-    forget_checkpoints,
-    silent,
-    usual_precision,
-)
-from pixart_rt.config import Kernels, Precision
-from pixart_rt.data.training_data import paired
+from pixart_rt.cli.training_job import Job, Progress, check_shapes, open_base, train_and_write
+from pixart_rt.data.edges import EdgeKind, edge_finder
+from pixart_rt.data.training_data import TrainingData, is_store, open_data, paired
 from pixart_rt.errors import ConfigError
-from pixart_rt.model.checkpoint import load_transformer, read_transformer
 from pixart_rt.model.controlnet import ControlNetTransformer
 from pixart_rt.model.controlnet_checkpoint import write_controlnet
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
-from pixart_rt.model.locate import locate, transformer_path
-from pixart_rt.model.pipeline_folder import check_target
+from pixart_rt.model.pipeline_folder import COMPONENTS
 from pixart_rt.training.controlnet import ControlNetObjective, trained
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.finetune_settings import FinetuneSettings
-from pixart_rt.training.phases import null_of
+from pixart_rt.training.machine import usual_kernels
 from pixart_rt.training.ranks import start_ranks
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.sampler import BucketSampler
-
-SAVE_EVERY = 1000  # steps
+from pixart_rt.training.source import feed_of, null_of, sampler_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ControlRequest:
-    """What the verb was asked. Without `num_copies`: 13 of 28 blocks, or all for a parallel one."""
+    """What the verb was asked. Without `num_copies`: 13 of 28 blocks, or all for a parallel one.
 
-    features: Path
-    edges: Path
-    model: str
-    out: Path
+    `edges` is a store's companion; `condition` and `square` are of pictures.
+    """
+
+    job: Job
+    data: Path
+    edges: Path | None
+    condition: EdgeKind | None
+    square: bool
     variant: ControlVariant
     num_copies: int | None
-    settings: FinetuneSettings
-    res: int | None
-    seed: int
-    device: str | None
-    precision: Precision | None
-    optimizer: OptimizerKind
-    checkpointing: Checkpointing
-    parallel: Parallel
-    micro_batches: int | None
     workers: int
-    force: bool
+
+    def __post_init__(self) -> None:
+        if not is_store(self.data):
+            if self.edges is not None:
+                raise ConfigError(
+                    f"EDGES were given, but {self.data} is no feature store; extract one, or leave "
+                    "EDGES out: edges of pictures are found while training"
+                )
+            return
+        if self.edges is None:
+            raise ConfigError(
+                f"{self.data} is a feature store, which holds no pictures to find edges in; give "
+                "the store of what `pixart-rt data edges` drew as EDGES"
+            )
+        if self.condition is not None or self.square:
+            raise ConfigError(
+                "--condition and --square are for pictures; the edges of a store are those that "
+                "`pixart-rt data edges` drew"
+            )
 
     def controlnet(self, num_layers: int) -> ControlNetConfig:
         """The ControlNet of a model with so many blocks."""
         usual = num_layers if self.variant is ControlVariant.PARALLEL else (num_layers - 1) // 2
         return ControlNetConfig(variant=self.variant, num_copies=self.num_copies or usual)
+
+    def open(self, resolution: int, device: torch.device) -> TrainingData:
+        """The samples with their control images."""
+        if self.edges is not None:
+            pin = device.type == "cuda"
+            return paired(self.data, self.edges, workers=self.workers, pin=pin)
+        return open_data(
+            self.data,
+            resolution=resolution,
+            square=self.square,
+            encoder=self.job.model,
+            device=device,
+            workers=self.workers,
+            edges=edge_finder(self.condition or EdgeKind.CANNY),
+        )
 
 
 def train_controlnet(request: ControlRequest, progress: Progress) -> bool:
@@ -71,75 +86,41 @@ def train_controlnet(request: ControlRequest, progress: Progress) -> bool:
 
     Raises ConfigError, DataError or CheckpointError, one line.
     """
-    check_target(request.out, request.force)
-    folder = locate(request.model, ["transformer"])
-    start = read_transformer(transformer_path(folder, request.model, request.res))
-    config, asked = start.config, request.settings
-    controlnet = request.controlnet(config.num_layers)
-    with start_ranks(request.device) as ranks:
-        on_gpu = ranks.device.type == "cuda"
-        data = paired(request.features, request.edges, workers=request.workers, pin=on_gpu)
-        _check_resolution(request, data.buckets[0].height, data.buckets[0].width, config.resolution)
-        base = load_transformer(start, torch.float32)
-        model = ControlNetTransformer.of(base, controlnet).to(ranks.device)
-        model.use(Kernels.FUSED if on_gpu else Kernels.REFERENCE)
+    job = request.job
+    base = open_base(job, ["transformer"] if request.edges is not None else COMPONENTS)
+    start = base.checkpoint
+    controlnet = request.controlnet(start.config.num_layers)
+    controlnet.check(start.config)
+    with start_ranks(job.device) as ranks:
+        data = request.open(start.config.resolution, ranks.device)
+        check_shapes(request.data, data, job, start.config.resolution)
+        model = ControlNetTransformer.of(base.load(ranks.device), controlnet)
         objective = ControlNetObjective(
-            model, GaussianDiffusion(), null_of(start, data.empty_prompt), asked.text_dropout
+            model.use(usual_kernels(ranks.device)),
+            GaussianDiffusion(),
+            null_of(start, data.empty_prompt),
+            job.settings.text_dropout,
         )
-        settings = RunSettings(
-            steps=asked.steps,
-            lr=asked.lr,
-            optimizer=request.optimizer,
-            weight_decay=asked.weight_decay,
-            eps=None if request.optimizer is OptimizerKind.CAME else asked.eps,  # it has two
-            clip_norm=asked.clip_norm,
-            ema_decay=None,
-            precision=request.precision or usual_precision(ranks.device),
-            micro_batches=request.micro_batches or ranks.num_ranks,
-            parallel=request.parallel,
-            checkpointing=request.checkpointing,
-            seed=request.seed,
-            save_every=SAVE_EVERY,
-            keep=1,
+        sampler = sampler_of(
+            data,
+            batch=job.settings.batch,
+            base_size=start.config.base_size,
+            multiple=job.run_settings(ranks).micro_batches,
+            seed=job.seed,
         )
-        sampler = BucketSampler(
-            data.bucket_of,
-            [bucket.num_tokens for bucket in data.buckets],
-            token_budget=asked.batch * config.base_size**2,
-            multiple=settings.micro_batches,
-            seed=request.seed,
-        )
-        run = request.out.with_name(f"{request.out.name}.run")
-        trainer = Shown(
+        return train_and_write(
+            job,
             objective,
-            data.feed(
-                lambda step: sampler.ids(step, ranks.rank, ranks.num_ranks).tolist(), request.seed
-            ),
-            settings,
-            run,
+            feed_of(data, sampler, ranks),
             ranks,
             identity={
-                "model": request.model,
+                "model": job.model,
                 "controlnet": controlnet.to_dict(),
-                "batch": asked.batch,
+                "batch": job.settings.batch,
                 "data": data.identity,
             },
-            log=LOG,
-            progress=progress if ranks.is_first else silent,
-        )
-        trainer.run()
-        weights = trainer.weights(average=False)
-        if ranks.is_first:
-            write_controlnet(trained(objective, weights, str(request.out)), request.out)
-            forget_checkpoints(run)
-        ranks.barrier()
-        return ranks.is_first
-
-
-def _check_resolution(request: ControlRequest, height: int, width: int, resolution: int) -> None:
-    """Buckets have nearly their resolution's area; the next resolution's have a quarter of it."""
-    if not 0.5 < height * width / resolution**2 < 2:
-        raise ConfigError(
-            f"{request.features} has images such as {width}x{height}, {request.model} is a "
-            f"{resolution} px model; extract them with --res {resolution}"
+            progress=progress,
+            write=lambda weights: write_controlnet(
+                trained(objective, weights, str(job.out)), job.out
+            ),
         )

@@ -274,18 +274,17 @@ def _open_encoder(
     """The FeatureEncoder of a model on a device that is here."""
     import torch
 
-    from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
+    from pixart_rt.data.encode import EncoderConfig, FeatureEncoder, usual_text_precision
 
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name!r} cannot be used here ({error})") from error
-    default = Precision.BF16 if place.type == "cuda" else Precision.FP32
     config = EncoderConfig(
         model=model,
         precision=precision,
-        text_precision=text_precision or default,
+        text_precision=text_precision or usual_text_precision(place),
         max_text_tokens=max_text_tokens,
     )
     return FeatureEncoder.open(config, place)

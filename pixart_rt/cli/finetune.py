@@ -1,4 +1,4 @@
-"""`pixart-rt finetune`: a LoRA or all weights from a few pictures; a ControlNet from edges."""
+"""`pixart-rt finetune`: pictures into a LoRA or all weights, an LCM student, a ControlNet."""
 
 from __future__ import annotations
 
@@ -9,15 +9,46 @@ from typing import Annotated
 import typer
 
 from pixart_rt.cli.console import Steps
+from pixart_rt.cli.finetune_options import (
+    DEFAULT_MODEL,
+    Alpha,
+    Batch,
+    ClassImages,
+    ClassPrompt,
+    Count,
+    Device,
+    Floats,
+    Force,
+    Images,
+    MicroBatches,
+    Model,
+    Optimizer,
+    Out,
+    PriorWeight,
+    Prompt,
+    Rate,
+    Recompute,
+    Res,
+    Seed,
+    Share,
+    Square,
+    Targets,
+    TextDropout,
+    Workers,
+)
 from pixart_rt.config import Precision
+from pixart_rt.errors import ConfigError
 from pixart_rt.model.controlnet_config import ControlVariant
 from pixart_rt.training.finetune_settings import (
     CONTROLNET,
     DREAMBOOTH,
+    LCM,
+    LCM_GUIDANCE,
     LORA,
     FinetuneSettings,
     LoraSettings,
     LoraTargets,
+    lcm_lr,
 )
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
@@ -31,35 +62,6 @@ finetune = typer.Typer(
 )
 
 _RANK = LoraSettings()
-Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of pictures.")]
-Model = Annotated[str, typer.Option(help="tiny, a diffusers pipeline folder or a hub id.")]
-Out = Annotated[Path, typer.Option(help="The folder to write.")]
-Prompt = Annotated[
-    str | None,
-    typer.Option(help="Of all pictures. Default: captions of metadata.jsonl in IMAGES."),
-]
-ClassImages = Annotated[
-    Path | None,
-    typer.Option(help="Pictures of the class, to keep what the model knows of it."),
-]
-ClassPrompt = Annotated[str | None, typer.Option(help="Of the class pictures.")]
-PriorWeight = Annotated[float, typer.Option(help="Of the class pictures' loss.")]
-Count = Annotated[int, typer.Option(help="Steps of the optimiser.")]
-Rate = Annotated[float, typer.Option(help="Learning rate.")]
-Batch = Annotated[int, typer.Option(help="Images of a step; as many of the class besides.")]
-TextDropout = Annotated[float, typer.Option(help="Share of captions left out.")]
-Res = Annotated[int | None, typer.Option(help="256: tiny's model for that.")]
-Square = Annotated[bool, typer.Option("--square", help="Crop to the square, not 40 shapes.")]
-Seed = Annotated[int, typer.Option(help="Decides all that is random.")]
-Device = Annotated[str | None, typer.Option(help="cuda or cpu. Default: a GPU if there is one.")]
-Floats = Annotated[
-    Precision | None, typer.Option(help="Of matrix products. Default: the device's.")
-]
-Optimizer = Annotated[OptimizerKind, typer.Option(help="adamw8bit and came need less memory.")]
-Recompute = Annotated[Checkpointing, typer.Option(help="Activations computed again.")]
-MicroBatches = Annotated[int | None, typer.Option(help="Parts of a step, one after the other.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
-DEFAULT_MODEL = "PixArt-alpha/PixArt-XL-2-1024-MS"
 
 
 @finetune.command()
@@ -69,12 +71,8 @@ def lora(
     model: Model = DEFAULT_MODEL,
     prompt: Prompt = None,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = _RANK.rank,
-    alpha: Annotated[
-        float | None, typer.Option(help="Adapters count alpha / rank times. Default: the rank.")
-    ] = None,
-    targets: Annotated[
-        LoraTargets, typer.Option(help="Linears of the blocks that get adapters.")
-    ] = _RANK.targets,
+    alpha: Alpha = None,
+    targets: Targets = _RANK.targets,
     class_images: ClassImages = None,
     class_prompt: ClassPrompt = None,
     prior_weight: PriorWeight = LORA.prior_weight,
@@ -160,13 +158,98 @@ def dreambooth(
 
 
 @finetune.command()
-def controlnet(
-    features: Annotated[
-        Path, typer.Argument(metavar="FEATURES", help="A feature store of captioned images.")
+def lcm(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A feature store, or pictures with captions.")
     ],
-    edges: Annotated[Path, typer.Argument(metavar="EDGES", help="A feature store of their edges.")],
     out: Out,
     model: Model = DEFAULT_MODEL,
+    adapter: Annotated[
+        bool, typer.Option("--lora", help="Train an adapter (LCM-LoRA), not all weights.")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(help="With --lora; 32 by default.")] = None,
+    alpha: Alpha = None,
+    targets: Annotated[
+        LoraTargets | None, typer.Option(help="With --lora: linears that get adapters.")
+    ] = None,
+    guidance_w: Annotated[
+        float, typer.Option(help="The teacher's guidance_scale less 1.")
+    ] = LCM_GUIDANCE,
+    steps: Count = LCM.steps,
+    lr: Annotated[
+        float | None, typer.Option(help="Default: 2e-5 times the root of batch / 256.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images of a step.")] = LCM.batch,
+    res: Res = None,
+    square: Square = False,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Floats = None,
+    optimizer: Optimizer = OptimizerKind.ADAMW,
+    checkpointing: Recompute = Checkpointing.NONE,
+    parallel: Share = Parallel.DDP,
+    micro_batches: MicroBatches = None,
+    workers: Workers = 2,
+    force: Force = False,
+) -> None:
+    """Distil a model into a student of 1 to 8 steps without guidance (LCM).
+
+    OUT is a pipeline folder that `pixart-rt build` takes, its sampler lcm; with --lora an adapter,
+    which `pixart-rt merge` makes such a folder of. A run that was stopped goes on with the same
+    command.
+
+    \b
+    Examples:
+      pixart-rt finetune lcm features/ --out lcm
+      pixart-rt finetune lcm features/ --lora --out lcm-lora
+      pixart-rt finetune lcm images/ --model tiny --res 256 --out tiny-lcm --steps 100
+    """
+    if not adapter and any(each is not None for each in (rank, alpha, targets)):
+        raise ConfigError("--rank, --alpha and --targets are an adapter's; ask for one with --lora")
+    if batch < 1:
+        raise ConfigError(f"batch must be > 0, got {batch}")
+    with Steps() as progress:
+        progress("starting", 0, 1)
+        from pixart_rt.cli import lcm_training  # torch: seconds
+        from pixart_rt.cli.training_job import Job
+        from pixart_rt.training.lcm import FULL
+        from pixart_rt.training.lcm import LORA as LCM_LORA
+
+        settings, lora = replace(FULL, guidance_w=guidance_w), None
+        if adapter:
+            chosen = LCM_LORA.lora_rank if rank is None else rank
+            assert chosen is not None
+            settings = replace(LCM_LORA, guidance_w=guidance_w, lora_rank=chosen)
+            lora = LoraSettings(rank=chosen, alpha=chosen if alpha is None else alpha,
+                                targets=targets or _RANK.targets)  # fmt: skip
+        request = lcm_training.LcmRequest(
+            job=Job(
+                model=model, out=out, res=res, seed=seed, device=device, precision=precision,
+                settings=replace(LCM, steps=steps, batch=batch,
+                                 lr=lcm_lr(batch) if lr is None else lr),
+                optimizer=optimizer, checkpointing=checkpointing, parallel=parallel,
+                micro_batches=micro_batches, force=force,
+            ),
+            data=data, lcm=settings, lora=lora, square=square, workers=workers,
+        )  # fmt: skip
+        tells = lcm_training.distil(request, progress)
+    if tells:
+        typer.echo(str(out))
+
+
+@finetune.command()
+def controlnet(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A feature store, or pictures with captions.")
+    ],
+    out: Out,
+    edges: Annotated[
+        Path | None, typer.Argument(metavar="EDGES", help="With a store: the store of its edges.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    condition: Annotated[
+        str | None, typer.Option(help="With pictures: edges by canny, the default, or hed.")
+    ] = None,
     variant: Annotated[
         ControlVariant, typer.Option(help="chained: as released; parallel: as in the paper.")
     ] = ControlVariant.CHAINED,
@@ -178,40 +261,51 @@ def controlnet(
     batch: Annotated[int, typer.Option(help="Images of a step.")] = CONTROLNET.batch,
     text_dropout: TextDropout = CONTROLNET.text_dropout,
     res: Res = None,
+    square: Square = False,
     seed: Seed = 0,
     device: Device = None,
     precision: Floats = None,
     optimizer: Optimizer = OptimizerKind.ADAMW,
     checkpointing: Recompute = Checkpointing.NONE,
-    parallel: Annotated[Parallel, typer.Option(help="How ranks share.")] = Parallel.DDP,
+    parallel: Share = Parallel.DDP,
     micro_batches: MicroBatches = None,
-    workers: Annotated[int, typer.Option(help="Processes that read data, for each rank.")] = 2,
+    workers: Workers = 2,
     force: Force = False,
 ) -> None:
     """Train a ControlNet on images and their edges.
 
-    Both stores are made by `pixart-rt data extract`, the second from what `pixart-rt data edges`
-    drew. OUT holds the copied blocks; `pixart-rt build --controlnet OUT` takes it. A run that was
-    stopped goes on with the same command.
+    DATA and EDGES are stores of `pixart-rt data extract`, the second of what `pixart-rt data edges`
+    drew; or DATA alone is a folder of pictures, whose edges are found while training. OUT holds the
+    copied blocks; `pixart-rt build --controlnet OUT` takes it. A run that was stopped goes on with
+    the same command.
 
     \b
     Examples:
       pixart-rt finetune controlnet features/ edge-features/ --out hed
       pixart-rt finetune controlnet features-256/ edges-256/ --model tiny --res 256 --out hed \\
           --variant parallel --steps 100
+      pixart-rt finetune controlnet images/ --condition canny --out canny
     """
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.cli import control_training  # torch: seconds
+        from pixart_rt.cli.training_job import Job
+        from pixart_rt.data.edges import EdgeKind
 
+        if condition is not None and condition not in list(EdgeKind):
+            raise ConfigError(
+                f"--condition {condition} was asked; choose one of {', '.join(EdgeKind)}"
+            )
         request = control_training.ControlRequest(
-            features=features, edges=edges, model=model, out=out, variant=variant,
-            num_copies=copies,
-            settings=replace(CONTROLNET, steps=steps, lr=lr, batch=batch,
-                             text_dropout=text_dropout),
-            res=res, seed=seed, device=device, precision=precision, optimizer=optimizer,
-            checkpointing=checkpointing, parallel=parallel, micro_batches=micro_batches,
-            workers=workers, force=force,
+            job=Job(
+                model=model, out=out, res=res, seed=seed, device=device, precision=precision,
+                settings=replace(CONTROLNET, steps=steps, lr=lr, batch=batch,
+                                 text_dropout=text_dropout),
+                optimizer=optimizer, checkpointing=checkpointing, parallel=parallel,
+                micro_batches=micro_batches, force=force,
+            ),
+            data=data, edges=edges, variant=variant, num_copies=copies, square=square,
+            condition=None if condition is None else EdgeKind(condition), workers=workers,
         )  # fmt: skip
         tells = control_training.train_controlnet(request, progress)
     if tells:
@@ -240,12 +334,16 @@ def _run(
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.cli import finetuning  # torch, peft: seconds
+        from pixart_rt.cli.training_job import Job
 
         request = finetuning.Request(
-            images=images, model=model, out=out, prompt=prompt, class_images=class_images,
-            class_prompt=class_prompt, settings=settings, lora=adapter, res=res, square=square,
-            seed=seed, device=device, precision=precision, optimizer=optimizer,
-            checkpointing=checkpointing, micro_batches=micro_batches, force=force,
+            job=Job(
+                model=model, out=out, settings=settings, res=res, seed=seed, device=device,
+                precision=precision, optimizer=optimizer, checkpointing=checkpointing,
+                micro_batches=micro_batches, force=force,
+            ),
+            images=images, prompt=prompt, class_images=class_images, class_prompt=class_prompt,
+            lora=adapter, square=square,
         )  # fmt: skip
         tells = finetuning.finetune(request, progress)
     if tells:

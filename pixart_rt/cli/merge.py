@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pixart_rt.cli.console import Steps, note, print_json
+from pixart_rt.config import Scheduler
 from pixart_rt.errors import ConfigError
 
 
@@ -33,13 +35,18 @@ def merge(
     sample_size: Annotated[
         int | None, typer.Option(help="Latent pixels per side of a .pth: resolution / 8.")
     ] = None,
+    lcm: Annotated[
+        bool,
+        typer.Option("--lcm", help="The adapter is an LCM-LoRA that does not say so itself."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Merge a LoRA adapter into a model's weights.
 
     OUT is what BASE is, a pipeline folder or a transformer folder, or a .pth by its suffix; its
-    weights are float32. An origin.json names the base, the adapter's SHA-256 and the scale.
+    weights are float32. An origin.json names the base, the adapter's SHA-256 and the scale. An
+    LCM-LoRA of `pixart-rt finetune lcm` makes LCM's the pipeline's scheduler, as --lcm does.
 
     \b
     Examples:
@@ -52,7 +59,7 @@ def merge(
     with Steps() as progress:
         progress(f"merging {adapter}", 0, 1)
         summary = _merge(
-            base, adapter, out, scale, res, transformer_only, heads, sample_size, force
+            base, adapter, out, scale, res, transformer_only, heads, sample_size, lcm, force
         )
     if as_json:
         print_json(summary)
@@ -71,15 +78,19 @@ def _merge(
     transformer_only: bool,
     heads: int | None,
     sample_size: int | None,
+    lcm: bool,
     force: bool,
 ) -> dict[str, Any]:
     """Read both, then write; nothing is written before everything fits."""
     from pixart_rt.model import adapters, pipeline_folder
     from pixart_rt.model.checkpoint import read_transformer
     from pixart_rt.model.locate import locate, transformer_path
+    from pixart_rt.training.lcm_pipeline import use_lcm_scheduler
 
     pipeline_folder.check_target(out, force)
     found = adapters.read_adapter(adapter)
+    if lcm:
+        found = replace(found, scheduler=Scheduler.LCM)
     whole = not transformer_only and out.suffix != ".pth"
     folder = locate(base, pipeline_folder.COMPONENTS if whole else ["transformer"])
     path = transformer_path(folder, base, res)
@@ -90,5 +101,10 @@ def _merge(
         )
     merged = adapters.merge(checkpoint, found, scale)
     pipeline = folder if whole and pipeline_folder.is_pipeline(folder) else None
-    summary = pipeline_folder.write_model(merged, out, pipeline=pipeline)
+    distilled = found.scheduler is Scheduler.LCM
+    if distilled and pipeline is None:
+        note(f"{out} will hold no scheduler: sample it with lcm, without guidance")
+    summary = pipeline_folder.write_model(
+        merged, out, pipeline=pipeline, finish=use_lcm_scheduler if distilled else lambda _: None
+    )
     return summary | {"origin": merged.origin}

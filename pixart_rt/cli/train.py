@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -154,7 +154,9 @@ def train(
         )
     paths = _data_paths(read, chosen, data or [])
     texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
-    from pixart_rt.training.log import Place  # torch: seconds
+    from pixart_rt.data.training_data import open_data  # torch: seconds
+    from pixart_rt.training.log import Place
+    from pixart_rt.training.machine import usual_kernels, usual_precision
     from pixart_rt.training.phases import (
         Machine,
         is_done,
@@ -180,13 +182,12 @@ def train(
             batch=batch,
             micro_batches=micro_batches,
             optimizer=optimizer,
-            precision=precision or _precision(ranks.device),
+            precision=precision or usual_precision(ranks.device),
             parallel=parallel,
             reproducible=reproducible,
             compile=compile_blocks,
             checkpointing=checkpointing,
-            kernels=kernels
-            or (Kernels.FUSED if ranks.device.type == "cuda" else Kernels.REFERENCE),
+            kernels=kernels or usual_kernels(ranks.device),
             ema_on_cpu=ema_on_cpu,
             seed=seed,
             log_every=log_every,
@@ -205,14 +206,19 @@ def train(
         for each in chosen:
             if replay is None and is_done(read, each, machine, out):
                 if ranks.is_first:
-                    note(
-                        f"phase {each.name} is done"
-                        + (f"; --init {init} is not used" * bool(start))
-                    )
+                    unused = f"; --init {init} is not used" if start else ""
+                    note(f"phase {each.name} is done{unused}")
                 start, done = None, result_path(each, phase_folder(read, each, out), Weights.EMA)
                 continue
             source = (
-                _source(paths[each.name], each, encoder, ranks.device, workers)
+                open_data(
+                    paths[each.name],
+                    resolution=each.resolution,
+                    square=not each.multi_scale,
+                    encoder=encoder,
+                    device=ranks.device,
+                    workers=workers,
+                )
                 if each.name in paths
                 else _scenes(each, out, ranks)
             )
@@ -341,24 +347,6 @@ def _pair(text: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _source(path: Path, phase: Phase, encoder: str | None, device: Any, workers: int) -> Any:
-    """The TrainingData at `path`, a store or pictures."""
-    from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
-    from pixart_rt.data.training_data import encoded_online, is_store, stored
-
-    if is_store(path):
-        return stored(path, workers=workers, pin=device.type == "cuda")
-    if encoder is None:
-        raise ConfigError(
-            f"{path} is no feature store; make one with `pixart-rt data extract`, or encode its "
-            "pictures in every step with --encoder MODEL"
-        )
-    text = Precision.BF16 if device.type == "cuda" else Precision.FP32
-    opened = FeatureEncoder.open(EncoderConfig(model=encoder, text_precision=text), device)
-    square = not phase.multi_scale
-    return encoded_online(path, opened, phase.resolution, square=square, workers=workers)
-
-
 def _scenes(phase: Phase, out: Path, ranks: Ranks) -> SceneSource:
     """The drawn scenes of a phase, their latents under the run's folder."""
     from pixart_rt.training.tiny.source import open_scenes, phase_buckets
@@ -373,18 +361,6 @@ def _scenes(phase: Phase, out: Path, ranks: Ranks) -> SceneSource:
             ranks,
             progress=(lambda done, total: steps(name, done, total)) if ranks.is_first else None,
         )
-
-
-def _precision(device: Any) -> Precision:
-    import torch
-
-    if device.type != "cuda":
-        return Precision.FP32
-    return Precision.BF16 if torch.cuda.get_device_capability(device) >= (8, 0) else Precision.FP16
-
-
-def _kernels(device: Any) -> Kernels:
-    return Kernels.FUSED if device.type == "cuda" else Kernels.REFERENCE
 
 
 def _started(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int, samples: int) -> str:

@@ -49,6 +49,11 @@ class EncoderConfig:
     max_text_tokens: int | None = None  # None: by the pipeline's family, 120 or 300
 
 
+def usual_text_precision(device: torch.device) -> Precision:
+    """Of the text encoder: bf16 on a GPU (in fp16 T5 overflows), else float32."""
+    return Precision.BF16 if device.type == "cuda" else Precision.FP32
+
+
 @dataclass(slots=True)
 class Stopwatch:
     """Seconds by kind of work, devices waited for."""

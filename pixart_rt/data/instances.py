@@ -186,12 +186,6 @@ def encode_instances(
     )  # fmt: skip
 
 
-def empty_prompt(encoder: FeatureEncoder) -> tuple[Tensor, Tensor]:
-    """T5("") padded, [T, E], and its mask [T]: what dropped captions become."""
-    embeds, mask = pad_text(encoder.text([""])[0], encoder.max_text_tokens)
-    return embeds[0], mask[0]
-
-
 def _encode(
     encoder: FeatureEncoder, table: Sequence[Bucket], image: Image.Image, bucket: int, caption: int
 ) -> Encoded:

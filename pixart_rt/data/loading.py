@@ -9,7 +9,7 @@ A worker's item is a step, so workers share nothing and a run resumes by startin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -44,14 +44,15 @@ class StepDataset(Dataset[Any]):
     """Item `step` is source.load of that step's samples."""
 
     def __init__(
-        self, source: FeatureSource, ids: Callable[[int], Sequence[int]], *, seed: int
+        self, source: FeatureSource, ids: Callable[[int], Iterable[int]], *, seed: int
     ) -> None:
         self.source, self.ids, self.seed = source, ids, seed
 
     def __getitem__(self, step: int) -> Any:
         """What the source loaded, or its DataError: raised here, it would become a traceback."""
+        ids = [int(each) for each in self.ids(step)]
         try:
-            return self.source.load(self.ids(step), seed=self.seed, step=step)
+            return self.source.load(ids, seed=self.seed, step=step)
         except DataError as error:
             return error
 
@@ -66,7 +67,7 @@ class Batches:
     def __init__(
         self,
         source: FeatureSource,
-        ids: Callable[[int], Sequence[int]],
+        ids: Callable[[int], Iterable[int]],
         *,
         seed: int,
         workers: int = 0,

@@ -1,10 +1,10 @@
-"""A store or a folder of pictures as what a trainer takes (the Source of training/phases.py)."""
+"""A store or a folder of pictures as what a trainer takes (the Source of training/source.py)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pixart_rt.buckets import Bucket, buckets
 from pixart_rt.data.class_folder import open_images
-from pixart_rt.data.control import PairedSource
-from pixart_rt.data.encode import FeatureEncoder
-from pixart_rt.data.loading import Batches
+from pixart_rt.data.control import ControlledSource, PairedSource
+from pixart_rt.data.edges import EdgeFinder
+from pixart_rt.data.encode import EncoderConfig, FeatureEncoder, usual_text_precision
+from pixart_rt.data.loading import Batches, FeatureSource
 from pixart_rt.data.manifest import MANIFEST
 from pixart_rt.data.online import OnlineSource
 from pixart_rt.data.store import FeatureStore
+from pixart_rt.errors import ConfigError
 
 
 class TrainingData:
@@ -27,7 +29,7 @@ class TrainingData:
 
     def __init__(
         self,
-        source: FeatureStore | OnlineSource | PairedSource,
+        source: FeatureSource,
         empty_prompt: Tensor,
         identity: str,
         *,
@@ -48,7 +50,7 @@ class TrainingData:
     def bucket_of(self) -> npt.NDArray[np.uint8]:
         return self.source.bucket_of
 
-    def feed(self, ids: Callable[[int], Sequence[int]], seed: int) -> Batches:
+    def feed(self, ids: Callable[[int], Iterable[int]], seed: int) -> Batches:
         """The batches of the samples that `ids` gives for a step."""
         return Batches(self.source, ids, seed=seed, workers=self.workers, pin=self.pin)
 
@@ -79,16 +81,48 @@ def encoded_online(
     *,
     square: bool,
     workers: int = 0,
+    edges: EdgeFinder | None = None,
 ) -> TrainingData:
-    """A folder of pictures with captions or of classes, encoded anew in every step."""
+    """A folder of pictures with captions or of classes, encoded anew in every step; with a finder,
+    their edges too."""
     images = open_images(path)
     table = buckets(resolution)
     if square:
         table = tuple(each for each in table if each.height == each.width)
     source = OnlineSource(images, encoder, table)
     (empty,), _ = encoder.text([""])
-    identity = _digest({"images": images.digest(), **encoder.identity})
-    return TrainingData(source, torch.as_tensor(empty), identity, workers=workers)
+    named: dict[str, object] = {"images": images.digest(), **encoder.identity}
+    if edges is None:
+        return TrainingData(source, torch.as_tensor(empty), _digest(named), workers=workers)
+    identity = _digest({**named, "edges": repr(edges)})
+    controlled = ControlledSource(source, edges)
+    return TrainingData(controlled, torch.as_tensor(empty), identity, workers=workers)
+
+
+def open_data(
+    path: Path,
+    *,
+    resolution: int,
+    square: bool,
+    encoder: str | None,
+    device: torch.device,
+    workers: int,
+    edges: EdgeFinder | None = None,
+) -> TrainingData:
+    """What is at `path`: a feature store, or pictures that the model `encoder` encodes.
+
+    The last three settings are of pictures. Raises ConfigError for pictures without an encoder.
+    """
+    if is_store(path):
+        return stored(path, workers=workers, pin=device.type == "cuda")
+    if encoder is None:
+        raise ConfigError(
+            f"{path} is no feature store; make one with `pixart-rt data extract`, or encode its "
+            "pictures in every step with --encoder MODEL"
+        )
+    config = EncoderConfig(model=encoder, text_precision=usual_text_precision(device))
+    opened = FeatureEncoder.open(config, device)
+    return encoded_online(path, opened, resolution, square=square, workers=workers, edges=edges)
 
 
 def _digest(identity: dict[str, object]) -> str:

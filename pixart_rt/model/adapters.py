@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from pixart_rt.bundle import sha256
+from pixart_rt.config import Scheduler
 from pixart_rt.errors import CheckpointError
 from pixart_rt.model import keys
-from pixart_rt.model.checkpoint import TransformerCheckpoint
+from pixart_rt.model.checkpoint import ORIGIN_FILE, TransformerCheckpoint
 from pixart_rt.model.tensors import open_safetensors, read_pickle
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,6 +52,7 @@ class Adapter:
     scales: dict[str, float]
     source: str
     sha256: str  # of the file of weights
+    scheduler: Scheduler | None = None  # what samples the merged model; None: what samples the base
 
     def delta(self, module: str) -> Tensor:
         """What is added to the module's weight, in float32: [outputs, inputs]."""
@@ -75,7 +77,7 @@ def read_adapter(folder: Path) -> Adapter:
     path, tensors = _read_tensors(folder)
     pairs = _paired(tensors, path)
     scales = {module: _scale(config, module, a, path) for module, (a, _) in pairs.items()}
-    return Adapter(pairs, scales, str(folder), sha256(path))
+    return Adapter(pairs, scales, str(folder), sha256(path), _scheduler(folder))
 
 
 def merge(
@@ -109,6 +111,8 @@ def merge(
         "adapter_sha256": adapter.sha256,
         "scale": scale,
     }
+    if adapter.scheduler is not None:
+        origin["scheduler"] = str(adapter.scheduler)
     if checkpoint.origin is not None:
         origin["base_origin"] = checkpoint.origin
     return replace(checkpoint, state=state, source=source, origin=origin)
@@ -128,6 +132,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise CheckpointError(f"{path} is of an adapter of type {kind}; only LORA can be merged")
     return config
+
+
+def _scheduler(folder: Path) -> Scheduler | None:
+    """What our own origin.json says of a distilled adapter; peft's file has no place for it."""
+    path = folder / ORIGIN_FILE
+    if not path.is_file():
+        return None
+    try:
+        told = json.loads(path.read_text()).get("scheduler")
+        return None if told is None else Scheduler(told)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); save the adapter again") from error
 
 
 def _refuse_unknown(config: Mapping[str, Any], folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,15 @@ def check_target(out: Path, force: bool) -> None:
 
 
 def write_model(
-    checkpoint: TransformerCheckpoint, out: Path, *, pipeline: Path | None = None
+    checkpoint: TransformerCheckpoint,
+    out: Path,
+    *,
+    pipeline: Path | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
     """Write a .pth if `out` has that suffix; else with `pipeline` a copy of that folder with this
-    transformer; else a transformer folder. Returns the summary of what was written.
+    transformer; else a transformer folder. Returns the summary of what was written. `finish` is
+    called with the pipeline folder before it takes its place, for what else differs in it.
 
     Whole or absent. Replaces a folder of its own kind or an empty one: CheckpointError for others.
     """
@@ -52,6 +58,7 @@ def write_model(
             shutil.copytree(pipeline / name, temporary / name)
         shutil.copyfile(pipeline / INDEX, temporary / INDEX)
         summary = write_diffusers(checkpoint, temporary / TRANSFORMER)
+        finish(temporary)
     return summary | {"target": str(out)}
 
 

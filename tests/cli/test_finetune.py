@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pixart_rt.model.checkpoint import read_transformer
 from pixart_rt.model.locate import TINY
+from pixart_rt.training.trainer import Trainer
 
 PROMPT = "a photo of sks circle"
 SIZES = [(256, 256), (130, 260), (300, 300)]
@@ -93,9 +94,9 @@ def test_a_run_that_was_stopped_goes_on(
     assert other.code == 1
     assert "was made with asked" in other.error
     steps: list[int] = []
-    walk = finetuning.Trainer.step
+    walk = Trainer.step
     monkeypatch.setattr(
-        finetuning.Trainer, "step", lambda self, batch: steps.append(self.done) or walk(self, batch)
+        Trainer, "step", lambda self, batch: steps.append(self.done) or walk(self, batch)
     )
     assert run(*words("lora", dog, out, *asked)).code == 0
     assert steps == [], "all steps were done"

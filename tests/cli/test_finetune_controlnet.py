@@ -73,4 +73,25 @@ def test_what_does_not_fit_is_refused(
     assert outcome.code == 2 and "which has place for 7" in outcome.error
     outcome = run(*words[:2], stores[0], tmp_path / "nothing", *words[4:], "--res", 256)
     assert outcome.code == 1 and "no feature store" in outcome.error
+    pictures = (*words[:2], tmp_path / "images", *words[4:], "--res", 256)
+    for given, reason in (
+        ((*words[:3], *words[4:]), "give the store of what"),
+        ((*words, "--condition", "canny"), "are for pictures"),
+        ((*pictures[:3], stores[1], *pictures[3:]), "leave EDGES out"),
+        ((*pictures, "--condition", "lines"), "choose one of canny, hed"),
+    ):
+        assert reason in run(*given).error
     assert not (tmp_path / "c").exists()
+
+
+def test_pictures_are_read_with_their_edges(
+    run: Callable[..., Any], stores: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Edges are found while training, by a worker (test_control.py: they are those of a store)."""
+    out = tmp_path / "control"
+    outcome = run("finetune", "controlnet", tmp_path / "images", "--model", "tiny", "--res", 256,
+                  "--out", out, "--condition", "canny", "--steps", 1, "--batch", 2, "--device",
+                  "cpu", "--workers", 1)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    found = read_controlnet(out, read_transformer(TINY / "transformer_256").config)
+    assert all(bool(tensor.any()) for name, tensor in found.state.items() if "after_proj" in name)

@@ -14,7 +14,6 @@ from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.folder import ImageFolder
 from pixart_rt.data.instances import (
     captioned_pictures,
-    empty_prompt,
     encode_instances,
     pictures_of,
 )
@@ -128,12 +127,6 @@ def test_a_worker_gets_all_of_it(tmp_path, encoder):
     assert torch.equal(
         again.load([0], seed=1, step=2).latents, source.load([0], seed=1, step=2).latents
     )
-
-
-def test_the_empty_prompt_is_one_token(encoder):
-    embeds, mask = empty_prompt(encoder)
-    assert mask.tolist() == [True] + [False] * (encoder.max_text_tokens - 1)
-    assert embeds.shape == (encoder.max_text_tokens, encoder.text_width)
 
 
 def test_captions_that_are_cut_are_counted(tmp_path, encoder):

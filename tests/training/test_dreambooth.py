@@ -9,7 +9,7 @@ from PIL import Image
 
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
-from pixart_rt.data.instances import empty_prompt, encode_instances, pictures_of
+from pixart_rt.data.instances import encode_instances, pictures_of
 from pixart_rt.errors import ConfigError
 from pixart_rt.model import adapters
 from pixart_rt.model.checkpoint import load_transformer, read_transformer, write_diffusers
@@ -23,6 +23,7 @@ from pixart_rt.training.lora import add_lora, lora_state, save_lora
 from pixart_rt.training.objective import TextObjective
 from pixart_rt.training.pairs import PairedSampler
 from pixart_rt.training.sampler import BucketSampler
+from pixart_rt.training.source import null_of
 
 TABLE = bucket_table(256, square=False)
 TOKENS = [bucket.num_tokens for bucket in TABLE]
@@ -50,7 +51,7 @@ def features(tmp_path_factory):
         encoder, TABLE, pictures_of(dog, "a photo of sks circle"),
         pictures_of(animals, "a photo of a circle"),
     )  # fmt: skip
-    return source, NullText(*empty_prompt(encoder))
+    return source, null_of(read_transformer(TINY / "transformer_256"), encoder.text([""])[0][0])
 
 
 def tiny():

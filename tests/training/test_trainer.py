@@ -268,7 +268,7 @@ def test_a_run_with_fewer_steps_or_another_rate_is_refused(ranks, tmp_path):
     make_trainer(tmp_path, 3, ranks).run()
     with pytest.raises(CheckpointError, match="2 steps were asked"):
         make_trainer(tmp_path, 2, ranks).resume()
-    with pytest.raises(CheckpointError, match="lr 0.001, this run has 0.002"):
+    with pytest.raises(CheckpointError, match=r"lr 0\.001, this run has 0\.002"):
         make_trainer(tmp_path, 5, ranks, lr=2e-3).resume()
 
 

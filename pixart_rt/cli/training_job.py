@@ -1,0 +1,183 @@
+"""What the verbs of `pixart-rt finetune` share: how a run is asked for, started, shown and ended.
+
+    base = open_base(job, COMPONENTS)                        what cannot be is refused first
+    objective, feed = ...                                    what the verb is
+    train_and_write(job, objective, feed, ranks, write=...)  the result is whole or absent
+
+OUT.run holds the log and, while it trains, checkpoints; the same command goes on from them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixart_rt.batch import Batch
+from pixart_rt.config import Precision
+from pixart_rt.errors import ConfigError
+from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
+from pixart_rt.model.locate import locate, transformer_path
+from pixart_rt.model.pipeline_folder import check_target
+from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.training.checkpoints import FOLDER
+from pixart_rt.training.finetune_settings import FinetuneSettings
+from pixart_rt.training.log import Place
+from pixart_rt.training.machine import check_kernels, usual_kernels, usual_precision
+from pixart_rt.training.objective import Objective
+from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
+from pixart_rt.training.source import Source
+from pixart_rt.training.trainer import Feed, StepResult, Trainer
+from pixart_rt.training.warmup import Warmup
+
+Progress = Callable[[str, int, int], None]
+LOG = (Place.CONSOLE, Place.JSONL)
+LINES, LOG_EVERY = 20, 50  # of the log: so many lines in a short run, one in so many steps
+MODEL = "model."  # what the names of an objective's model begin with
+SAVES, SAVE_EVERY = 3, 1000  # likewise of checkpoints, of which the last is kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What is asked of every verb."""
+
+    model: str
+    out: Path
+    settings: FinetuneSettings
+    res: int | None
+    seed: int
+    device: str | None
+    precision: Precision | None
+    optimizer: OptimizerKind
+    checkpointing: Checkpointing
+    micro_batches: int | None
+    force: bool
+    parallel: Parallel = Parallel.DDP
+
+    @property
+    def run_folder(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.run")
+
+    def run_settings(self, ranks: Ranks) -> RunSettings:
+        """No average is kept: of 300 steps it is mostly the start."""
+        asked = self.settings
+        return RunSettings(
+            steps=asked.steps,
+            lr=asked.lr,
+            warmup=Warmup(steps=asked.warmup_steps),
+            optimizer=self.optimizer,
+            weight_decay=asked.weight_decay,
+            eps=None if self.optimizer is OptimizerKind.CAME else asked.eps,  # it has two
+            clip_norm=asked.clip_norm,
+            ema_decay=None,
+            precision=self.precision or usual_precision(ranks.device),
+            micro_batches=self.micro_batches or ranks.num_ranks,
+            parallel=self.parallel,
+            checkpointing=self.checkpointing,
+            seed=self.seed,
+            log_every=min(LOG_EVERY, -(-asked.steps // LINES)),
+            save_every=min(SAVE_EVERY, -(-asked.steps // SAVES)),
+            keep=1,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that a run starts from, and the folder that it was found in."""
+
+    folder: Path
+    checkpoint: TransformerCheckpoint
+
+    def load(self, device: torch.device) -> PixArtTransformer:
+        """In float32. Its operators are chosen (`use`) once it has its adapters."""
+        return load_transformer(self.checkpoint, torch.float32).to(device)
+
+    def origin(self, made: Mapping[str, Any]) -> dict[str, Any]:
+        """How the result was made, and what it was made from."""
+        before = self.checkpoint.origin
+        return {**made} if before is None else {**made, "base_origin": before}
+
+
+def open_base(job: Job, components: Sequence[str]) -> Base:
+    """Read the model; of a hub id, only `components` are downloaded.
+
+    Raises ConfigError for a target that may not be written, or another resolution than was asked.
+    """
+    check_target(job.out, job.force)
+    folder = locate(job.model, components)
+    checkpoint = read_transformer(transformer_path(folder, job.model, job.res))
+    found = checkpoint.config.resolution
+    if job.res is not None and found != job.res:
+        raise ConfigError(f"--res {job.res} was asked, but {job.model} is a {found} px model")
+    return Base(folder, checkpoint)
+
+
+def check_shapes(path: Path, data: Source, job: Job, resolution: int) -> None:
+    """ConfigError for data of another resolution than the model's.
+
+    Buckets have nearly their resolution's area; the next resolution's have a quarter of it.
+    """
+    height, width = data.buckets[0].height, data.buckets[0].width
+    if not 0.5 < height * width / resolution**2 < 2:
+        raise ConfigError(
+            f"{path} has images such as {width}x{height}, {job.model} is a {resolution} px model; "
+            f"extract them with --res {resolution}"
+        )
+
+
+def train_and_write(
+    job: Job,
+    objective: Objective,
+    feed: Feed,
+    ranks: Ranks,
+    *,
+    identity: Mapping[str, Any],
+    progress: Progress,
+    write: Callable[[dict[str, Tensor]], None],
+) -> bool:
+    """Train from wherever the run stopped; `write` gets the weights of `objective.model`, whole, on
+    the CPU, by the objective's names, on one rank. Returns whether this is that rank.
+
+    `identity` is what must be the same to go on.
+    """
+    run, settings = job.run_folder, job.run_settings(ranks)
+    check_kernels(ranks.device, usual_kernels(ranks.device), settings.precision)
+    trainer = Shown(
+        objective, feed, settings, run, ranks, identity=identity, log=LOG,
+        progress=on_first(ranks, progress),
+    )  # fmt: skip
+    trainer.run()
+    weights = trainer.weights(average=False, prefix=MODEL)
+    if ranks.is_first:
+        write(weights)
+        shutil.rmtree(run / FOLDER)  # what the run needed to go on; its log stays
+    ranks.barrier()
+    return ranks.is_first
+
+
+def of_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's weights by its own names."""
+    return {name.removeprefix(MODEL): each for name, each in weights.items()}
+
+
+def on_first(ranks: Ranks, progress: Progress) -> Progress:
+    """The progress of the first rank; others show none."""
+    return progress if ranks.is_first else lambda name, done, total: None
+
+
+class Shown(Trainer):
+    """A trainer that tells how far it is."""
+
+    def __init__(self, *arguments: Any, progress: Progress, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._progress = progress
+
+    def observe(self, result: StepResult, batch: Batch) -> None:
+        super().observe(result, batch)
+        self._progress("training", self.done, self.settings.steps)

@@ -405,7 +405,8 @@ def test_a_profiled_step_reports_its_communication(tmp_path):
     with start_ranks("cuda") as ranks:
         make_trainer(tmp_path, 6, ranks, log_every=2, profile_every=4, save_every=6).run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["communication"] for line in lines] == [None, 0.0, None]
+    found = {line["step"]: line["communication"] for line in lines}
+    assert found.pop(4) == 0.0 and set(found.values()) == {None}
 
 
 def test_profiled_steps_are_those_before_a_log_line(ranks, tmp_path, monkeypatch):
@@ -425,6 +426,5 @@ def test_profiled_steps_are_those_before_a_log_line(ranks, tmp_path, monkeypatch
     trainer.run()
     assert profiled == [(3, 4)]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {line["step"]: line["communication"] for line in lines} == {
-        2: None, 4: 0.25, 6: None, 7: None
-    }  # fmt: skip
+    found = {line["step"]: line["communication"] for line in lines}
+    assert found.pop(4) == 0.25 and set(found.values()) == {None}

@@ -30,7 +30,7 @@ PROMPT = "a red circle above a blue square"
         (["--step-cache", -1], "a number >= 0"),
         (["--step-cache", 0.1, "--first-block-cache", 0.1], "choose one"),
         (["--guidance-stop", 1.5], "guidance_interval"),
-        (["--scheduler", "dmd"], "must be 1 with dmd"),
+        (["--scheduler", "dmd", "--steps", 2], "must be 1 with dmd"),
         (["--control-image", "edges.png"], "has no ControlNet; leave it out"),
     ],
 )

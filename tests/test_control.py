@@ -19,10 +19,12 @@ from pixart_rt.approximate import FirstBlockCache, StepCache
 from pixart_rt.backends import get_backend
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.bundle import Manifest, damaged_files
+from pixart_rt.cli import main
 from pixart_rt.config import EngineConfig, Saving
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.build import build
 from pixart_rt.export.verify import verify_bundle
+from pixart_rt.images import read_metadata
 from pixart_rt.model.checkpoint import load_transformer, read_transformer
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
 from pixart_rt.model.controlnet import ControlNetTransformer
@@ -245,6 +247,27 @@ def test_a_bundle_without_an_encoder_takes_latents_alone(pipe, edges, bundle, tm
     ):
         latents(pipe, control_image=edges)
     latents(pipe, control_latents=torch.zeros(1, 4, 22, 44))
+
+
+def test_the_command_makes_the_pipelines_image(pipe, edges, bundle, tmp_path, capsys) -> None:
+    edges.save(tmp_path / "edges.png")
+    words = ["generate", PROMPT, "--bundle", str(bundle), "-o", str(tmp_path / "o.png"),
+             "--steps", "2", "--aspect", ASPECT, "--seed", "6"]  # fmt: skip
+    assert main([*words, "--control-image", str(tmp_path / "edges.png")]) == 0
+    assert read_metadata(tmp_path / "o.png")["control_image"] == "edges.png"
+    expected = latents(pipe, seed=6, num_inference_steps=2, control_image=edges, output_type="np")[
+        0
+    ]
+    with Image.open(tmp_path / "o.png") as made:
+        assert np.abs(np.asarray(made) / 255 - expected).max() <= 1 / 255
+    assert main([*words, "--force"]) == 2
+    assert "has a ControlNet; name a picture of edges" in capsys.readouterr().err
+    assert main([*words, "--force", "--vram", "8G", "--control-image",
+                 str(tmp_path / "edges.png")]) == 2  # fmt: skip
+    assert "whose memory is not predicted" in capsys.readouterr().err
+    (tmp_path / "none.png").write_text("no picture")
+    assert main([*words, "--force", "--control-image", str(tmp_path / "none.png")]) == 2
+    assert "none.png cannot be read" in capsys.readouterr().err
 
 
 def test_random_weights_have_no_controlnet(controlnet, tmp_path) -> None:

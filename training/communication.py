@@ -1,8 +1,7 @@
 """How much of a step only communicates: from a torch.profiler trace of it.
 
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+    with profiled(device, meter.communication):
         step()
-    meter.communication(exposed_share(device_spans(trace)))
 
 Communication that runs beside computation costs no time. So the share is the length of the time in
 which a communication kernel runs and no other, over the time from the first kernel's begin to the
@@ -11,10 +10,12 @@ last one's end. A trace of one step costs milliseconds; take one for each log li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 KERNELS = ("nccl", "gloo:", "c10d::")  # how names of communication begin, in lower case
@@ -27,6 +28,20 @@ class Span:
     start: float
     stop: float
     communicates: bool
+
+
+@contextmanager
+def profiled(device: torch.device, report: Callable[[float], None]) -> Iterator[None]:
+    """Around one step on a GPU: reports the share of its time that only communicates.
+
+    Waits for the GPU before and after, so that no other step's kernels are in the trace.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as trace:
+        yield
+        torch.cuda.synchronize(device)
+    report(exposed_share(device_spans(trace)))
 
 
 def exposed_share(spans: Sequence[Span]) -> float:

@@ -66,6 +66,8 @@ class FinetuneSettings:
 
 
 DREAMBOOTH = FinetuneSettings()
+CONTROLNET = FinetuneSettings(steps=20_000, batch=12, text_dropout=0.1)
+"""The paper's rate and steps; 3 images four times over, as in the released configuration."""
 LORA = FinetuneSettings(  # the optimiser of the original code's LoRA script, but for its rate
     lr=1e-4, train_captions=False, weight_decay=0.01, eps=1e-8, clip_norm=1.0
 )

@@ -19,7 +19,7 @@ in neither, as is usual.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -28,6 +28,9 @@ import torch
 from pixart_rt.config import ModelConfig
 from pixart_rt.model.conditioning import FREQUENCY_CHANNELS
 from pixart_rt.training.dit import DiTConfig
+
+
+TEXT_LINEAR = "cross_attn.kv_linear"  # the linear of a block that reads captions
 
 
 class Part(StrEnum):
@@ -39,6 +42,8 @@ class Part(StrEnum):
     TIMESTEP = "timestep"
     """Timestep, size and aspect ratio to modulation."""
     BLOCKS = "blocks"
+    ADAPTERS = "adapters"
+    """LoRA's own products, in the blocks."""
     FINAL = "final"
 
 
@@ -80,8 +85,9 @@ def step_flops(
     """A training step on one image.
 
     `frozen` parts get no weight gradients; gradients still pass through all of the blocks, as LoRA
-    and ControlNet need them (the adapters' own products are not counted). Full checkpointing runs
-    each block's forward again. The selective policy of kernels/checkpointing.py keeps every
+    and ControlNet need them. (Those of the very first query, key and value's input are counted also
+    where all before it is frozen and nobody needs them.) Full checkpointing runs each block's
+    forward again, with its adapters. The selective policy of kernels/checkpointing.py keeps every
     product's result and recomputes none: leave it False.
     """
     backward = 0
@@ -94,7 +100,7 @@ def step_flops(
     return StepFlops(
         forward=sum(each.flops for each in products),
         backward=backward,
-        recomputed=sum(each.flops for each in products if each.part is Part.BLOCKS)
+        recomputed=sum(each.flops for each in products if each.part in (Part.BLOCKS, Part.ADAPTERS))
         if full_checkpointing
         else 0,
     )
@@ -128,6 +134,23 @@ def blocks(config: ModelConfig, count: int, num_tokens: int, text_tokens: int) -
         _linear(part, T, D, 2 * D, after=Part.CAPTIONS, count=count),  # k and v
         _attention(count, N, T, D),
     ]
+
+
+def adapters(
+    linears: Iterable[tuple[str, int, int, int]], num_tokens: int, text_tokens: int
+) -> Iterator[Product]:
+    """The products of LoRA adapters for one image: A of a linear's input, B of what A gives.
+
+    linears: the name in its block, inputs, rank and outputs of each. Keys and values of the text
+    read captions, all others image tokens.
+    """
+    part = Part.ADAPTERS
+    for name, inputs, rank, outputs in linears:
+        of_text = name == TEXT_LINEAR
+        rows = text_tokens if of_text else num_tokens
+        after = Part.CAPTIONS if of_text else Part.BLOCKS
+        yield _linear(part, rows, inputs, rank, after=after)
+        yield _linear(part, rows, rank, outputs, after=part)
 
 
 def dit(config: DiTConfig, num_tokens: int) -> list[Product]:

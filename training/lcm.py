@@ -38,11 +38,11 @@ from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import MOST_STEPS, Scheduler
 from pixart_rt.errors import ConfigError
-from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.model.transformer import PixArtTransformer, local
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.draws import Draws
 from pixart_rt.training.dropout import NullText, drop_captions
-from pixart_rt.training.flops import Part, StepFlops, step_flops, text_model
+from pixart_rt.training.flops import StepFlops, text_model
 from pixart_rt.training.objective import TextObjective, predict_noise
 
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # those of the LCM sampler; no other pair can be sampled
@@ -148,12 +148,10 @@ class ConsistencyDistillation(TextObjective):
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
         """Of the student's pass and three that are only forward: two teacher's, the target's."""
         config = self.model.config
-        step = step_flops(
-            text_model(config, bucket.num_tokens, config.max_text_tokens),
-            frozen=() if self.settings.lora_rank is None else tuple(Part),
-            full_checkpointing=full_checkpointing,
-        )
-        return replace(step, forward=4 * step.forward)
+        step = super().flops(bucket, full_checkpointing)
+        plain = text_model(config, bucket.num_tokens, config.max_text_tokens)
+        teacher = sum(each.flops for each in plain)  # without the adapters of an LCM-LoRA
+        return replace(step, forward=2 * step.forward + 2 * teacher)
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
         """{"loss": [B]} in float32 or wider."""
@@ -170,12 +168,18 @@ class ConsistencyDistillation(TextObjective):
         return {"loss": loss.mean(dim=(1, 2, 3))}
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Move the target towards the student."""
+    def after_step(self, found_inf: Tensor) -> None:
+        """Move the target towards the student; not after a step that changed no weight.
+
+        Else the target would catch up with a student that stood still, and a run with skipped steps
+        would not be the run without them. The host does not wait to know.
+        """
         if self.target is None:
             return
-        values = [each.detach() for each in self.model.parameters()]
-        torch._foreach_lerp_(list(self.target.parameters()), values, 1 - self.settings.target_decay)
+        targets = [local(each) for each in self.target.parameters()]
+        values = [local(each.detach()) for each in self.model.parameters()]
+        share = (1 - self.settings.target_decay) * (1 - found_inf.to(targets[0].dtype))
+        torch._foreach_lerp_(targets, values, [share] * len(targets))
 
     def own_state(self) -> dict[str, Tensor]:
         """The target's weights. The teacher is what the run started from, and is not kept."""

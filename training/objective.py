@@ -27,7 +27,7 @@ from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dit import DiT
 from pixart_rt.training.draws import Draws
 from pixart_rt.training.dropout import NullText, drop_captions, drop_labels
-from pixart_rt.training.flops import Part, StepFlops, dit, step_flops, text_model
+from pixart_rt.training.flops import Part, StepFlops, adapters, dit, step_flops, text_model
 
 
 class Objective(nn.Module):
@@ -48,8 +48,11 @@ class Objective(nn.Module):
         """Of a step on one image; None where nobody has counted them."""
         return None
 
-    def after_step(self) -> None:
-        """Called after every step of the optimiser, for what follows the weights."""
+    def after_step(self, found_inf: Tensor) -> None:
+        """Called after every step of the optimiser, for what follows the weights.
+
+        Where `found_inf` [] is 1, on the device, the step was not finite and must change nothing.
+        """
 
     def own_state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold beside parameters and averages."""
@@ -124,6 +127,17 @@ def frozen_parts(model: PixArtTransformer) -> set[Part]:
     }
 
 
+def lora_pairs(model: PixArtTransformer) -> list[tuple[str, int, int, int]]:
+    """Adapters in a model: the linear's name in its block, inputs, rank and outputs of each."""
+    shapes = {name: tuple(each.shape) for name, each in model.named_parameters()}
+    pairs = []
+    for name, (rank, inputs) in ((n, s) for n, s in shapes.items() if ".lora_A." in n):
+        outputs = shapes[name.replace(".lora_A.", ".lora_B.")][0]
+        linear = name.split(".lora_A.")[0].split(".", 2)[2]  # after blocks.<number>.
+        pairs.append((linear, inputs, rank, outputs))
+    return pairs
+
+
 class TextObjective(Objective):
     """Noise and variance from a caption: the paper's stages 2 and 3 (Section 2.2).
 
@@ -169,7 +183,8 @@ class TextObjective(Objective):
 
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
         config = self.model.config
-        products = text_model(config, bucket.num_tokens, config.max_text_tokens)
+        shape = bucket.num_tokens, config.max_text_tokens
+        products = [*text_model(config, *shape), *adapters(lora_pairs(self.model), *shape)]
         if self.projected:
             products = [each for each in products if each.part is not Part.CAPTIONS]
         frozen = frozen_parts(self.model)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
+from torch.fx.experimental import _config as shapes_config
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -46,7 +47,10 @@ class Spread:
         self.forward, self.replicated = forward, list(replicated)
 
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
-        return cast(dict[str, Tensor], self.forward(*inputs))
+        # Where numbers of images, tokens and words happen to be equal once, a compiled block must
+        # not expect them to be so again.
+        with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            return cast(dict[str, Tensor], self.forward(*inputs))
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

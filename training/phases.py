@@ -44,10 +44,11 @@ from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.sampler import BucketSampler
+from pixart_rt.training.sampler import BucketSampler, RankIds
 from pixart_rt.training.trainer import Feed, Trainer
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
+Validate = Callable[[dict[str, Tensor], int], None]  # whole weights by name, steps done
 EXPOSURE = "exposure.json"
 
 
@@ -92,7 +93,8 @@ class Machine:
     log_every: int = 50
     save_every: int = 1000
     keep: int = 3
-    validate_every: int | None = None
+    validate_every: int | None = None  # of text phases; what draws is given to run_phase
+    profile_every: int | None = None
     log: Collection[Place] = (Place.CONSOLE, Place.JSONL)
 
 
@@ -132,7 +134,8 @@ def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int)
         log_every=machine.log_every,
         save_every=machine.save_every,
         keep=machine.keep,
-        validate_every=machine.validate_every,
+        validate_every=None if phase.of_classes else machine.validate_every,
+        profile_every=machine.profile_every,
     )
 
 
@@ -145,9 +148,13 @@ def phase_trainer(
     ranks: Ranks,
     *,
     init: Path | None = None,
-    validation: Callable[[dict[str, Tensor], int], None] | None = None,
+    validation: Callable[[TransformerCheckpoint, Path], Validate] | None = None,
 ) -> tuple[Trainer, Checkpoint, BucketSampler]:
-    """The trainer of a phase, the checkpoint that it starts from, and its sampler."""
+    """The trainer of a phase, the checkpoint that it starts from, and its sampler.
+
+    `validation` makes what draws validation images of a text phase, from its start and its folder;
+    it is called on the first rank alone.
+    """
     check_source(phase, source)
     settings = run_settings(recipe, phase, machine, ranks.num_ranks)
     start = start_of(recipe, phase, out, init, machine.seed)
@@ -160,15 +167,19 @@ def phase_trainer(
         multiple=settings.micro_batches,
         seed=settings.seed,
     )
+    folder = phase_folder(recipe, phase, out)
+    validate = None
+    if validation is not None and ranks.is_first and isinstance(start, TransformerCheckpoint):
+        validate = validation(start, folder)
     trainer = Trainer(
         objective,
-        source.feed(lambda step: sampler.ids(step, ranks.rank, ranks.num_ranks), settings.seed),
+        source.feed(RankIds(sampler, ranks.rank, ranks.num_ranks), settings.seed),
         settings,
-        phase_folder(recipe, phase, out),
+        folder,
         ranks,
         identity={"phase": phase.name, "batch": batch, "data": source.identity},
         log=machine.log,
-        validation=validation,
+        validation=validate,
     )
     return trainer, start, sampler
 
@@ -182,7 +193,7 @@ def run_phase(
     ranks: Ranks,
     *,
     init: Path | None = None,
-    validation: Callable[[dict[str, Tensor], int], None] | None = None,
+    validation: Callable[[TransformerCheckpoint, Path], Validate] | None = None,
 ) -> Path:
     """Train a phase to its end, from wherever it stopped; returns where its weights are.
 
@@ -247,7 +258,7 @@ def objective_of(
         dit = load_dit(start, torch.float32).use(kernels)
         return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
     model = load_transformer(start, torch.float32).use(kernels)
-    null = _null(start, source)
+    null = null_of(start, source.empty_prompt)
     return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
 
 
@@ -304,8 +315,9 @@ def _random_dit(recipe: Recipe, phase: Phase, seed: int) -> DiTCheckpoint:
     return DiTCheckpoint(config, dict(dit.state_dict()), f"random weights, seed {seed}")
 
 
-def _null(start: TransformerCheckpoint, source: Source) -> NullText:
-    config, found = start.config, source.empty_prompt.float()
+def null_of(start: TransformerCheckpoint, empty_prompt: Tensor) -> NullText:
+    """What dropped captions become, by the model's convention; empty_prompt is T5("") [n, E]."""
+    config, found = start.config, empty_prompt.float()
     if config.cfg_null is CfgNull.EMPTY_PROMPT_CAPTION_MASK:
         raise ConfigError(
             f"cfg_null {config.cfg_null} needs T5's output at padding, which features do not keep; "

@@ -75,14 +75,21 @@ class RunSettings:
     save_every: int = 1000
     keep: int = 3  # checkpoints; older ones are removed
     validate_every: int | None = None
+    profile_every: int | None = None  # steps, a multiple of log_every; on GPUs
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "clip_norm", "micro_batches", "log_every", "save_every",
                      "keep"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.validate_every is not None and self.validate_every < 1:
-            raise ConfigError(f"validate_every must be > 0, got {self.validate_every}")
+        for name in ("validate_every", "profile_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.profile_every is not None and self.profile_every % self.log_every:
+            raise ConfigError(
+                f"profile_every {self.profile_every} was asked with a log line every "
+                f"{self.log_every} steps; use a multiple, so that a line reports what was profiled"
+            )
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.seed < 0:

@@ -213,6 +213,19 @@ class BucketSampler:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class RankIds:
+    """A rank's samples by step, as a callable that worker processes can be given."""
+
+    sampler: BucketSampler
+    rank: int
+    num_ranks: int
+
+    def __call__(self, step: int) -> Array:
+        """[b / num_ranks] int64."""
+        return self.sampler.ids(step, self.rank, self.num_ranks)
+
+
 def _locate(numbers: Array, before: list[int], after: list[int]) -> tuple[Array, Array]:
     """The bucket of each of an epoch's batches, counted bucket by bucket, and its own number."""
     first: Array = np.array(before, np.int64)

@@ -33,10 +33,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from pixart_rt.batch import Batch
+from pixart_rt.buckets import Bucket
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
+from pixart_rt.training.communication import profiled
 from pixart_rt.training.draws import Draws, draw
 from pixart_rt.training.ema import Ema
 from pixart_rt.training.flops import peak_flops
@@ -75,6 +77,16 @@ class StepResult:
     lr: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Undecided:
+    """A step of which the host does not know yet whether it was finite."""
+
+    step: int
+    found_inf: Tensor
+    ids: list[int]
+    bucket: Bucket
+
+
 class Trainer:
     """One phase on one rank of a run.
 
@@ -99,6 +111,16 @@ class Trainer:
             raise ConfigError(
                 f"{settings.micro_batches} micro-batches were asked on {ranks.num_ranks} ranks; "
                 "use a multiple of the ranks"
+            )
+        if settings.profile_every is not None and ranks.device.type != "cuda":
+            raise ConfigError(
+                f"profile_every was asked on {ranks.device.type}; what communicates is told from "
+                "a GPU's kernels: leave it out"
+            )
+        if settings.reproducible and ranks.num_ranks & (ranks.num_ranks - 1):
+            raise ConfigError(
+                f"reproducible was asked on {ranks.num_ranks} ranks, which do not pair up in a "
+                "tree; use a power of two"
             )
         self.settings, self.ranks, self.feed, self.out = settings, ranks, feed, Path(out)
         self.objective = objective.to(ranks.device).train()
@@ -126,8 +148,8 @@ class Trainer:
         self.identity = {**settings.identity(), **(identity or {})}
         self.done = 0  # steps
         self.log, self.validation = log, validation
-        self.meter = Meter(ranks.device, clip_norm=settings.clip_norm, peak=_peak(settings, ranks))
-        self._undecided: list[tuple[int, Tensor, Batch]] = []  # steps since the last log line
+        self.meter = self._new_meter()
+        self._undecided: list[_Undecided] = []  # steps since the last log line
 
     def run(self) -> None:
         """Go on from the newest checkpoint to the last step, and save that one."""
@@ -138,17 +160,21 @@ class Trainer:
                 self.log, self.out, rank=self.ranks.rank, start=self.done, num_steps=steps
             ) as log:
                 self._walk(steps, log)
+        self.checkpoints.finish()
+        self.ranks.barrier()  # before all ranks look whether the last one has its name
         if self.done not in self.checkpoints.steps():
             self.save()
-        self.checkpoints.finish()
-        self.ranks.barrier()
+            self.checkpoints.finish()
+            self.ranks.barrier()
 
     def _walk(self, stop: int, log: Log) -> None:
         settings, batches = self.settings, iter(self.feed(self.done, stop))
+        self.meter = self._new_meter()  # its clock begins here
         while self.done < stop:
             with self.meter.waiting():
                 batch = next(batches)
-            result = self.step(batch)
+            with self._profiled():
+                result = self.step(batch)
             self.observe(result, batch)
             if self.done % settings.log_every == 0 or self.done == stop:
                 line = self.meter.line(self.done, result.lr)
@@ -161,30 +187,39 @@ class Trainer:
                     self._validate()
             self.checkpoints.poll()
 
+    def _profiled(self) -> AbstractContextManager[None]:
+        """Around the next step: profiled if it is one of those, which a log line follows."""
+        every = self.settings.profile_every
+        if every is None or (self.done + 1) % every:
+            return nullcontext()
+        return profiled(self.ranks.device, self.meter.communication)
+
     def observe(self, result: StepResult, batch: Batch) -> None:
         """Remember a step until its log line says whether it was finite."""
-        self._undecided.append((self.done - 1, result.found_inf, batch))
+        self._undecided.append(
+            _Undecided(self.done - 1, result.found_inf, batch.ids.tolist(), batch.bucket)
+        )
 
     def _note_skipped(self, count: int) -> None:
         """Write down the samples of steps that were left out; their draws follow from them."""
         undecided, self._undecided = self._undecided, []
         if not count:
             return
-        mine = [(step, batch) for step, found_inf, batch in undecided if found_inf.item()]
-        for step, batch in mine:
+        for each in undecided:
+            if not each.found_inf.item():  # the same on all ranks
+                continue
             ids: list[list[int]] = [[] for _ in range(self.ranks.num_ranks)]
-            dist.all_gather_object(ids, batch.ids.tolist())
+            dist.all_gather_object(ids, each.ids)
             if not self.ranks.is_first:
                 continue
-            bucket = batch.bucket
             record = {
-                "step": step, "seed": self.settings.seed, "ids": [each for r in ids for each in r],
-                "height": bucket.height, "width": bucket.width,
+                "step": each.step, "seed": self.settings.seed, "ids": [i for r in ids for i in r],
+                "height": each.bucket.height, "width": each.bucket.width,
             }  # fmt: skip
             with (self.out / SKIPPED).open("a") as file:
                 file.write(json.dumps(record) + "\n")
             _log.warning("step %d was not finite and changed nothing; --replay %d shows where",
-                         step, step)  # fmt: skip
+                         each.step, each.step)  # fmt: skip
 
     def _validate(self) -> None:
         weights = self.weights(average=self.ema is not None)
@@ -222,7 +257,7 @@ class Trainer:
         self.skipped += found_inf
         if self.ema is not None:
             self.ema.update()
-        self.objective.after_step()
+        self.objective.after_step(found_inf)
         self.done += 1
         return StepResult(losses, norm, found_inf, rate)
 
@@ -256,6 +291,10 @@ class Trainer:
                 parameter.grad = gradient
         self._spread.average_replicated()
         return {name: torch.cat(values) for name, values in kept.items()}
+
+    def _new_meter(self) -> Meter:
+        peak = _peak(self.settings, self.ranks)
+        return Meter(self.ranks.device, clip_norm=self.settings.clip_norm, peak=peak)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in the run's precision; nothing for float32."""

@@ -16,6 +16,7 @@ from rich.table import Table
 from pixart_rt.approximate import FirstBlockCache, StepCache
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, print_tables
+from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import replacing
@@ -71,7 +72,7 @@ def fidelity(
     """
     names = _settings(step_cache, first_block_cache, guidance_stop, fewer_steps, steps)
     students = [_student(text) for text in student or []]
-    texts = None if prompts is None else _lines(prompts)
+    texts = None if prompts is None else read_prompts(prompts)
     if not names and not students:
         raise ConfigError("no setting was asked to compare; give one, such as --step-cache 0.1")
     manifest = Manifest.read(bundle)
@@ -147,17 +148,6 @@ def _loaded(folder: Path, sampler: Scheduler, steps: int) -> Variant:
         scheduler=sampler,
         num_inference_steps=steps,
     )
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read ({error}); name a text file") from error
-    found = [line for line in lines if line]
-    if not found:
-        raise ConfigError(f"--prompts {path} has no prompt; write one a line")
-    return found
 
 
 def _origin(bundle: Path, manifest: Manifest) -> dict[str, Any]:

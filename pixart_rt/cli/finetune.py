@@ -1,4 +1,4 @@
-"""`pixart-rt finetune`: a few pictures into a LoRA, or into all weights (DreamBooth)."""
+"""`pixart-rt finetune`: a LoRA or all weights from a few pictures; a ControlNet from edges."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import typer
 
 from pixart_rt.cli.console import Steps
 from pixart_rt.config import Precision
+from pixart_rt.model.controlnet_config import ControlVariant
 from pixart_rt.training.finetune_settings import (
+    CONTROLNET,
     DREAMBOOTH,
     LORA,
     FinetuneSettings,
     LoraSettings,
     LoraTargets,
 )
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind
+from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
 finetune = typer.Typer(
     name="finetune",
@@ -155,6 +157,65 @@ def dreambooth(
         None,
         res, square, seed, device, precision, optimizer, checkpointing, micro_batches, force,
     )  # fmt: skip
+
+
+@finetune.command()
+def controlnet(
+    features: Annotated[
+        Path, typer.Argument(metavar="FEATURES", help="A feature store of captioned images.")
+    ],
+    edges: Annotated[Path, typer.Argument(metavar="EDGES", help="A feature store of their edges.")],
+    out: Out,
+    model: Model = DEFAULT_MODEL,
+    variant: Annotated[
+        ControlVariant, typer.Option(help="chained: as released; parallel: as in the paper.")
+    ] = ControlVariant.CHAINED,
+    copies: Annotated[
+        int | None, typer.Option(help="Blocks copied. Default: 13 of 28; all if parallel.")
+    ] = None,
+    steps: Count = CONTROLNET.steps,
+    lr: Rate = CONTROLNET.lr,
+    batch: Annotated[int, typer.Option(help="Images of a step.")] = CONTROLNET.batch,
+    text_dropout: TextDropout = CONTROLNET.text_dropout,
+    res: Res = None,
+    seed: Seed = 0,
+    device: Device = None,
+    precision: Floats = None,
+    optimizer: Optimizer = OptimizerKind.ADAMW,
+    checkpointing: Recompute = Checkpointing.NONE,
+    parallel: Annotated[Parallel, typer.Option(help="How ranks share.")] = Parallel.DDP,
+    micro_batches: MicroBatches = None,
+    workers: Annotated[int, typer.Option(help="Processes that read data, for each rank.")] = 2,
+    force: Force = False,
+) -> None:
+    """Train a ControlNet on images and their edges.
+
+    Both stores are made by `pixart-rt data extract`, the second from what `pixart-rt data edges`
+    drew. OUT holds the copied blocks; `pixart-rt build --controlnet OUT` takes it. A run that was
+    stopped goes on with the same command.
+
+    \b
+    Examples:
+      pixart-rt finetune controlnet features/ edge-features/ --out hed
+      pixart-rt finetune controlnet features-256/ edges-256/ --model tiny --res 256 --out hed \\
+          --variant parallel --steps 100
+    """
+    with Steps() as progress:
+        progress("starting", 0, 1)
+        from pixart_rt.cli import control_training  # torch: seconds
+
+        request = control_training.ControlRequest(
+            features=features, edges=edges, model=model, out=out, variant=variant,
+            num_copies=copies,
+            settings=replace(CONTROLNET, steps=steps, lr=lr, batch=batch,
+                             text_dropout=text_dropout),
+            res=res, seed=seed, device=device, precision=precision, optimizer=optimizer,
+            checkpointing=checkpointing, parallel=parallel, micro_batches=micro_batches,
+            workers=workers, force=force,
+        )  # fmt: skip
+        tells = control_training.train_controlnet(request, progress)
+    if tells:
+        typer.echo(str(out))
 
 
 def _run(

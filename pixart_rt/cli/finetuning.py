@@ -101,7 +101,7 @@ def finetune(request: Request, progress: Progress) -> bool:
         )
     with start_ranks(request.device) as ranks:
         if not ranks.is_first:
-            progress = _silent
+            progress = silent
         source, null = _encode(request, checkpoint, instances, of_class, ranks.device, progress)
         model = load_transformer(checkpoint, torch.float32)
         _choose_what_learns(model, request)
@@ -126,18 +126,18 @@ def finetune(request: Request, progress: Progress) -> bool:
             "pictures": [sha256(each.path) for each in (*instances, *of_class)],
         }
         settings = _run_settings(request, ranks)
-        trainer = _Shown(
+        trainer = Shown(
             objective, feed, settings, run, ranks, identity=identity, log=LOG, progress=progress
         )
         trainer.run()
         if ranks.is_first:
             _write(request, checkpoint, folder, model)
-            _forget_checkpoints(run)
+            forget_checkpoints(run)
         ranks.barrier()
         return ranks.is_first
 
 
-def _silent(name: str, done: int, total: int) -> None:
+def silent(name: str, done: int, total: int) -> None:
     """The progress of ranks other than the first."""
 
 
@@ -226,7 +226,7 @@ def _run_settings(request: Request, ranks: Ranks) -> RunSettings:
         eps=None if request.optimizer is OptimizerKind.CAME else settings.eps,  # it has two
         clip_norm=settings.clip_norm,
         ema_decay=None,  # of 300 steps an average is mostly the start
-        precision=request.precision or _precision(ranks.device),
+        precision=request.precision or usual_precision(ranks.device),
         micro_batches=request.micro_batches or ranks.num_ranks,
         checkpointing=request.checkpointing,
         seed=request.seed,
@@ -236,7 +236,7 @@ def _run_settings(request: Request, ranks: Ranks) -> RunSettings:
     )
 
 
-def _precision(device: torch.device) -> Precision:
+def usual_precision(device: torch.device) -> Precision:
     if device.type != "cuda":
         return Precision.FP32
     ampere = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -273,7 +273,7 @@ def _write(
     )
 
 
-def _forget_checkpoints(run: Path) -> None:
+def forget_checkpoints(run: Path) -> None:
     """Remove what the run needed to go on; its log stays."""
     shutil.rmtree(run / FOLDER)
 
@@ -292,7 +292,7 @@ class _Feed:
             yield self.source.finish(self.source.load(ids, seed=self.seed, step=step))
 
 
-class _Shown(Trainer):
+class Shown(Trainer):
     """A trainer that tells how far it is."""
 
     def __init__(self, *arguments: Any, progress: Progress, **named: Any) -> None:

@@ -136,6 +136,8 @@ def generate(
         bundle, at_once, loading, prompt, negative, num, seed, sampling, options, writer
     )
     facts = _facts(result, manifest, negative, sampling, tiled)
+    if control_image is not None:
+        facts = [{**fact, "control_image": control_image.name} for fact in facts]
     written = _write(result, facts, paths, grid, force)
     if as_json:
         print_json({"files": [str(path) for path in written], "images": facts,
@@ -147,6 +149,11 @@ def generate(
 
 def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> LoadChoice:
     """What must be different when the bundle is loaded for it to fit, said in a note."""
+    if manifest.control is not None:
+        raise ConfigError(
+            f"--vram was asked, but {bundle} has a ControlNet, whose memory is not predicted; "
+            "leave it out"
+        )
     import torch
 
     from pixart_rt.memory.fit import fit_bundle

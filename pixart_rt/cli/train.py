@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pixart_rt.cli.console import Steps, note, print_json
+from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import Preset
@@ -16,7 +18,8 @@ from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parall
 from pixart_rt.training.tiny.kinds import Scenes
 
 if TYPE_CHECKING:
-    from pixart_rt.training.phases import Machine
+    from pixart_rt.model.checkpoint import TransformerCheckpoint
+    from pixart_rt.training.phases import Machine, Validate
     from pixart_rt.training.ranks import Ranks
     from pixart_rt.training.recipe import Phase, Recipe
     from pixart_rt.training.tiny.source import SceneSource
@@ -40,8 +43,20 @@ def train(
         list[str] | None, typer.Option(help="Only this phase. Default: all, in order.")
     ] = None,
     init: Annotated[
-        Path | None,
-        typer.Option(help="What the first phase that is run starts from, instead of the recipe's."),
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="What the first phase that is run starts from, instead of the recipe's: a "
+            "checkpoint, tiny, a pipeline folder or a hub id.",
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Write OUT/pipeline at the end: this one with the last phase's average, for "
+            "`pixart-rt build`.",
+        ),
     ] = None,
     preset: Annotated[Preset | None, typer.Option(help="Instead of the recipe's.")] = None,
     encoder: Annotated[
@@ -88,6 +103,25 @@ def train(
     log_every: Annotated[int, typer.Option(help="Steps.")] = 50,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 1000,
     keep: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 3,
+    validate_with: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Draw images in text phases, with the encoder, VAE and sampler of: tiny, a "
+            "pipeline folder or a hub id.",
+        ),
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between them.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Their prompts: a text file, one a line.")
+    ] = None,
+    profile_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between two that are profiled, a multiple of --log-every; their log line "
+            "has the share of communication. On GPUs."
+        ),
+    ] = None,
     replay: Annotated[
         int | None,
         typer.Option(help="Run this step of --phase again and print what was not finite in it."),
@@ -107,15 +141,28 @@ def train(
       pixart-rt train recipes/tiny.toml --out run
       pixart-rt train recipes/pixart-alpha.toml --out run --phase text-image-256 --replay 1234
     """
-    from pixart_rt.training.recipe import read_recipe
+    from pixart_rt.training.recipe import Weights, read_recipe
 
     read = read_recipe(recipe, preset)
     chosen = _chosen(read, phase or [])
     if replay is not None and len(chosen) != 1:
         raise ConfigError("--replay runs a step of one phase; name it with --phase")
+    if pipeline is not None and chosen[-1].of_classes:
+        raise ConfigError(
+            f"--pipeline was asked, but the last phase is {chosen[-1].name}, of classes; run a "
+            "text phase after it, or leave it out"
+        )
     paths = _data_paths(read, chosen, data or [])
+    texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
     from pixart_rt.training.log import Place  # torch: seconds
-    from pixart_rt.training.phases import Machine, is_done, phase_folder, phase_trainer, run_phase
+    from pixart_rt.training.phases import (
+        Machine,
+        is_done,
+        phase_folder,
+        phase_trainer,
+        result_path,
+        run_phase,
+    )
     from pixart_rt.training.ranks import start_ranks
     from pixart_rt.training.recipe_report import report
     from pixart_rt.training.replay import replay as run_again
@@ -141,17 +188,21 @@ def train(
             log_every=log_every,
             save_every=save_every,
             keep=keep,
+            validate_every=validate_every,
+            profile_every=profile_every,
             log=[Place(each) for each in log or LOGS[:2]],
         )
         if ranks.is_first and replay is None:
             for line in report(read):
                 note(line)
+        start = _located(init, chosen[0]) if init else None
+        drawing = _drawing(validate_with, texts, machine, ranks) if validate_with else None
         done = out
         for each in chosen:
             if replay is None and is_done(each, phase_folder(read, each, out)):
                 if ranks.is_first:
                     note(f"phase {each.name} is done")
-                init = None
+                start, done = None, result_path(each, phase_folder(read, each, out), Weights.EMA)
                 continue
             source = (
                 _source(paths[each.name], each, encoder, ranks.device, workers)
@@ -159,16 +210,20 @@ def train(
                 else _scenes(each, out, ranks)
             )
             if replay is not None:
-                trainer, *_ = phase_trainer(read, each, source, machine, out, ranks, init=init)
+                trainer, *_ = phase_trainer(read, each, source, machine, out, ranks, init=start)
                 found = run_again(trainer, replay)
                 if ranks.is_first:
                     print_json(found)
                 return
             if ranks.is_first:
                 note(_started(read, each, machine, ranks.num_ranks, len(source)))
-            done = run_phase(read, each, source, machine, out, ranks, init=init)
-            init = None  # of the first phase that is run
+            done = run_phase(
+                read, each, source, machine, out, ranks, init=start, validation=drawing
+            )
+            start = None  # of the first phase that is run
         if ranks.is_first:
+            if pipeline is not None:
+                done = _whole(done, pipeline, out / "pipeline")
             typer.echo(str(done))
 
 
@@ -203,6 +258,66 @@ def _data_paths(recipe: Recipe, phases: list[Phase], given: list[str]) -> dict[s
             )
         found[phase.name] = Path(path.replace("{res}", str(phase.resolution)))
     return found
+
+
+def _located(model: str, phase: Phase) -> Path:
+    """The checkpoint of a path, of tiny or of a hub id, for a phase."""
+    from pixart_rt.model.locate import locate, transformer_path
+
+    return transformer_path(locate(model, ["transformer"]), model, phase.resolution)
+
+
+def _whole(transformer: Path, model: str, out: Path) -> Path:
+    """A copy of the pipeline `model` with this transformer."""
+    from pixart_rt.model.checkpoint import read_transformer
+    from pixart_rt.model.locate import locate
+    from pixart_rt.model.pipeline_folder import COMPONENTS, write_model
+
+    write_model(read_transformer(transformer), out, pipeline=locate(model, COMPONENTS))
+    return out
+
+
+def _validation_prompts(
+    phases: list[Phase], model: str | None, every: int | None, prompts: Path | None
+) -> tuple[str, ...]:
+    """The prompts of validation images; none where no images are asked."""
+    given = {"--validate-with": model, "--validate-every": every, "--prompts": prompts}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return ()
+    if missing or prompts is None:
+        raise ConfigError(
+            f"validation images were asked without {' and '.join(missing)}; give {', '.join(given)}"
+        )
+    if all(phase.of_classes for phase in phases):
+        raise ConfigError(
+            "validation images were asked, but no text phase is run, and a DiT draws none; leave "
+            f"out {', '.join(given)}"
+        )
+    return tuple(read_prompts(prompts))
+
+
+def _drawing(
+    model: str, prompts: tuple[str, ...], machine: Machine, ranks: Ranks
+) -> Callable[[TransformerCheckpoint, Path], Validate]:
+    """What draws the images of a phase; prompts are encoded when the phase begins."""
+    from pixart_rt.training.parallel import DTYPES
+    from pixart_rt.training.validation import Validation, ValidationSettings
+
+    autocast = None if machine.precision is Precision.FP32 else DTYPES[machine.precision]
+
+    def begin(start: TransformerCheckpoint, folder: Path) -> Validate:
+        validation = Validation(
+            model,
+            start.config,
+            ValidationSettings(prompts=prompts),
+            ranks.device,
+            autocast=autocast,
+            y_embedding=start.y_embedding,
+        )
+        return lambda weights, step: note(str(validation.of_weights(weights, folder, step)))
+
+    return begin
 
 
 def _pair(text: str) -> tuple[str, str]:

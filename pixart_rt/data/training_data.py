@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixart_rt.buckets import Bucket, buckets
 from pixart_rt.data.class_folder import open_images
+from pixart_rt.data.control import PairedSource
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.loading import Batches
 from pixart_rt.data.manifest import MANIFEST
@@ -26,7 +27,7 @@ class TrainingData:
 
     def __init__(
         self,
-        source: FeatureStore | OnlineSource,
+        source: FeatureStore | OnlineSource | PairedSource,
         empty_prompt: Tensor,
         identity: str,
         *,
@@ -61,6 +62,14 @@ def stored(path: Path, *, workers: int = 0, pin: bool = False) -> TrainingData:
     store = FeatureStore(path)
     identity = _digest(store.manifest.identity)
     return TrainingData(store, store.empty_prompt, identity, workers=workers, pin=pin)
+
+
+def paired(images: Path, controls: Path, *, workers: int = 0, pin: bool = False) -> TrainingData:
+    """A store of images and one of their edges. Raises DataError where they do not belong."""
+    store, edges = FeatureStore(images), FeatureStore(controls)
+    identity = _digest({"images": store.manifest.identity, "edges": edges.manifest.identity})
+    source = PairedSource(store, edges)
+    return TrainingData(source, store.empty_prompt, identity, workers=workers, pin=pin)
 
 
 def encoded_online(

@@ -38,6 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hollow_bundle: Path) -> list[dict[str
         (["--text-encoder", "clip"], "neither engine nor torch"),
         (["--max-batch", 0], "max_batch"),
         (["--max-memory", 0], "more than 0"),
+        (["--controlnet", "hed", "--vram", "8G"], "whose memory is not predicted"),
         (["--target", "sm80", "--backend", "onnxruntime"], "--target sm80"),
         (["--plugins", "--backend", "onnxruntime"], "plugins were asked with backend onnxruntime"),
         (["--plugins", "--backend", "tensorrt-rtx", "--components", "vae"], "the transformer"),
@@ -81,7 +82,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
         "--target", "sm80,sm89", "--target", "sm80", "--precision", "bf16", "--text-precision",
         "fp32", "--components", "vae,t5", "--text-encoder", "torch", "--max-batch", 3,
         "--cfg-null", "y-embedding", "--heads", 4, "--sample-size", 64,
-        "--max-text-tokens", 300, "--max-memory", 1.5,
+        "--max-text-tokens", 300, "--max-memory", 1.5, "--controlnet", "hed",
     )  # fmt: skip
     assert (outcome.code, outcome.out) == (0, "o\n")
     assert "transformer: export" in outcome.err
@@ -89,7 +90,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
     call.pop("progress")
     assert call == {
         "model": "a/b.pth", "out": Path("o"), "cfg_null": CfgNull.Y_EMBEDDING, "heads": 4,
-        "max_text_tokens": 300,
+        "max_text_tokens": 300, "controlnet": Path("hed"),
         "sample_size": 64, "max_memory": 3 * 2**29, "memory": None,
         "config": EngineConfig(
             resolution=512, backend="tensorrt-rtx", precision=Precision.BF16,

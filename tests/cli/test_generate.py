@@ -31,6 +31,7 @@ PROMPT = "a red circle above a blue square"
         (["--step-cache", 0.1, "--first-block-cache", 0.1], "choose one"),
         (["--guidance-stop", 1.5], "guidance_interval"),
         (["--scheduler", "dmd"], "must be 1 with dmd"),
+        (["--control-image", "edges.png"], "has no ControlNet; leave it out"),
     ],
 )
 def test_impossible_settings_are_refused_before_loading(

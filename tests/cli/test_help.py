@@ -18,13 +18,17 @@ VERBS = (
     "build", "generate", "fidelity", "plan", "convert", "train", "reparameterize", "merge",
     "inspect", "verify", "bench", "tune", "doctor",
 )  # fmt: skip
-GROUPS = {"data": ("extract", "edges", "plan"), "finetune": ("lora", "dreambooth")}
+GROUPS = {"data": ("extract", "edges", "plan"), "finetune": ("lora", "dreambooth", "controlnet")}
 COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 
 
 def examples(text: str) -> list[list[str]]:
-    """The commands below "Examples:", words split; a trailing backslash joins two lines."""
+    """The commands below "Examples:", words split; a trailing backslash joins two lines.
+
+    `torchrun ... -m pixart_rt` is one way to say pixart-rt.
+    """
     block = text.partition("Examples:\n")[2].partition("\n\n")[0]
+    block = re.sub(r"torchrun [^\n]*-m pixart_rt ", "pixart-rt ", block)
     return [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
 
 

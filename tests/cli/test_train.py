@@ -6,9 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from pixart_rt.model.checkpoint import read_transformer
+from pixart_rt.model.checkpoint import load_transformer, read_transformer
+from pixart_rt.model.locate import TINY
+from pixart_rt.training.validation import Validation, ValidationSettings
 
 RECIPE = """
 preset = "paper"
@@ -59,7 +62,7 @@ def test_from_a_store_to_a_transformer(run, recipe, images, tmp_path):
     store, out = tmp_path / "noise-256", tmp_path / "run"
     run("data", "extract", images, store, "--model", "tiny", "--square", "--device", "cpu")
     words = ("train", recipe, "--out", out, "--data", f"noise={tmp_path}/noise-{{res}}",
-             "--device", "cpu", "--workers", 0, "--log-every", 1, "--save-every", 1)  # fmt: skip
+             "--device", "cpu", "--workers", 2, "--log-every", 1, "--save-every", 1)  # fmt: skip
     outcome = run(*words)
     assert outcome.code == 0, outcome.err
     assert outcome.out.strip() == str(out / "01-text" / "transformer-ema")
@@ -99,3 +102,79 @@ def test_pictures_encoded_on_the_way(run, recipe, images, tmp_path):
 def test_mistakes_are_told_in_one_line(run, recipe, tmp_path, more, says):
     outcome = run("train", recipe, "--out", tmp_path / "run", "--device", "cpu", *more)
     assert outcome.code == 2 and says in outcome.error
+
+
+def test_validation_images_are_drawn_by_the_averages(run, recipe, images, tmp_path):
+    """The grid of the last step is what the phase's own weights draw; the one before differs."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("a red circle above a blue square\n\ntwo green stars\n")
+    outcome = run("train", recipe, "--out", out, "--data", f"noise={images}", "--encoder", "tiny",
+                  "--device", "cpu", "--workers", 0, "--steps", 2, "--validate-with", "tiny",
+                  "--validate-every", 1, "--prompts", prompts)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    grids = [out / "01-text" / "validation" / f"step-{step}.png" for step in (1, 2)]
+    assert all(str(grid) in outcome.err.replace("\n", "") for grid in grids)
+    pixels = [np.asarray(Image.open(grid)) for grid in grids]
+    assert min(pixels[0].shape[:2]) >= 256 and max(pixels[0].shape[:2]) >= 512  # two images
+    assert pixels[0].std() > 0 and not np.array_equal(*pixels)
+    trained = load_transformer(read_transformer(out / "01-text" / "transformer-ema"))
+    asked = ValidationSettings(prompts=("a red circle above a blue square", "two green stars"))
+    again = Validation("tiny", trained.config, asked, torch.device("cpu"))(trained, tmp_path, 2)
+    assert np.array_equal(np.asarray(Image.open(again)), pixels[1])
+
+
+VALIDATE = ("--data", "noise=x", "--validate-with", "tiny", "--validate-every", 5)
+
+
+@pytest.mark.parametrize("more, says", [
+    (VALIDATE, "asked without --prompts"),
+    (("--data", "noise=x", "--prompts", "x"), "without --validate-with and --validate-every"),
+    ((*VALIDATE, "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
+])  # fmt: skip
+def test_validation_images_need_all_three(run, recipe, tmp_path, more, says):
+    outcome = run("train", recipe, "--out", tmp_path / "run", "--device", "cpu", *more)
+    assert outcome.code == 2 and says in outcome.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dit_draws_no_validation_images(run, recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("text-image-alignment", "pixel-dependency"))
+    outcome = run("train", recipe, "--out", tmp_path / "run", *VALIDATE, "--prompts", recipe)
+    assert outcome.code == 2 and "no text phase is run" in outcome.error
+
+
+def test_from_pictures_to_an_image_by_an_engine(run, recipe, images, tmp_path, no_kernels):
+    """The five commands of docs/training.md, with tiny: the weights in the bundle are trained."""
+    store, out, engines = tmp_path / "features", tmp_path / "run", tmp_path / "engines"
+    pipeline, image = out / "pipeline", tmp_path / "image.png"
+    text = RECIPE.replace('"random"', '"previous"').replace("num_layers = 2", "num_layers = 8")
+    recipe.write_text(text)
+    on_cpu = ("--device", "cpu")
+    for *words, printed in (
+        ("data", "extract", images, store, "--model", "tiny", "--square", *on_cpu, store),
+        ("train", recipe, "--out", out, "--data", f"noise={store}", "--init", "tiny", "--pipeline",
+         "tiny", "--workers", 0, "--steps", 2, *on_cpu, pipeline),
+        ("build", "--model", pipeline, "--res", 256, "--backend", "torch", "--out", engines,
+         engines),
+        ("generate", "a red circle", "--bundle", engines, "--steps", 2, "-o", image, image),
+    ):  # fmt: skip
+        outcome = run(*words)
+        assert outcome.code == 0, outcome.err
+        assert str(printed) in outcome.out
+    trained = read_transformer(pipeline)
+    average, start = (
+        read_transformer(out / "01-text" / "transformer-ema"),
+        read_transformer(TINY / "transformer_256"),
+    )
+    name = "blocks.3.mlp.fc1.weight"
+    assert torch.equal(trained.state[name], average.state[name])
+    assert 0 < (trained.state[name] - start.state[name]).abs().max() < 0.01
+    with Image.open(image) as made:
+        assert made.size == (256, 256)
+
+
+def test_a_whole_pipeline_is_of_a_text_phase(run, recipe, tmp_path):
+    recipe.write_text(RECIPE.replace("text-image-alignment", "pixel-dependency"))
+    words = ("train", recipe, "--out", tmp_path / "run", "--data", "noise=x")
+    outcome = run(*words, "--pipeline", "tiny")
+    assert outcome.code == 2 and "the last phase is text, of classes" in outcome.error

@@ -83,7 +83,7 @@ def test_the_base_is_the_teacher_and_only_the_adapter_learns(base, adapted, batc
         assert all(each.grad.isfinite().all() and each.grad.any() for each in trained)
         optimizer.step()
         optimizer.zero_grad()
-        shared.after_step()
+        shared.after_step(torch.zeros(()))
         losses.append(found.mean().item())
     assert losses[-1] < 0.9 * losses[0]
     assert all(not torch.equal(a, b) for a, b in zip(trained, start, strict=True))

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_rt.batch import Batch
 from pixart_rt.buckets import buckets
-from pixart_rt.config import ModelConfig
+from pixart_rt.config import ModelConfig, Precision
 from pixart_rt.errors import DataError
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
 from pixart_rt.model.controlnet import ControlNetTransformer
+from pixart_rt.model.controlnet_checkpoint import read_controlnet, write_controlnet
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.training.controlnet import ControlNetObjective
+from pixart_rt.training.controlnet import LEARNING_RATE, ControlNetObjective, trained
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.draws import draw
 from pixart_rt.training.dropout import NullText
+from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.run_settings import Checkpointing, Parallel, RunSettings
+from pixart_rt.training.trainer import Trainer
 from tests.conftest import randomize
 from tests.model.plain_controlnet import plain_controlnet
 
 CONFIG = ModelConfig(num_layers=3, num_heads=1, caption_channels=16, sample_size=32,
                      max_text_tokens=9, interpolation_scale=1.0)  # fmt: skip
+SCRIPT = Path(__file__).with_name("sharded_controlnet.py")
 B, T = 3, 9
 TABLE = buckets(256)
 
@@ -122,11 +138,106 @@ def test_the_model_has_no_gradient_and_does_not_change(variant) -> None:
         assert torch.equal(parameter, before[name]) is not mine, name
 
 
+def test_captions_may_be_projected_once() -> None:
+    """The projection is frozen, so it need not run in every step."""
+    objective, batch = objective_of("chained"), batch_of(3)
+    draws = draw(1, 2, batch)
+    with torch.no_grad():
+        project = objective.model.y_proj
+        ready = replace(batch, prompt_embeds=project(batch.prompt_embeds))
+        nothing = replace(null(), embeds=project(null().embeds[None])[0])
+    again = ControlNetObjective(
+        objective.model, objective.diffusion, nothing, text_dropout=0.5, projected=True
+    )
+    torch.testing.assert_close(again(ready, draws), objective(batch, draws), atol=1e-9, rtol=1e-9)
+
+
 def test_an_untrained_one_has_the_text_models_loss() -> None:
     objective, batch = objective_of("chained", untrained=True), batch_of(3)
     draws = draw(1, 2, batch)
     other = replace(batch, condition=torch.zeros_like(batch.latents))
     torch.testing.assert_close(objective(batch, draws), objective(other, draws), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("variant", "copies"), [("parallel", 3), ("parallel", 1), ("chained", 2)])
+@pytest.mark.parametrize("full", [False, True], ids=["kept", "checkpointed"])
+def test_flops_are_what_pytorch_counts(variant, copies, full) -> None:
+    objective, batch = objective_of(variant, copies), batch_of(8)
+    if full:
+        for unit in objective.units:
+            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
+    draws = draw(0, 0, batch)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        objective(batch, draws)["loss"].sum().backward()
+    expected = objective.flops(batch.bucket, full)
+    assert counter.get_total_flops() == B * expected.hardware
+    assert (expected.recomputed > 0) is full
+
+
+@pytest.mark.parametrize("parallel", [Parallel.DDP, Parallel.FSDP])
+def test_the_trainer_trains_the_copies_alone_and_goes_on(parallel, tmp_path) -> None:
+    """Frozen parameters are in no checkpoint; the batches are of several buckets."""
+
+    def feed(start: int, stop: int) -> Iterator[Batch]:
+        yield from (batch_of((0, 20, 37)[step % 3], torch.float32) for step in range(start, stop))
+
+    def run(steps: int) -> Trainer:
+        settings = RunSettings(
+            steps=steps, lr=LEARNING_RATE, precision=Precision.FP32, save_every=2, log_every=1,
+            parallel=parallel, checkpointing=Checkpointing.SELECTIVE,
+        )  # fmt: skip
+        objective = objective_of("chained", untrained=True).float()
+        with start_ranks("cpu") as ranks:
+            trainer = Trainer(objective, feed, settings, tmp_path / "run", ranks)
+            trainer.run()
+        return trainer
+
+    first = run(2)
+    assert first.ema is not None
+    assert all(".copies." in name for name in first.ema.averages)
+    second = run(4)
+    start = objective_of("chained", untrained=True).float().state_dict()
+    for name, tensor in second.objective.state_dict().items():
+        assert torch.equal(tensor, start[name]) is (".copies." not in name), name
+    averages = second.weights(average=True)
+    write_controlnet(trained(second.objective, averages, "a run"), tmp_path / "controlnet")
+    found = read_controlnet(tmp_path / "controlnet", CONFIG)
+    assert found.config == second.objective.model.controlnet
+    for name, tensor in found.state.items():
+        assert torch.equal(tensor, second.ema.averages[f"model.{name}"].float()), name
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_two_sharded_ranks_make_the_steps_of_one(tmp_path) -> None:
+    """FSDP divides blocks and copies; equal losses and weights but for sums in another order."""
+    found = []
+    for num_ranks in (1, 2):
+        out = tmp_path / str(num_ranks)
+        out.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        processes = []
+        for rank in range(num_ranks):
+            told = {
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(num_ranks), "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent.parent),
+            }  # fmt: skip
+            processes.append(
+                subprocess.Popen([sys.executable, SCRIPT, out], env={**os.environ, **told})
+            )
+        assert [process.wait(timeout=240) for process in processes] == [0] * num_ranks
+        losses = [json.loads((out / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+        by_step = [[loss for rank in losses for loss in rank[step]] for step in range(2)]
+        found.append((by_step, torch.load(out / "weights.pt", weights_only=True)))
+    (one, whole), (two, sharded) = found
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), atol=1e-4, rtol=1e-4)
+    assert whole.keys() == sharded.keys()
+    for name, tensor in whole.items():
+        # Adam's first steps are of lr = 1e-3 each whatever the gradient; a hundredth of them
+        torch.testing.assert_close(sharded[name], tensor, atol=2e-5, rtol=0, msg=name)
 
 
 def test_units_are_blocks_and_copies() -> None:

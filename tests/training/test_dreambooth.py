@@ -161,8 +161,8 @@ def test_work_that_is_left_out_is_not_counted(features):
     for name, projected in (("lora", False), ("cached", True)):
         objective = DreamBoothObjective(model, GaussianDiffusion(), null, projected=projected)
         counted[name] = objective.flops(bucket, False)
-    assert counted["lora"].forward == counted["all"].forward
-    assert counted["lora"].backward < 0.65 * counted["all"].backward  # attention has no weights
+    assert counted["lora"].forward > counted["all"].forward  # the adapters
+    assert counted["lora"].backward < 0.7 * counted["all"].backward  # attention has no weights
     config = model.config
     D, E, T = config.hidden_size, config.caption_channels, config.max_text_tokens
     projection = 2 * T * (E * D + D * D)

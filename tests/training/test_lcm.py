@@ -288,7 +288,7 @@ def test_only_the_student_is_trained_and_the_target_follows():
         assert objective.teacher.weights.grad is None and objective.target.weights.grad is None
         optimizer.step()
         optimizer.zero_grad()
-        objective.after_step()
+        objective.after_step(torch.zeros(()))
         expected = 0.95 * expected + 0.05 * student.weights.detach().numpy()
         np.testing.assert_allclose(objective.target.weights.numpy(), expected, rtol=1e-12)
     assert torch.equal(objective.teacher.weights, given)
@@ -313,7 +313,7 @@ def test_no_gradient_runs_through_the_target():
         student, DIFFUSION, make_null(True), settings, teacher=Affine(0.6, -0.5)
     )
     assert objective.target is None and len(objective.units) == 2
-    objective.after_step()  # nothing to move
+    objective.after_step(torch.zeros(()))  # nothing to move
     objective(batch, draws)["loss"].mean().backward()
     frozen = deepcopy(student)
     for i in range(2):

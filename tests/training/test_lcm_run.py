@@ -12,8 +12,8 @@ import torch
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.draws import draw
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.flops import Part, step_flops, text_model
-from pixart_rt.training.lcm import LORA, ConsistencyDistillation
+from pixart_rt.training.flops import step_flops, text_model
+from pixart_rt.training.lcm import ConsistencyDistillation
 from pixart_rt.training.ranks import start_ranks
 from pixart_rt.training.run_settings import Checkpointing
 from pixart_rt.training.trainer import Trainer
@@ -31,11 +31,11 @@ def ranks():
         yield ranks
 
 
-def make_trainer(out: Path, steps: int, ranks, **changed) -> Trainer:
+def make_trainer(out: Path, steps: int, ranks, poisoned: int | None = None, **changed) -> Trainer:
     base = small_run.make_objective()
     null = NullText(base.null_embeds, base.get_buffer("null_mask"))
     objective = ConsistencyDistillation(base.model, GaussianDiffusion(), null)
-    feed = small_run.MadeUpFeed(small_run.make_sampler(), ranks)
+    feed = small_run.MadeUpFeed(small_run.make_sampler(), ranks, poisoned)
     settings = small_run.make_settings(steps, weight_decay=0.0, save_every=2, **changed)
     return Trainer(objective, feed, settings, out, ranks)
 
@@ -81,9 +81,17 @@ def test_timesteps_and_flops_are_those_of_the_passes(ranks, tmp_path):
     found = objective.flops(bucket, True)
     assert found.forward == 4 * sum(each.flops for each in products)
     assert (found.backward, found.recomputed) == (once.backward, once.recomputed)
-    adapter = ConsistencyDistillation(
-        objective.model, GaussianDiffusion(), NullText(objective.null_embeds, None), LORA,
-        adapter_off=torch.no_grad,
-    )  # fmt: skip
-    frozen = step_flops(products, frozen=tuple(Part))
-    assert adapter.flops(bucket, False).backward == frozen.backward < once.backward
+
+
+def test_a_step_that_was_not_finite_moves_no_target(ranks, tmp_path):
+    """The student has moved before, so a target that followed it again would be elsewhere."""
+    trainer = make_trainer(tmp_path, 2, ranks, poisoned=1)
+    batches = iter(trainer.feed(0, 2))
+    trainer.step(next(batches))
+    before = weights(trainer)
+    name = "x_embedder.weight"
+    assert not torch.equal(before[f"model.{name}"], before[f"target.{name}"])
+    assert trainer.step(next(batches)).found_inf.item() == 1
+    after = weights(trainer)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name

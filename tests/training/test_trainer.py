@@ -5,6 +5,7 @@ The runs are of small_run.py: three buckets, micro-batches of two samples, capti
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +256,7 @@ def test_checkpointed_activations_change_no_bit(ranks, tmp_path, checkpointing):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 def test_blocks_are_compiled_at_most_twice_over_all_buckets(ranks, tmp_path):
     """A block inside and the last block, for every bucket; near the steps that are not compiled."""
     torch._dynamo.reset()
@@ -344,3 +347,43 @@ def test_the_log_counts_what_the_steps_did(ranks, tmp_path):
         assert line["skipped"] == 0 and line["lr"] == 1e-3 and line["mfu"] is None
         norms = [result.norm.item() for result, _ in seen[first:last]]
         assert line["grad_norm"] == pytest.approx(sum(norms) / len(norms))
+
+
+def test_profiling_needs_a_gpu_and_a_log_line_to_report_it(ranks, tmp_path):
+    with pytest.raises(ConfigError, match="profile_every was asked on cpu"):
+        make_trainer(tmp_path, 4, ranks, profile_every=2)
+    with pytest.raises(ConfigError, match="profile_every 3 was asked with a log line every 2"):
+        small_run.make_settings(4, profile_every=3, log_every=2)
+    with pytest.raises(ConfigError, match="profile_every must be > 0"):
+        small_run.make_settings(4, profile_every=0)
+
+
+@pytest.mark.gpu
+def test_a_profiled_step_reports_its_communication(tmp_path):
+    """Alone there is none; lines of steps that were not profiled say nothing."""
+    with start_ranks("cuda") as ranks:
+        make_trainer(tmp_path, 6, ranks, log_every=2, profile_every=4).run()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["communication"] for line in lines] == [None, 0.0, None]
+
+
+def test_profiled_steps_are_those_before_a_log_line(ranks, tmp_path, monkeypatch):
+    """With a profiler that is made up: it needs a GPU."""
+    profiled = []
+
+    @contextmanager
+    def made_up(device, report):
+        start = trainer.done
+        yield
+        profiled.append((start, trainer.done))
+        report(0.25)
+
+    monkeypatch.setattr("pixart_rt.training.trainer.profiled", made_up)
+    trainer = make_trainer(tmp_path, 7, ranks)
+    trainer.settings = dataclasses.replace(trainer.settings, profile_every=4)
+    trainer.run()
+    assert profiled == [(3, 4)]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["communication"] for line in lines} == {
+        2: None, 4: 0.25, 6: None, 7: None
+    }  # fmt: skip

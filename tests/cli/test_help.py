@@ -18,7 +18,8 @@ VERBS = (
     "build", "generate", "fidelity", "plan", "convert", "train", "reparameterize", "merge",
     "inspect", "verify", "bench", "tune", "doctor",
 )  # fmt: skip
-GROUPS = {"data": ("extract", "edges", "plan"), "finetune": ("lora", "dreambooth", "controlnet")}
+GROUPS = {"data": ("extract", "edges", "plan"), "finetune": ("lora", "dreambooth", "controlnet"),
+          "reproduce": ("ablation",)}  # fmt: skip
 COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 
 

@@ -154,6 +154,7 @@ def train(
         )
     paths = _data_paths(read, chosen, data or [])
     texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
+    from pixart_rt.training.initialize import num_parameters
     from pixart_rt.training.log import Place  # torch: seconds
     from pixart_rt.training.phases import (
         Machine,
@@ -193,7 +194,7 @@ def train(
             log=[Place(each) for each in log or LOGS[:2]],
         )
         if ranks.is_first and replay is None:
-            for line in report(read):
+            for line in report(read, num_parameters(read.model.config())):
                 note(line)
         start = _located(init, chosen[0]) if init else None
         drawing = _drawing(validate_with, texts, machine, ranks) if validate_with else None

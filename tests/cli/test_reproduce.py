@@ -12,11 +12,10 @@ WORDS = ("--steps", 4, "--resolution", 64, "--layers", 1, "--batch", 2, "--capti
 
 @pytest.mark.slow
 def test_a_table_pictures_and_the_numbers(run, tmp_path, monkeypatch):
-    from pixart_rt.training.ablation import arms
+    from pixart_rt.training.ablation import run as run_file
 
+    monkeypatch.setattr(run_file, "UNSEEN", 2)
     out = tmp_path / "ablation"
-    monkeypatch.setattr(arms.Plan.__init__, "__kwdefaults__",
-                        {**arms.Plan.__init__.__kwdefaults__, "num_scenes": 4})  # fmt: skip
     outcome = run("reproduce", "ablation", "--out", out, *WORDS)
     assert outcome.code == 0, outcome.err
     paths = outcome.out.splitlines()

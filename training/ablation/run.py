@@ -145,7 +145,7 @@ class Ablation:
 
     def source(self, arm: Arm) -> SceneSource:
         table, root = (self.bucket,), self.out / "scenes"
-        return open_scenes(arm.data, self.plan.num_scenes, table, root, self.ranks)
+        return open_scenes(arm.data, self.plan.scenes, table, root, self.ranks)
 
     def objective(self, arm: Arm, source: SceneSource) -> Objective:
         """From the weights that the arm starts from."""
@@ -192,7 +192,8 @@ class Ablation:
 
     def some_batch(self) -> Batch:
         """A batch of captioned scenes of the plan."""
-        return self.source(Arm.SCRATCH).batch(list(range(self.plan.batch)), self.plan.seed, 0)
+        numbers = np.arange(self.plan.batch) % self.plan.scenes
+        return self.source(Arm.SCRATCH).batch(numbers.tolist(), self.plan.seed, 0)
 
     @cached_property
     def asked(self) -> list[tuple[Scene, str]]:

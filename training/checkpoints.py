@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -90,13 +91,22 @@ class Checkpoints:
         if self._writing is not None and self._writing[1].done():
             self.finish()
 
-    def finish(self) -> None:
-        """Wait for the one in flight. Raises CheckpointError where it could not be written."""
+    def agreed_steps(self) -> list[int]:
+        """`steps` as the first rank sees them: a collective, as files may reach others later."""
+        seen = [self.steps()]
+        dist.broadcast_object_list(seen, src=0, group=self.ranks.writers)
+        return seen[0]
+
+    def finish(self, timeout: float | None = None) -> None:
+        """Wait for the one in flight, at most `timeout` seconds.
+
+        Raises CheckpointError where it could not be written, or not in time.
+        """
         if self._writing is None:
             return
         (progress, future), self._writing = self._writing, None
         try:
-            future.result()
+            future.result(timeout)
         except _FAILURES as error:  # of the writing thread: a full disk, a lost folder
             raise CheckpointError(
                 f"the checkpoint after step {progress.step} could not be written to {self.folder} "
@@ -107,12 +117,13 @@ class Checkpoints:
             aside = self._aside(progress.step)
             with (aside / PROGRESS).open("w") as file:
                 file.write(json.dumps(asdict(progress), indent=1) + "\n")
+                file.flush()
                 os.fsync(file.fileno())
-            if self.path(progress.step).exists():
-                shutil.rmtree(self.path(progress.step))
+            self._remove(progress.step)
             aside.rename(self.path(progress.step))
+            _sync_folder(self.folder)
             for step in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(step))
+                self._remove(step)
 
     def load(self, state: State, step: int) -> None:
         """Fill `state`, whose tensors are as this rank holds them, from a checkpoint.
@@ -131,11 +142,27 @@ class Checkpoints:
     def _aside(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}"
 
+    def _remove(self, step: int) -> None:
+        """Take the name first, so that half a checkpoint never has one."""
+        if self.path(step).exists():
+            gone = self.folder / f".step-{step:08d}-gone"
+            self.path(step).rename(gone)
+            shutil.rmtree(gone)
+
     def _clean(self) -> None:
         """Remove what a run that was killed left unfinished."""
         if self.folder.is_dir():
             for each in self.folder.glob(".step-*"):
                 shutil.rmtree(each)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _last_line(error: BaseException) -> str:

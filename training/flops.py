@@ -29,7 +29,6 @@ from pixart_rt.config import ModelConfig
 from pixart_rt.model.conditioning import FREQUENCY_CHANNELS
 from pixart_rt.training.dit import DiTConfig
 
-
 TEXT_LINEAR = "cross_attn.kv_linear"  # the linear of a block that reads captions
 
 

@@ -39,8 +39,3 @@ def from_scratch(config: ModelConfig, seed: int = 0) -> TransformerCheckpoint:
         name: initial_value(name, shape, random) for name, shape in expected_shapes(config).items()
     }
     return TransformerCheckpoint(config, state, None, f"random weights, seed {seed}")
-
-
-def num_parameters(config: ModelConfig) -> int:
-    """Numbers that a text model trains."""
-    return sum(shape.numel() for shape in expected_shapes(config).values())

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -49,7 +50,9 @@ class Spread:
     def __call__(self, *inputs: Any) -> dict[str, Tensor]:
         # Where numbers of images, tokens and words happen to be equal once, a compiled block must
         # not expect them to be so again.
-        with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        # DDP's buckets do not cut blocks, which are compiled one by one as they are.
+        shapes = shapes_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+        with shapes, dynamo_config.patch(optimize_ddp=False):
             return cast(dict[str, Tensor], self.forward(*inputs))
 
     @contextmanager
@@ -92,7 +95,10 @@ def spread(objective: Objective, settings: RunSettings, ranks: Ranks) -> Spread:
     if ranks.num_ranks == 1 or settings.reproducible:
         return Spread(objective)
     if settings.parallel is Parallel.DDP:
-        return Spread(DistributedDataParallel(objective, gradient_as_bucket_view=True))
+        whole = DistributedDataParallel(
+            objective, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+        return Spread(whole)
     return _shard(objective, settings, mesh_of(settings.parallel, ranks))
 
 

@@ -5,8 +5,8 @@
         transformer-ema/  -raw/    of a text phase: diffusers folders for `pixart-rt build`
     out/02-text-image-256/ ...
 
-A phase is done when its weights are there. The data comes from outside (`Source`): this file knows
-neither stores nor encoders.
+A phase is done when its done.json is there, which says as what it was trained. The data comes from
+outside (`Source`): this file knows neither stores nor encoders.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from pixart_rt.buckets import Bucket
 from pixart_rt.config import CfgNull, Kernels, ModelConfig, Precision
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
 from pixart_rt.files import replacing
+from pixart_rt.kernels.catalog import self_test
 from pixart_rt.model.checkpoint import (
     TransformerCheckpoint,
     load_transformer,
@@ -40,6 +41,7 @@ from pixart_rt.training.initialize import from_scratch
 from pixart_rt.training.log import Place
 from pixart_rt.training.next_phase import for_next_phase
 from pixart_rt.training.objective import ClassObjective, Objective, TextObjective
+from pixart_rt.training.parallel import DTYPES
 from pixart_rt.training.ranks import Ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
@@ -49,7 +51,7 @@ from pixart_rt.training.trainer import Feed, Trainer
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
 Validate = Callable[[dict[str, Tensor], int], None]  # whole weights by name, steps done
-EXPOSURE = "exposure.json"
+EXPOSURE, DONE = "exposure.json", "done.json"
 
 
 class Source(Protocol):
@@ -107,14 +109,23 @@ def result_path(phase: Phase, folder: Path, weights: Weights) -> Path:
     return folder / (f"dit-{weights}.pt" if phase.of_classes else f"transformer-{weights}")
 
 
+def global_batch(recipe: Recipe, phase: Phase, machine: Machine) -> int:
+    """Images of a step, of all ranks."""
+    if machine.batch is None:
+        return phase.global_batch(recipe.settings)
+    if machine.batch < 1:
+        raise ConfigError(f"a batch of {machine.batch} images was asked; it must be positive")
+    return machine.batch
+
+
 def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int) -> RunSettings:
     """The recipe's optimiser on this machine. The rate follows the batch that is really used."""
     preset = recipe.settings
     optimizer = machine.optimizer or recipe.optimizer
     adam = optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
     return RunSettings(
-        steps=machine.steps or phase.steps,
-        lr=preset.effective_lr(phase.lr, machine.batch or phase.global_batch(preset)),
+        steps=phase.steps if machine.steps is None else machine.steps,
+        lr=preset.effective_lr(phase.lr, global_batch(recipe, phase, machine)),
         warmup=phase.warmup(preset),
         decay=phase.decay,
         optimizer=optimizer,
@@ -125,7 +136,7 @@ def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int)
         ema_decay=recipe.ema_decay,
         ema_on_cpu=machine.ema_on_cpu,
         precision=machine.precision,
-        micro_batches=machine.micro_batches or num_ranks,
+        micro_batches=num_ranks if machine.micro_batches is None else machine.micro_batches,
         parallel=machine.parallel,
         reproducible=machine.reproducible,
         compile=machine.compile,
@@ -158,8 +169,8 @@ def phase_trainer(
     check_source(phase, source)
     settings = run_settings(recipe, phase, machine, ranks.num_ranks)
     start = start_of(recipe, phase, out, init, machine.seed)
-    objective = objective_of(recipe, phase, start, source, machine.kernels)
-    batch = machine.batch or phase.global_batch(recipe.settings)
+    objective = objective_of(recipe, phase, start, source, machine, ranks.device)
+    batch = global_batch(recipe, phase, machine)
     sampler = BucketSampler(
         source.bucket_of,
         [bucket.num_tokens for bucket in source.buckets],
@@ -177,7 +188,7 @@ def phase_trainer(
         settings,
         folder,
         ranks,
-        identity={"phase": phase.name, "batch": batch, "data": source.identity},
+        identity={**_identity(recipe, phase, machine), "data": source.identity},
         log=machine.log,
         validation=validate,
     )
@@ -202,14 +213,14 @@ def run_phase(
     """
     folder = phase_folder(recipe, phase, out)
     done = result_path(phase, folder, Weights.EMA)
-    if is_done(phase, folder):
+    if is_done(recipe, phase, machine, out):
         return done
     trainer, start, sampler = phase_trainer(
         recipe, phase, source, machine, out, ranks, init=init, validation=validation
     )
     trainer.run()
     exposure = [asdict(each) for each in sampler.exposure(trainer.done)]
-    for weights in (Weights.RAW, Weights.EMA):  # the second is what says that the phase is done
+    for weights in Weights:
         state = trainer.weights(average=weights is Weights.EMA)
         if ranks.is_first:
             _write(start, state, result_path(phase, folder, weights), trainer, recipe)
@@ -219,18 +230,52 @@ def run_phase(
             each |= {"height": bucket.height, "width": bucket.width}
         with replacing(folder / EXPOSURE) as temporary:
             temporary.write_text(json.dumps(exposure, indent=1) + "\n")
+        with replacing(folder / DONE) as temporary:
+            record = _asked(recipe, phase, machine)
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
     ranks.barrier()
     return done
 
 
-def is_done(phase: Phase, folder: Path) -> bool:
-    return result_path(phase, folder, Weights.EMA).exists()
+def is_done(recipe: Recipe, phase: Phase, machine: Machine, out: Path) -> bool:
+    """Whether a phase was trained to its end. Raises ConfigError where it was as something else."""
+    path = phase_folder(recipe, phase, out) / DONE
+    if not path.is_file():
+        return False
+    found, asked = json.loads(path.read_text()), _asked(recipe, phase, machine)
+    for name, value in json.loads(json.dumps(asked)).items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"phase {phase.name} was trained in {path.parent} with {name} {found.get(name)}, "
+                f"this run has {value}; go on with the same, or in another folder"
+            )
+    return True
+
+
+def _asked(recipe: Recipe, phase: Phase, machine: Machine) -> dict[str, Any]:
+    """What makes a finished phase another one; not how many ranks shared it."""
+    settings = run_settings(recipe, phase, machine, 1)
+    asked = {**settings.identity(), **_identity(recipe, phase, machine), "steps": settings.steps}
+    del asked["micro_batches"]
+    return asked
+
+
+def _identity(recipe: Recipe, phase: Phase, machine: Machine) -> dict[str, Any]:
+    """What a phase's loss and samples depend on, beside RunSettings."""
+    return {
+        "phase": phase.name,
+        "batch": global_batch(recipe, phase, machine),
+        "text_dropout": recipe.text_dropout,
+        "label_dropout": recipe.label_dropout,
+        "min_snr_gamma": recipe.min_snr_gamma,
+        "timestep_shift": phase.timestep_shift,
+    }
 
 
 def start_of(recipe: Recipe, phase: Phase, out: Path, init: Path | None, seed: int) -> Checkpoint:
     """The weights that a phase starts from, under its own configuration."""
     config = phase.model_config(recipe.settings, _text_config(recipe))
-    if phase.start is Start.RANDOM:
+    if phase.start is Start.RANDOM and init is None:
         return _random_dit(recipe, phase, seed) if phase.of_classes else from_scratch(config, seed)
     path = _before(recipe, phase, out, init)
     if phase.of_classes:
@@ -250,14 +295,22 @@ def start_of(recipe: Recipe, phase: Phase, out: Path, init: Path | None, seed: i
 
 
 def objective_of(
-    recipe: Recipe, phase: Phase, start: Checkpoint, source: Source, kernels: Kernels
+    recipe: Recipe,
+    phase: Phase,
+    start: Checkpoint,
+    source: Source,
+    machine: Machine,
+    device: torch.device,
 ) -> Objective:
-    """What the phase minimises, from its start."""
+    """What the phase minimises, from its start, on a device: kernels are compared with their
+    references there first, in the dtypes of autocast too."""
+    if device.type == "cuda" and machine.kernels is Kernels.FUSED:
+        self_test(device, DTYPES[machine.precision])
     diffusion, shift = GaussianDiffusion(min_snr_gamma=recipe.min_snr_gamma), phase.timestep_shift
     if isinstance(start, DiTCheckpoint):
-        dit = load_dit(start, torch.float32).use(kernels)
+        dit = load_dit(start, torch.float32).to(device).use(machine.kernels)
         return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
-    model = load_transformer(start, torch.float32).use(kernels)
+    model = load_transformer(start, torch.float32).to(device).use(machine.kernels)
     null = null_of(start, source.empty_prompt)
     return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
 

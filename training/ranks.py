@@ -49,6 +49,13 @@ def start_ranks(device: str | None = None) -> Iterator[Ranks]:
     Raises ConfigError where a device is asked that is not there.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device {kind} was asked; choose cpu, or cuda: each rank has a GPU")
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            f"Slurm started {os.environ['SLURM_NTASKS']} tasks that do not know each other; start "
+            "one torchrun on every node (examples/train.slurm)"
+        )
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda was asked and PyTorch finds no GPU; use --device cpu")
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -70,8 +77,11 @@ def start_ranks(device: str | None = None) -> Iterator[Ranks]:
             device=place,
             writers=dist.new_group(backend="gloo"),
         )
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if num_ranks == 1:  # with others it would wait for them, and they for this rank's share
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _place(kind: str, local_rank: int) -> torch.device:

@@ -110,11 +110,18 @@ class RunSettings:
         return self.lr * self.warmup.share(step) * cosine_end(step, self.steps, self.decay)
 
     def identity(self) -> dict[str, object]:
-        """What must not change when a run goes on: the samples, their draws and what learns."""
+        """What must not change when a run goes on: the samples, their draws and how it learns."""
         return {
             "seed": self.seed,
             "micro_batches": self.micro_batches,
             "optimizer": str(self.optimizer),
             "precision": str(self.precision),
-            "ema": self.ema_decay is not None,
+            "lr": self.lr,
+            "warmup": [self.warmup.steps, self.warmup.from_zero],
+            "decay": [self.decay, self.steps] if self.decay else None,
+            "weight_decay": self.weight_decay,
+            "betas": None if self.betas is None else list(self.betas),
+            "eps": self.eps,
+            "clip_norm": self.clip_norm,
+            "ema_decay": self.ema_decay,
         }

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.files import replacing
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
 from pixart_rt.training.communication import profiled
@@ -57,6 +58,7 @@ from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, RunSet
 _log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
+LAST_WAIT = 120.0  # seconds for the checkpoint in flight when a run fails
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
 
@@ -122,12 +124,12 @@ class Trainer:
                 f"reproducible was asked on {ranks.num_ranks} ranks, which do not pair up in a "
                 "tree; use a power of two"
             )
+        if not any(each.requires_grad for each in objective.parameters()):
+            raise ConfigError("nothing is to be trained: no parameter requires a gradient")
         self.settings, self.ranks, self.feed, self.out = settings, ranks, feed, Path(out)
         self.objective = objective.to(ranks.device).train()
         self._spread = spread(objective, settings, ranks)
         self.parameters = [each for each in objective.parameters() if each.requires_grad]
-        if not self.parameters:
-            raise ConfigError("nothing is to be trained: no parameter requires a gradient")
         self.optimizer = make_optimizer(
             settings.optimizer,
             muon_groups(objective, objective.units)
@@ -154,15 +156,21 @@ class Trainer:
     def run(self) -> None:
         """Go on from the newest checkpoint to the last step, and save that one."""
         self.resume()
+        self._forget_skipped()
         steps = self.settings.steps
         if self.done < steps:
             with open_log(
                 self.log, self.out, rank=self.ranks.rank, start=self.done, num_steps=steps
             ) as log:
-                self._walk(steps, log)
+                try:
+                    self._walk(steps, log)
+                except BaseException:  # also an interruption: keep what is written already
+                    with suppress(CheckpointError):
+                        self.checkpoints.finish(LAST_WAIT)
+                    raise
         self.checkpoints.finish()
-        self.ranks.barrier()  # before all ranks look whether the last one has its name
-        if self.done not in self.checkpoints.steps():
+        self.ranks.barrier()  # the last one has its name
+        if self.done not in self.checkpoints.agreed_steps():
             self.save()
             self.checkpoints.finish()
             self.ranks.barrier()
@@ -176,11 +184,13 @@ class Trainer:
             with self._profiled():
                 result = self.step(batch)
             self.observe(result, batch)
-            if self.done % settings.log_every == 0 or self.done == stop:
+            saving = self.done % settings.save_every == 0
+            if saving or self.done % settings.log_every == 0 or self.done == stop:
+                # before a checkpoint too: what a resumed run has not seen must be in the log
                 line = self.meter.line(self.done, result.lr)
                 log.write(line)
                 self._note_skipped(line.skipped)
-            if self.done % settings.save_every == 0:
+            if saving:
                 self.save()
             if settings.validate_every and self.done % settings.validate_every == 0:
                 with self.meter.paused():
@@ -221,6 +231,16 @@ class Trainer:
             _log.warning("step %d was not finite and changed nothing; --replay %d shows where",
                          each.step, each.step)  # fmt: skip
 
+    def _forget_skipped(self) -> None:
+        """Leave out records of steps that are taken again."""
+        path = self.out / SKIPPED
+        if not self.ranks.is_first or not path.exists():
+            return
+        records = path.read_text().splitlines(keepends=True)
+        with replacing(path) as aside:
+            kept = [line for line in records if json.loads(line)["step"] < self.done]
+            aside.write_text("".join(kept))
+
     def _validate(self) -> None:
         weights = self.weights(average=self.ema is not None)
         if self.validation is not None and self.ranks.is_first:
@@ -230,16 +250,18 @@ class Trainer:
     def weights(self, *, average: bool) -> dict[str, Tensor]:
         """Whole weights of the objective on the CPU, by name; the averages of those that have one.
 
-        A collective where the model is sharded.
+        A collective where the model is sharded; ranks other than the first get nothing.
         """
         found = dict(self.objective.named_parameters())
         if average:
             assert self.ema is not None, "no average is kept"
             found |= self.ema.averages  # type: ignore[arg-type]  # tensors in place of parameters
-        return {
-            name: (each.full_tensor() if isinstance(each, DTensor) else each).detach().cpu().clone()
-            for name, each in found.items()
-        }
+        kept = {}
+        for name, each in found.items():
+            whole = each.full_tensor() if isinstance(each, DTensor) else each
+            if self.ranks.is_first:
+                kept[name] = whole.detach().cpu().clone()
+        return kept
 
     def step(self, batch: Batch) -> StepResult:
         """One step of the optimiser on this rank's samples of step `done`."""
@@ -321,7 +343,7 @@ class Trainer:
 
         Raises CheckpointError for one of another run.
         """
-        steps = self.checkpoints.steps()
+        steps = self.checkpoints.agreed_steps()
         chosen = step if step is not None else (steps[-1] if steps else None)
         if chosen is None:
             return
@@ -331,8 +353,14 @@ class Trainer:
             if found != value:
                 raise CheckpointError(
                     f"{self.checkpoints.path(chosen)} was made with {name} {found}, this run has "
-                    f"{value}; go on with the same, or start in another folder"
+                    f"{value}; go on with the same (--{name.replace('_', '-')}, where that is an "
+                    "option), or start in another folder"
                 )
+        if progress.step > self.settings.steps:
+            raise CheckpointError(
+                f"{self.settings.steps} steps were asked, {self.checkpoints.path(chosen)} has "
+                f"{progress.step}; ask for more, or start in another folder"
+            )
         state = self.state()
         self.checkpoints.load(state, chosen)
         set_state_dict(

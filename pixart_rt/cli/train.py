@@ -155,7 +155,6 @@ def train(
         )
     paths = _data_paths(read, chosen, data or [])
     texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
-    from pixart_rt.training.initialize import num_parameters
     from pixart_rt.training.log import Place  # torch: seconds
     from pixart_rt.training.phases import (
         Machine,
@@ -172,6 +171,10 @@ def train(
     unknown = sorted(set(log or []) - set(LOGS))
     if unknown:
         raise ConfigError(f"--log {unknown[0]} was asked; choose from {', '.join(LOGS)}")
+    if reproducible:
+        import torch
+
+        torch.use_deterministic_algorithms(True, warn_only=True)
     with start_ranks(device) as ranks:
         machine = Machine(
             steps=steps,
@@ -195,15 +198,16 @@ def train(
             log=[Place(each) for each in log or LOGS[:2]],
         )
         if ranks.is_first and replay is None:
-            for line in report(read, num_parameters(read.model.config())):
+            for line in report(read, _num_parameters(read)):
                 note(line)
         start = _located(init, chosen[0]) if init else None
         drawing = _drawing(validate_with, texts, machine, ranks) if validate_with else None
         done = out
         for each in chosen:
-            if replay is None and is_done(each, phase_folder(read, each, out)):
+            if replay is None and is_done(read, each, machine, out):
                 if ranks.is_first:
-                    note(f"phase {each.name} is done")
+                    unused = f"; --init {init} is not used" if start else ""
+                    note(f"phase {each.name} is done{unused}")
                 start, done = None, result_path(each, phase_folder(read, each, out), Weights.EMA)
                 continue
             source = (
@@ -227,6 +231,13 @@ def train(
             if pipeline is not None:
                 done = _whole(done, pipeline, out / "pipeline")
             typer.echo(str(done))
+
+
+def _num_parameters(recipe: Recipe) -> int:
+    """Of the text model without micro-conditioning."""
+    from pixart_rt.model.keys import expected_shapes
+
+    return sum(shape.numel() for shape in expected_shapes(recipe.model.config()).values())
 
 
 def _chosen(recipe: Recipe, names: list[str]) -> list[Phase]:
@@ -376,10 +387,10 @@ def _kernels(device: Any) -> Kernels:
 
 
 def _started(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int, samples: int) -> str:
-    from pixart_rt.training.phases import run_settings
+    from pixart_rt.training.phases import global_batch, run_settings
 
     settings = run_settings(recipe, phase, machine, num_ranks)
-    batch = machine.batch or phase.global_batch(recipe.settings)
+    batch = global_batch(recipe, phase, machine)
     return (
         f"phase {phase.name}: {samples} samples, {settings.steps} steps of {batch} images in "
         f"{settings.micro_batches} micro-batches on {num_ranks} ranks, lr {settings.lr:.3g}, "

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
+from pixart_rt.errors import DataError
 
 
 class FeatureSource(Protocol):
@@ -48,7 +49,11 @@ class StepDataset(Dataset[Any]):
         self.source, self.ids, self.seed = source, ids, seed
 
     def __getitem__(self, step: int) -> Any:
-        return self.source.load(self.ids(step), seed=self.seed, step=step)
+        """What the source loaded, or its DataError: raised here, it would become a traceback."""
+        try:
+            return self.source.load(self.ids(step), seed=self.seed, step=step)
+        except DataError as error:
+            return error
 
 
 class Batches:
@@ -79,5 +84,7 @@ class Batches:
             multiprocessing_context="spawn" if self.workers else None,  # fork and CUDA do not mix
         )
         for loaded in loader:
+            if isinstance(loaded, DataError):
+                raise loaded
             batch = self.source.finish(loaded)
             yield batch.pin_memory() if self.pin else batch

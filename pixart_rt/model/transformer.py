@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
 from pixart_rt.kernels.cross_attention import Absorbed, cross_attention_absorbed
@@ -34,8 +35,7 @@ SHIFT_MSA, GATE_MSA, SHIFT_MLP, GATE_MLP = 0, 2, 3, 5  # rows; each scale follow
 def local(table: Tensor) -> Tensor:
     """A block's table. One that is replicated over ranks (training/parallel.py) is read as this
     rank's tensor: the end of a block reads the next one's, which FSDP has not gathered yet."""
-    to_local = getattr(table, "to_local", None)
-    return table if to_local is None else cast(Tensor, to_local())
+    return table.to_local() if isinstance(table, DTensor) else table
 
 
 class Mlp(nn.Module):

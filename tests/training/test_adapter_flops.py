@@ -1,4 +1,4 @@
-"""FLOPs of objectives with adapters and frozen copies against what PyTorch counts in their steps."""
+"""FLOPs of objectives with adapters and frozen copies against what PyTorch counts in a step."""
 
 from __future__ import annotations
 

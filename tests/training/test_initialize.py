@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from pixart_rt.config import XL_2_256, ModelConfig
+from pixart_rt.config import ModelConfig
 from pixart_rt.model.checkpoint import load_transformer
-from pixart_rt.training.initialize import from_scratch, num_parameters
+from pixart_rt.training.initialize import from_scratch
 
 CONFIG = ModelConfig(num_layers=1, num_heads=2, caption_channels=96, sample_size=32)
 D = CONFIG.hidden_size
@@ -49,8 +49,3 @@ def test_it_draws_nothing_yet_and_equal_seeds_are_equal():
         from_scratch(CONFIG, seed).state["blocks.0.mlp.fc1.weight"] for seed in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-def test_the_papers_model_has_611_million_parameters():
-    """Table 1 of the paper says 0.6 B."""
-    assert num_parameters(XL_2_256) == 610_856_096

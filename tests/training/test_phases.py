@@ -172,7 +172,7 @@ def test_exposure_is_reported(out):
 
 def test_a_phase_that_is_done_is_not_run_again(out, ranks):
     refusing = MadeUp((), count=0)
-    assert is_done(PIXELS, phase_folder(RECIPE, PIXELS, out))
+    assert is_done(RECIPE, PIXELS, MACHINE, out)
     run_phase(RECIPE, PIXELS, refusing, MACHINE, out, ranks)
 
 
@@ -215,3 +215,20 @@ def test_settings_follow_the_preset_and_the_real_batch():
     assert settings.eps == 1e-10 and settings.micro_batches == 4
     came = run_settings(code, ALIGN, replace(MACHINE, optimizer=OptimizerKind.CAME), 1)
     assert came.eps is None and came.betas is None
+
+
+def test_a_phase_that_is_done_as_something_else_is_refused(out, ranks):
+    with pytest.raises(ConfigError, match="with steps 2, this run has 9"):
+        run_phase(RECIPE, PIXELS, square(256), replace(MACHINE, steps=9), out, ranks)
+    with pytest.raises(ConfigError, match="with seed 0, this run has 3"):
+        run_phase(RECIPE, PIXELS, square(256), replace(MACHINE, seed=3), out, ranks)
+
+
+def test_a_start_that_is_given_is_taken_in_place_of_random_weights(out):
+    """As the original code starts: from a published DiT."""
+    path = phase_folder(RECIPE, PIXELS, out) / "dit-ema.pt"
+    found = start_of(RECIPE, PIXELS, out, path, 0)
+    expected = read_dit(path, heads=2).state
+    assert all(torch.equal(found.state[name], expected[name]) for name in expected)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        start_of(RECIPE, PIXELS, out, out / "nothing.pt", 0)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import torch
 
 from pixart_rt.config import Precision
-from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.errors import CheckpointError, ConfigError, DataError
 from pixart_rt.training.draws import draw
 from pixart_rt.training.ranks import start_ranks
 from pixart_rt.training.replay import replay
@@ -256,6 +257,46 @@ def test_checkpointed_activations_change_no_bit(ranks, tmp_path, checkpointing):
 
 
 @pytest.mark.slow
+def test_compiled_blocks_can_be_sharded(alone, tmp_path):
+    options = ("--set", "parallel=fsdp", "compile=true", "checkpointing=selective")
+    found, expected = steps_of(run(tmp_path, *options, num_ranks=2)), steps_of(alone)
+    for step in range(STEPS):
+        assert found[step]["losses"] == pytest.approx(expected[step]["losses"], rel=1e-4)
+
+
+def test_a_run_with_fewer_steps_or_another_rate_is_refused(ranks, tmp_path):
+    make_trainer(tmp_path, 3, ranks).run()
+    with pytest.raises(CheckpointError, match="2 steps were asked"):
+        make_trainer(tmp_path, 2, ranks).resume()
+    with pytest.raises(CheckpointError, match=r"lr 0\.001, this run has 0\.002"):
+        make_trainer(tmp_path, 5, ranks, lr=2e-3).resume()
+
+
+def test_a_failing_run_keeps_the_checkpoint_in_flight(ranks, tmp_path):
+    trainer = make_trainer(tmp_path, 9, ranks)
+    batches = list(trainer.feed(0, 3))
+
+    def broken(start: int, stop: int):
+        yield from batches
+        raise DataError("a damaged sample")
+
+    trainer.feed = broken
+    with pytest.raises(DataError, match="damaged"):
+        trainer.run()
+    assert trainer.checkpoints.steps() == [3]
+
+
+def test_skipped_steps_that_are_taken_again_are_written_down_once(ranks, tmp_path):
+    trainer = make_trainer(tmp_path, 5, ranks, poisoned=3)
+    trainer.run()
+    shutil.rmtree(trainer.checkpoints.path(5))
+    again = make_trainer(tmp_path, 5, ranks, poisoned=3)
+    again.run()
+    assert again.skipped.item() == 1
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's
 def test_blocks_are_compiled_at_most_twice_over_all_buckets(ranks, tmp_path):
     """A block inside and the last block, for every bucket; near the steps that are not compiled."""
@@ -340,8 +381,8 @@ def test_the_log_counts_what_the_steps_did(ranks, tmp_path):
     trainer.observe = lambda result, batch: seen.append((result, batch))
     trainer.run()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4, 5]
-    for line, (first, last) in zip(lines, ((0, 2), (2, 4), (4, 5)), strict=True):
+    assert [line["step"] for line in lines] == [2, 3, 4, 5], "also before a checkpoint"
+    for line, (first, last) in zip(lines, ((0, 2), (2, 3), (3, 4), (4, 5)), strict=True):
         losses = torch.cat([result.losses["loss"] for result, _ in seen[first:last]])
         assert line["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
         assert line["skipped"] == 0 and line["lr"] == 1e-3 and line["mfu"] is None

@@ -3,9 +3,9 @@
     pixart-rt train recipes/tiny.toml --out runs/tiny
     python -m pixart_rt.training.tiny.export --run runs/tiny --out pixart_rt/assets/tiny
 
-Tokenizer, text encoder and VAE are those under --root, by default the shipped ones, which the run
-was trained with. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the 256-pixel
-transformer lies beside it in `transformer_256`.
+Tokenizer, text encoder and VAE are those under --root, by default the shipped ones: the run was
+trained with these. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the
+256-pixel transformer lies beside it in `transformer_256`.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pixart_rt.buckets import RESOLUTIONS
-from pixart_rt.config import ModelConfig
+from pixart_rt.config import ModelConfig, Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import PRESETS, Preset, Settings
 from pixart_rt.training.run_settings import OptimizerKind
@@ -163,6 +163,7 @@ class Recipe:
     label_dropout: float = 0.1
     min_snr_gamma: float | None = None
     optimizer: OptimizerKind = OptimizerKind.ADAMW  # the paper's; a run may take another
+    precision: Precision | None = None  # of matrix products; None: what the device does well
     text_start: TextStart = field(default_factory=TextStart)
 
     def __post_init__(self) -> None:

@@ -73,7 +73,10 @@ def train(
     ] = None,
     precision: Annotated[
         Precision | None,
-        typer.Option(help="Of matrix products. Default: bf16, before sm_80 fp16; fp32 on a CPU."),
+        typer.Option(
+            help="Of matrix products. Default: the recipe's, or bf16, before sm_80 fp16, on a CPU "
+            "fp32."
+        ),
     ] = None,
     optimizer: Annotated[
         OptimizerKind | None, typer.Option(help="Default: the recipe's; adamw is the paper's.")
@@ -182,7 +185,7 @@ def train(
             batch=batch,
             micro_batches=micro_batches,
             optimizer=optimizer,
-            precision=precision or usual_precision(ranks.device),
+            precision=precision or read.precision or usual_precision(ranks.device),
             parallel=parallel,
             reproducible=reproducible,
             compile=compile_blocks,

@@ -38,8 +38,8 @@ def test_orthogonalized_keeps_the_singular_vectors(shape):
 
 
 def test_steps_are_torchs():
-    """torch.optim.Muon orthogonalizes in bfloat16, ours on a CPU in float32: 2**-8 a product, five
-    iterations of three; a step is lr times 0.2 sqrt(columns) times that."""
+    """torch.optim.Muon orthogonalizes in bfloat16, ours on a CPU in float32. Three steps go 0.06 to
+    0.16; five iterations of three products, each rounded to 2**-8, may cost a tenth of that."""
     random = torch.Generator().manual_seed(0)
     ours = [torch.randn(shape, generator=random).requires_grad_() for shape in SHAPES]
     theirs = [each.detach().clone().requires_grad_() for each in ours]
@@ -58,7 +58,7 @@ def test_steps_are_torchs():
         muon.step()
         adamw.step()
     for one, other in zip(ours, theirs, strict=True):
-        tolerance = 0.02 if one.dim() == 2 else 1e-6
+        tolerance = 0.008 if one.dim() == 2 else 1e-6
         torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
 
 

@@ -55,7 +55,7 @@ class Plan:
     steps: int  # S
     resolution: int = 128  # pixels per side
     batch: int = 32
-    num_scenes: int = 6000  # of each kind
+    num_scenes: int = 6000  # of each kind, at most
     points: int = POINTS
     captions: int = 48  # that a score asks for, all held out
     sampling_steps: int = 12
@@ -79,6 +79,11 @@ class Plan:
             raise ConfigError(
                 f"{self.steps} steps do not divide into {self.points} scores; use a multiple"
             )
+
+    @property
+    def scenes(self) -> int:
+        """Of each kind: no more than the longest arm can see."""
+        return min(self.num_scenes, Arm.SCRATCH.length * self.steps * self.batch)
 
     @property
     def score_every(self) -> int:

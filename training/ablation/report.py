@@ -51,10 +51,10 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def at(curve: Curve, step: int) -> tuple[float, Point]:
-    """The loss and the score of an arm at one of its scored steps."""
+def at(curve: Curve, step: int) -> Point:
+    """An arm at one of its scored steps."""
     (point,) = (each for each in curve.points if each.step == step)
-    return dict(curve.losses)[step], point
+    return point
 
 
 def table(plan: Plan, curves: Mapping[Arm, Curve], costs: Mapping[str, Cost]) -> list[str]:
@@ -68,9 +68,11 @@ def table(plan: Plan, curves: Mapping[Arm, Curve], costs: Mapping[str, Cost]) ->
         for arm, label in claim.labels.items():
             steps = plan.steps * (2 if arm is Arm.SCRATCH and claim.from_dit else 1)
             seen = plan.batch * (2 * plan.steps if claim.from_dit else steps)
-            loss, point = at(curves[arm], steps)
+            point = at(curves[arm], steps)
             shares = " | ".join(f"{v:.1%}" for v in (point.right, point.placed, point.exact))
-            lines.append(f"| {claim.title} | {label} | {steps} | {seen} | {loss:.4f} | {shares} |")
+            lines.append(
+                f"| {claim.title} | {label} | {steps} | {seen} | {point.loss:.4f} | {shares} |"
+            )
     lines += ["", "| | parameters | at XL/2 | peak memory of a training step |", "|--|--|--|--|"]
     for name, each in costs.items():
         lines.append(
@@ -111,7 +113,7 @@ def _heading(plan: Plan) -> str:
         f"{plan.resolution} px, {plan.num_layers} blocks, S = {plan.steps} steps of {plan.batch} "
         f"images, {plan.optimizer}, lr {plan.lr:g}, seed {plan.seed}; averaged weights on "
         f"{plan.captions} held-out captions, {plan.sampling_steps} steps, guidance "
-        f"{plan.guidance_scale:g}. Loss: mean over the last {max(plan.score_every // 5, 1)} steps."
+        f"{plan.guidance_scale:g}. Loss: on scenes and captions that no arm saw."
     )
 
 

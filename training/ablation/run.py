@@ -34,6 +34,7 @@ from pixart_rt.training.ablation.arms import Arm, Plan
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.training.dit_checkpoint import DiTCheckpoint, read_dit, write_dit
+from pixart_rt.training.draws import draw
 from pixart_rt.training.dropout import NullText
 from pixart_rt.training.initialize import from_scratch
 from pixart_rt.training.objective import ClassObjective, Objective, TextObjective
@@ -42,6 +43,7 @@ from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_settings import RunSettings
 from pixart_rt.training.sampler import BucketSampler
 from pixart_rt.training.text_start import TextStart
+from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.scenes import SHAPES, Scene, caption, random_scene
 from pixart_rt.training.tiny.scorer import score
 from pixart_rt.training.tiny.source import SceneSource, open_scenes
@@ -53,14 +55,17 @@ DROPOUT = 0.1  # of captions and labels
 WARMUP = 0.05  # share of S
 TIMED = 3  # steps, after one that is not counted
 CAPTIONS = 4  # what the random numbers of held-out captions are for
+UNSEEN, UNSEEN_SEED = 128, 1  # scenes of the loss, which are not those of seed 0
 CAPTION_CHANNELS, MAX_TEXT_TOKENS = 128, 120  # of the shipped text encoder
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What an arm draws after some of its steps: shares of the objects that captions ask for."""
+    """An arm after some of its steps: its loss on scenes that no arm trains on, the same noise for
+    all, with captions that name everything; and shares of the objects that captions ask for."""
 
     step: int
+    loss: float
     right: float  # colour and shape
     placed: float  # and at their place
     exact: float  # share of images: all placed, nothing else, the right background
@@ -140,7 +145,7 @@ class Ablation:
 
     def source(self, arm: Arm) -> SceneSource:
         table, root = (self.bucket,), self.out / "scenes"
-        return open_scenes(arm.data, self.plan.num_scenes, table, root, self.ranks)
+        return open_scenes(arm.data, self.plan.scenes, table, root, self.ranks)
 
     def objective(self, arm: Arm, source: SceneSource) -> Objective:
         """From the weights that the arm starts from."""
@@ -187,7 +192,8 @@ class Ablation:
 
     def some_batch(self) -> Batch:
         """A batch of captioned scenes of the plan."""
-        return self.source(Arm.SCRATCH).batch(list(range(self.plan.batch)), self.plan.seed, 0)
+        numbers = np.arange(self.plan.batch) % self.plan.scenes
+        return self.source(Arm.SCRATCH).batch(numbers.tolist(), self.plan.seed, 0)
 
     @cached_property
     def asked(self) -> list[tuple[Scene, str]]:
@@ -195,6 +201,11 @@ class Ablation:
         rng = np.random.default_rng([self.plan.seed, CAPTIONS])
         scenes = [random_scene(rng, held_out=True) for _ in range(self.plan.captions)]
         return [(scene, caption(scene, rng)) for scene in scenes]
+
+    @cached_property
+    def _unseen(self) -> SceneSource:
+        table, root = (self.bucket,), self.out / "scenes"
+        return open_scenes(Scenes.DENSE, UNSEEN, table, root, self.ranks, seed=UNSEEN_SEED)
 
     @cached_property
     def _drawer(self) -> Validation:
@@ -210,25 +221,30 @@ class Ablation:
         return Validation("tiny", self.config, settings, self.ranks.device, bucket=self.bucket)
 
     def _score(self, arm: Arm, weights: dict[str, Tensor], step: int) -> None:
-        model = self.model(arm)
-        own = {
-            name.removeprefix("model."): each
-            for name, each in weights.items()
-            if name.startswith("model.")
-        }
-        model.load_state_dict(own)
-        as_text = cast(PixArtTransformer, model.to(self.ranks.device))
-        images = self._drawer.images(as_text).permute(0, 2, 3, 1).numpy()
+        objective = cast(TextObjective, self.objective(arm, self._unseen)).to(self.ranks.device)
+        objective.load_state_dict(weights)
+        images = self._drawer.images(objective.model).permute(0, 2, 3, 1).numpy()
         found = [score(image, scene) for image, (scene, _) in zip(images, self.asked, strict=True)]
         asked = sum(each.asked for each in found)
         point = Point(
             step,
+            self._unseen_loss(objective),
             sum(each.right for each in found) / asked,
             sum(each.placed for each in found) / asked,
             sum(each.exact for each in found) / len(found),
         )
         with replacing(self._score_path(arm, step)) as new:
             new.write_text(json.dumps(asdict(point)) + "\n")
+
+    @torch.no_grad()
+    def _unseen_loss(self, objective: TextObjective) -> float:
+        losses = []
+        for start in range(0, UNSEEN, self.plan.batch):
+            numbers = list(range(start, min(start + self.plan.batch, UNSEEN)))
+            batch = self._unseen.batch(numbers, self.plan.seed, 0)
+            draws = draw(self.plan.seed, 0, batch).to(self.ranks.device)
+            losses.append(objective(batch.to(self.ranks.device), draws)["loss"].cpu())
+        return torch.cat(losses).mean().item()
 
     def _score_path(self, arm: Arm, step: int) -> Path:
         return self.out / arm / "scores" / f"step-{step:08d}.json"

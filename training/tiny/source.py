@@ -140,9 +140,10 @@ def open_scenes(
     root: Path,
     ranks: Ranks,
     progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
 ) -> SceneSource:
     """Scenes of these sizes, their latents under `root`; what is missing all ranks encode."""
-    scenes = SceneSet(kind=kind, count=count, buckets=tuple(table))
+    scenes = SceneSet(kind=kind, count=count, buckets=tuple(table), seed=seed)
     latents = Latents(scenes, root, TINY / "vae")
     latents.encode(ranks.device, ranks.rank, ranks.num_ranks, progress)
     ranks.barrier()

@@ -1,0 +1,96 @@
+"""How long recipes/tiny.toml will take on two cores: CPU seconds of a step of each phase, summed.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.tiny_recipe --out tiny-recipe
+
+Each rank has one thread. CPU seconds, so that other work on the machine disturbs less than it would
+wall time; so what the ranks wait for each other is not counted, nor are checkpoints. Scenes are
+encoded once: aesthetics-256 finds those of the phase before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.provenance import write_result
+from pixart_rt.config import Precision
+from pixart_rt.training.phases import Machine, phase_trainer
+from pixart_rt.training.ranks import Ranks, start_ranks
+from pixart_rt.training.recipe import Phase, Recipe, Start, read_recipe
+from pixart_rt.training.tiny.kinds import Scenes
+from pixart_rt.training.tiny.source import open_scenes, phase_buckets
+
+RECIPE = Path("recipes/tiny.toml")
+
+
+def measure(recipe: Recipe, phase: Phase, ranks: Ranks, out: Path, count: int) -> dict[str, Any]:
+    """CPU seconds of all ranks for a step and an encoded scene; from random weights, which compute
+    the same."""
+    batch = phase.global_batch(recipe.settings)
+    alone = replace(recipe, phases=(replace(phase, start=Start.RANDOM),))
+    table = phase_buckets(phase.resolution, phase.multi_scale)
+    begun = time.process_time()
+    source = open_scenes(Scenes(phase.data), batch, table, out / "scenes", ranks)
+    encoding = (time.process_time() - begun) / batch * ranks.num_ranks
+    machine = Machine(precision=Precision.BF16)
+    trainer, *_ = phase_trainer(alone, alone.phases[0], source, machine, out, ranks)
+    seconds = []
+    for data in trainer.feed(0, count + 1):
+        begun = time.process_time()
+        trainer.step(data)
+        seconds.append(time.process_time() - begun)
+    step = sorted(seconds[1:])[len(seconds[1:]) // 2]  # the first one prepares
+    return {
+        "steps": phase.steps,
+        "batch": batch,
+        "cpu_seconds_per_step": step * ranks.num_ranks,
+        "scenes": phase.num_images,
+        "cpu_seconds_per_scene": encoding,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3, help="timed, of each phase")
+    parser.add_argument("--out", help="name under benchmarks/results, without .json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe, found, encoded = read_recipe(RECIPE), {}, set()
+    with tempfile.TemporaryDirectory() as own, start_ranks("cpu") as ranks:
+        shared = [own]
+        dist.broadcast_object_list(shared)
+        for phase in recipe.phases:
+            row = measure(recipe, phase, ranks, Path(shared[0]) / phase.name, args.steps)
+            scenes = phase.data, phase.resolution, phase.multi_scale, phase.num_images
+            row["encodes"] = scenes not in encoded
+            encoded.add(scenes)
+            row["predicted_minutes_on_two_cores"] = minutes(row)
+            found[phase.name] = row
+            if ranks.is_first:
+                print(phase.name, json.dumps(row), flush=True)
+        first = ranks.is_first
+        ranks.barrier()  # before the shared folder goes
+    total = sum(row["predicted_minutes_on_two_cores"] for row in found.values())
+    result = {"ranks": ranks.num_ranks, "phases": found, "predicted_minutes_on_two_cores": total}
+    if first:
+        print(f"{total:.0f} minutes on two cores, predicted")
+    if first and args.out:
+        write_result(args.out, result)
+
+
+def minutes(row: dict[str, Any]) -> float:
+    """Of a phase whose CPU seconds two cores share."""
+    encoding = row["scenes"] * row["cpu_seconds_per_scene"] if row["encodes"] else 0.0
+    return (row["steps"] * row["cpu_seconds_per_step"] + encoding) / 2 / 60
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Drawn scenes as what a phase trains on (the Source of phases.py), with nothing to download.
+"""Drawn scenes as what a phase trains on (Source, training/source.py), with nothing to download.
 
     source = open_scenes(Scenes.DENSE, 12_000, table, out / "scenes", ranks)
     run_phase(recipe, phase, source, ...)

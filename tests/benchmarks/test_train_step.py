@@ -5,21 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-
-import pixart_rt
 
 WORDS = ("--model", "tiny", "--res", "64", "--batch", "3", "--steps", "1")
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module; `benchmarks` is a folder of the checkout, not of the package."""
-    monkeypatch.syspath_prepend(str(Path(pixart_rt.__file__).parents[1]))
-    return importlib.import_module("benchmarks.train_step")
+def bench(benchmark_module: Callable[[str], ModuleType]) -> Any:
+    return benchmark_module("train_step")
 
 
 def run(bench: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *words: str) -> tuple[int, Any]:
@@ -63,13 +61,15 @@ def test_a_form_that_differs_is_given_no_speed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """The peer is another in one thing: 3 % of its loss, captions never dropped, positions."""
-    loss, config = bench.Peer.loss, bench.config_to_json
+    loss, config = bench.Peer.loss, importlib.import_module("benchmarks.weights").config_to_json
     name, changed = {
-        "loss": ("Peer.loss", lambda *given: 1.03 * loss(*given)),
-        "captions": ("drop_captions", lambda embeds, mask, *_: (embeds, mask)),
-        "positions": ("config_to_json", lambda given: config(given) | {"interpolation_scale": 2}),
-    }[wrong]
-    monkeypatch.setattr(f"benchmarks.train_step.{name}", changed)
+        "loss": ("train_step.Peer.loss", lambda *given: 1.03 * loss(*given)),
+        "captions": ("train_step.drop_captions", lambda embeds, mask, *_: (embeds, mask)),
+        "positions": (
+            "weights.config_to_json", lambda given: config(given) | {"interpolation_scale": 2}
+        ),
+    }[wrong]  # fmt: skip
+    monkeypatch.setattr(f"benchmarks.{name}", changed)
     monkeypatch.setattr(bench, "DROPOUT", 1.0)
     code, found = run(bench, monkeypatch, tmp_path / "x.json", "--forms", "ours")
     (row,) = found["rows"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-import pixart_rt
 from pixart_rt.bench.request import BenchRequest
 from pixart_rt.bench.run import run
 
@@ -22,10 +22,8 @@ def result(bundle_256: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def performance(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The command's module; `benchmarks` is a folder of the checkout, not of the package."""
-    monkeypatch.syspath_prepend(str(Path(pixart_rt.__file__).parents[1]))
-    return importlib.import_module("benchmarks.performance")
+def performance(benchmark_module: Callable[[str], ModuleType]) -> Any:
+    return benchmark_module("performance")
 
 
 @pytest.fixture
@@ -87,3 +85,29 @@ def test_different_images_make_no_table(
     with pytest.raises(SystemExit, match="drew other images"):
         performance.write(doc, write(doc, "bench-b.json", other).parent)
     assert doc.read_text() == before
+
+
+def test_a_run_of_h200_stands_in_its_section(
+    benchmark_module: Callable[[str], ModuleType], performance: Any, doc: Path
+) -> None:
+    """One that was written without a GPU is refused, and the document stays as it was."""
+    folder = doc.parents[1] / "results" / "h200"
+    folder.mkdir()
+    report = benchmark_module("h200.report")
+    found = report.collect(folder, [], 1.0)
+    report.write(folder / "h200.json", found)
+    before = doc.read_text()
+    with pytest.raises(SystemExit, match="without a GPU"):
+        performance.write(doc, folder.parent)
+    assert doc.read_text() == before
+    versions = found["versions"] | {"triton": "3"}
+    on_a_gpu = found["hardware"] | {"gpu": "a GPU"}
+    report.write(
+        folder / "h200.json",
+        found | {"measured": True, "hardware": on_a_gpu, "versions": versions},
+    )
+    (folder / "h200-steps.png").touch()
+    performance.write(doc, folder.parent)
+    section = doc.read_text().split("<!-- h200:begin -->")[1].split("<!-- h200:end -->")[0]
+    assert "a GPU, torch" in section and "![h200-steps](../results/h200/h200-steps.png)" in section
+    assert "not measured" in section

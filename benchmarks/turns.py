@@ -1,0 +1,88 @@
+"""One GPU, several benchmarks at once: they compile side by side and measure one after the other.
+
+A benchmark holds the GPU (`alone`) and lets go of it while torch.compile works (`compiling`), which
+takes minutes of CPU time; the compiler's own timings, of a kernel's forms against each other, take
+the GPU back. Turns are kept by a lock on the file that the environment variable
+PIXART_RT_BENCH_LOCK names. Without it a benchmark runs by itself and nothing waits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LOCK = "PIXART_RT_BENCH_LOCK"
+
+
+class _Turn:
+    """This process's hold on the lock: how often it was asked for and not yet given back."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.file: int | None = None
+
+    def take(self) -> None:
+        if self.depth == 0 and os.environ.get(LOCK):
+            if self.file is None:
+                self.file = os.open(os.environ[LOCK], os.O_CREAT | os.O_RDWR)
+                _let_the_compiler_wait()
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        self.depth += 1
+
+    def give(self) -> None:
+        self.depth -= 1
+        if self.depth == 0 and self.file is not None:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+
+_turn = _Turn()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other benchmark uses the GPU meanwhile. May be nested."""
+    _turn.take()
+    try:
+        yield
+    finally:
+        _turn.give()
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Inside `alone`: others may use the GPU. For the first call of what torch.compile made."""
+    depth = _turn.depth
+    for _ in range(depth):
+        _turn.give()
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            _turn.take()
+
+
+def _let_the_compiler_wait() -> None:
+    """Inductor's timings of kernels take their turn as well."""
+    from torch._inductor.runtime import benchmarking
+
+    settle = getattr(benchmarking, "set_gpu_benchmark_lock_context", None)
+    if settle is not None:
+        settle(alone)
+        return
+    # Before torch 2.13: one method times everything on a GPU.
+    for kind in (benchmarking.TritonBenchmarker, benchmarking.InductorBenchmarker):
+        if "benchmark_gpu" in vars(kind):
+            kind.benchmark_gpu = _in_turn(kind.benchmark_gpu)  # type: ignore[method-assign]
+
+
+def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with alone():
+            return function(*args, **kwargs)
+
+    return wrapper

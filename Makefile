@@ -13,7 +13,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
 CHECKED := pixart_rt examples
-BENCHES := $(filter-out provenance, $(basename $(notdir $(wildcard benchmarks/*.py))))
+NO_BENCH := provenance timing turns weights xl_folder profile_kernels
+BENCHES := $(filter-out $(NO_BENCH), $(basename $(notdir $(wildcard benchmarks/*.py))))
 ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: help demo test test-fast test-gpu check bench dist clean

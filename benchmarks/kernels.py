@@ -6,7 +6,8 @@
 256, 512 and 1024 px (256, 1024 and 4096 tokens) with batches of 2 and 32, bfloat16, random data.
 Forward times are replays of a CUDA graph over inputs that pass the L2 cache twice; forward with
 backward is timed without a graph, so small sizes show launches. Bytes count each tensor once,
-operations those of the formula. What the time limit leaves out is listed as not run; peers are
+operations those of the formula. Errors are those of ours and of eager PyTorch against the plain
+form in float64, at a batch of 2. What the time limit leaves out is listed as not run; peers are
 compiled last. Without a GPU tiny shapes are run, to try the script; nothing is measured then.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.provenance import provenance, write_result
 from benchmarks.timing import ceilings, nbytes, rotations, seconds_per_call
+from benchmarks.turns import alone, compiling
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
 from pixart_rt.kernels.catalog import flat, relative_error
@@ -161,17 +164,29 @@ def train(function: Callable[..., Any], *inputs: Any) -> None:
     torch.autograd.grad(outputs, wanted, [torch.ones_like(each) for each in outputs])
 
 
+def _wide(each: Any) -> Any:
+    """An input in float64; what is quantized stays."""
+    if isinstance(each, torch.dtype):
+        return torch.float64
+    return each.double() if _trainable(each) and each.dtype != torch.float8_e4m3fn else each
+
+
 def _trainable(each: Any) -> bool:
     return isinstance(each, Tensor) and each.dtype.is_floating_point
 
 
 def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """The row of a case: error against the plain form, and seconds of every form."""
+    """The row of a case: errors against float64, and seconds of every form."""
     first = case.make(0)
     sets = [first, *(case.make(seed) for seed in range(1, rotations(device, first)))]
     with torch.no_grad():
         ours, plain = flat(case.ours(*first)), flat(case.plain(*first))
-        error = max(relative_error(a, b) for a, b in zip(ours, plain, strict=True))
+        expected = flat(case.plain(*map(_wide, first))) if case.shape.startswith("2x") else plain
+        errors = {
+            name: max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+            for name, found in (("ours", ours), ("eager", plain))
+        }
+        del expected
         moved = nbytes(first) + nbytes(ours)
         forms: dict[str, Callable[..., Any]] = {"ours": case.ours, "eager": case.plain}
         forms |= case.peers
@@ -180,13 +195,16 @@ def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
         seconds: dict[str, float | str] = {}
         for name, form in forms.items():
             try:
+                with compiling() if name == "compiled" else nullcontext():
+                    form(*first)
                 seconds[name] = seconds_per_call(form, sets)
             except RuntimeError as refusal:  # a backend of SDPA that does not take this shape
                 if name in ("ours", "eager"):
                     raise
                 seconds[name] = f"refused: {str(refusal).splitlines()[0]}"
-    row = {"operator": case.operator, "shape": case.shape, "error": error, "bytes": moved,
-           "flops": case.flops, "seconds": seconds}  # fmt: skip
+    row = {"operator": case.operator, "shape": case.shape, "errors": errors, "bytes": moved,
+           "against_float64": case.shape.startswith("2x"), "flops": case.flops,
+           "seconds": seconds}  # fmt: skip
     if case.trains:
         row["forward_backward_seconds"] = {
             name: seconds_per_call(partial(train, form), sets[:2], graph=False)
@@ -211,6 +229,28 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def run(
+    minutes: float, shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The file's values, without provenance."""
+    started, rows, left_out = time.monotonic(), [], []
+    limits = ceilings(device)
+    for compiled in (False, True):  # the peers that take long come last
+        for B, N in shapes if not compiled else shapes[:3]:
+            if device.type == "cpu" and compiled:
+                continue
+            for case in cases(B, N, device, dtype):
+                if time.monotonic() - started > 60 * minutes:
+                    left_out.append(f"{case.operator} {case.shape}" + " compiled" * compiled)
+                    continue
+                row = {**measure(case, device, compiled), "with_compiled": compiled}
+                rows.append(row)
+                print(line(row), flush=True)
+    return {"measured": device.type == "cuda", "dtype": str(dtype), "ceilings": limits,
+            "refused_kernels": [f"{op}: {why}" for (op, _), why in launch.refused().items()],
+            "rows": rows, "not_run_for_time": left_out}  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write here instead of benchmarks/results")
@@ -221,22 +261,8 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     if device.type == "cpu":
         shapes = [(2, 37)]
-    started, rows, left_out = time.monotonic(), [], []
-    limits = ceilings(device)
-    for compiled in (False, True):  # the peers that take long come last
-        for B, N in shapes if not compiled else shapes[:3]:
-            if device.type == "cpu" and compiled:
-                continue
-            for case in cases(B, N, device, dtype):
-                if time.monotonic() - started > 60 * args.minutes:
-                    left_out.append(f"{case.operator} {case.shape}" + " compiled" * compiled)
-                    continue
-                row = {**measure(case, device, compiled), "with_compiled": compiled}
-                rows.append(row)
-                print(line(row), flush=True)
-    values = {"measured": device.type == "cuda", "dtype": str(dtype), "ceilings": limits,
-              "refused_kernels": [f"{op}: {why}" for (op, _), why in launch.refused().items()],
-              "rows": rows, "not_run_for_time": left_out}  # fmt: skip
+    with alone():
+        values = run(args.minutes, shapes, device, dtype)
     if args.json:
         args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
     elif device.type == "cuda":

@@ -1,10 +1,12 @@
-"""The tables of docs/performance.md, from what `pixart-rt bench` measured.
+"""The tables of docs/performance.md, from what `pixart-rt bench` and h200.sh measured.
 
     pixart-rt bench --model tiny --res 1024 --peer diffusers --json benchmarks/results/bench-tiny-1024.json
+    benchmarks/h200.sh benchmarks/results/h200
     python -m benchmarks.performance
 
 Every benchmarks/results/bench-*.json becomes a table with its origin; measurements on a CPU and on
-a GPU have a section each. A result whose peers drew other images is refused.
+a GPU have a section each, and so has benchmarks/results/h200/h200.json with its plots. A result
+whose peers drew other images is refused, and an h200.json that was written without a GPU.
 """  # noqa: E501 - commands stay on one line
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.h200 import report
 from benchmarks.provenance import RESULTS, ROOT
 
 DOC = ROOT / "docs" / "performance.md"
-SECTIONS = {"cpu": "Not measured yet.\n", "cuda": "Not measured yet.\n"}  # marker -> if empty
+EMPTY = "Not measured yet.\n"
+SECTIONS = {"cpu": EMPTY, "cuda": EMPTY}  # marker -> if empty
 PLOTS = ("stages", "latency", "throughput", "roofline")
 GIB = 2**30
 
@@ -125,10 +129,23 @@ def sections(paths: list[Path], doc: Path) -> dict[str, str]:
     return {name: "\n".join(tables) or SECTIONS[name] for name, tables in found.items()}
 
 
+def h200_section(path: Path, doc: Path) -> str:
+    """The tables and plots of a run of h200.sh, if there is one."""
+    if not path.is_file():
+        return EMPTY
+    plots = [
+        f"![{each.stem}]({Path(os.path.relpath(each, doc.parent)).as_posix()})"
+        for each in sorted(path.parent.glob("h200-*.png"))
+    ]
+    return "\n".join([report.markdown(json.loads(path.read_text())), *plots, ""])
+
+
 def write(doc: Path, results: Path) -> None:
     """Put the tables of a folder's results between the document's markers."""
     text = doc.read_text()
-    for name, body in sections(sorted(results.glob("bench-*.json")), doc).items():
+    found = sections(sorted(results.glob("bench-*.json")), doc)
+    found["h200"] = h200_section(results / "h200" / "h200.json", doc)
+    for name, body in found.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
         head, rest = text.split(begin)
         text = head + begin + body + end + rest.split(end)[1]

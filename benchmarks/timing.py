@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixart_rt.kernels.launch import SM89
+
 REPLAYS = 15
 WARMUP = 3
 
@@ -82,12 +84,27 @@ def ceilings(device: torch.device) -> dict[str, float]:
         / seconds_per_call(lambda a, b: b.copy_(a), [(source, target)]) / 1e12
     }  # fmt: skip
     del source, target
-    size = 8192
-    for dtype in (torch.bfloat16, torch.float16):
-        if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+    size, here = 8192, torch.cuda.get_device_capability(device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        if here < {torch.bfloat16: (8, 0), torch.float8_e4m3fn: SM89}.get(dtype, (0, 0)):
             continue
-        a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+        operands = factors(size, size, size, dtype, device)
         name = str(dtype).removeprefix("torch.")
-        seconds = seconds_per_call(torch.mm, [(a, b)])
+        seconds = seconds_per_call(product, [operands])
         found[f"matmul_{name}_tflop_per_s"] = 2 * size**3 / seconds / 1e12
     return found
+
+
+def factors(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Random a [M, K] and b [N, K] of `product`; in fp8 with scales of 1 for their rows."""
+    a, b = (torch.randn(rows, K, device=device).to(dtype) for rows in (M, N))
+    if dtype != torch.float8_e4m3fn:
+        return a, b
+    return a, b, torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
+
+
+def product(a: Tensor, b: Tensor, *scales: Tensor) -> Tensor:
+    """a times the transpose of b, as a linear does; bfloat16 of fp8."""
+    if not scales:
+        return torch.mm(a, b.t())
+    return torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)

@@ -34,17 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import PixArtTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from benchmarks.provenance import provenance, write_result
 from benchmarks.timing import ceilings
+from benchmarks.turns import alone, compiling
+from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Precision
 from pixart_rt.model import keys
-from pixart_rt.model.checkpoint_config import config_to_json
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.draws import draw
@@ -62,7 +62,7 @@ CHECKED = 2  # images of the comparison
 # Of a parameter's gradient, |ours - peer's| / |peer's| over all its numbers; of a loss, relative.
 # Both are float32 sums in another order, through all blocks forward and backward: at most 5e-6 on a
 # CPU (`--model small --res 128`). 1e-3 leaves more blocks and a GPU's sums room; a term that is
-# missing or weighted otherwise shows above 1e-2 (tests/test_train_step.py).
+# missing or weighted otherwise shows above 1e-2 (tests/benchmarks/test_train_step.py).
 TOLERANCE = 1e-3
 SEED, LR, CLIP, DECAY, DROPOUT, WEIGHT_DECAY = 0, 1e-6, 1.0, 0.9999, 0.1, 0.03
 EPS, BETAS = 1e-8, (0.9, 0.999)
@@ -129,12 +129,9 @@ def config_of(model: str, resolution: int) -> ModelConfig:
 
 
 def make_case(config: ModelConfig, size: int, device: torch.device, precision: Precision) -> Case:
-    """Random weights, none of them zero: what starts at zero would hide all before it."""
+    """Random weights and a random batch."""
+    state = random_state(config, SEED)
     random = torch.Generator().manual_seed(SEED)
-    state = {}
-    for name, shape in keys.expected_shapes(config).items():
-        spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-        state[name] = torch.empty(shape).normal_(std=spread, generator=random)
     T, side = config.max_text_tokens, config.sample_size
     text = torch.randn(size, T, config.caption_channels, generator=random)
     lengths = torch.randint(1, T + 1, (size, 1), generator=random)
@@ -158,10 +155,7 @@ class Peer:
 
     def __init__(self, case: Case, form: Form) -> None:
         self.case, device = case, case.device
-        config = {k: v for k, v in config_to_json(case.config).items() if not k.startswith("_")}
-        model = PixArtTransformer2DModel(**config)
-        tensors = keys.from_ours(case.state, case.config, keys.diffusers_names)
-        model.load_state_dict(tensors, strict=False)  # its position table is computed
+        model = diffusers_model(case.config, case.state)
         self.model = model.to(device).train()
         self.diffusion = GaussianDiffusion()
         mask = case.null.mask
@@ -295,7 +289,9 @@ def largest_difference(
 def seconds_per_step(step: Callable[[], None], device: torch.device, steps: int) -> float:
     """Median over five runs of `steps` steps each, one after the other as in a run."""
     cuda = device.type == "cuda"
-    for _ in range(3 if cuda else 1):
+    with compiling():
+        step()
+    for _ in range(2 if cuda else 0):
         step()
     times = []
     for _ in range(5 if cuda else 1):
@@ -325,7 +321,9 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as out:
         running = make(form, case, ranks, Path(out))
-    off, name = largest_difference(running.checked(case.batch.rows(0, CHECKED)), expected)
+    with compiling():
+        found = running.checked(case.batch.rows(0, CHECKED))
+    off, name = largest_difference(found, expected)
     row |= {"difference": off, "most_different": name, "agrees": off <= TOLERANCE}
     torch.compiler.reset()  # or it would remember a second batch size, and compile for any
     if not row["agrees"]:
@@ -437,7 +435,7 @@ def main() -> int:
     if unknown := sorted(set((args.forms or FORMS[0].name).split(",")) - names):
         parser.error(f"--forms {unknown[0]} is not one of {', '.join(sorted(names))}")
     torch.backends.cudnn.allow_tf32 = False  # the comparison is in float32
-    with start_ranks() as ranks:
+    with start_ranks() as ranks, alone():
         values = run(args, ranks)
     if args.json:
         args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")

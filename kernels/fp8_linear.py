@@ -33,9 +33,10 @@ def fp8_linear_ref(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The formula in plain PyTorch, in float32; y in `dtype`."""
-    wide = x.float() * x_scale[..., None]
-    return F.linear(wide, weight.float() * weight_scale[:, None], bias.float()).to(dtype)
+    """The formula in plain PyTorch, in the scales' dtype, float32 in a model; y in `dtype`."""
+    wide = x_scale.dtype
+    factor = weight.to(wide) * weight_scale[:, None]
+    return F.linear(x.to(wide) * x_scale[..., None], factor, bias.to(wide)).to(dtype)
 
 
 def fp8_linear_gelu_ref(

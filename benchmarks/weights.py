@@ -1,0 +1,30 @@
+"""Random weights of a transformer, and diffusers' model with the same ones."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+
+from pixart_rt.config import ModelConfig
+from pixart_rt.model import keys
+from pixart_rt.model.checkpoint_config import config_to_json
+
+
+def random_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
+    """Our names to float32 on the CPU, none zero: what starts at zero would hide all before it."""
+    random = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in keys.expected_shapes(config).items():
+        spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
+        state[name] = torch.empty(shape).normal_(std=spread, generator=random)
+    return state
+
+
+def diffusers_model(config: ModelConfig, state: dict[str, Tensor]) -> PixArtTransformer2DModel:
+    """On the CPU, float32."""
+    values = {k: v for k, v in config_to_json(config).items() if not k.startswith("_")}
+    model = PixArtTransformer2DModel(**values)
+    tensors = keys.from_ours(state, config, keys.diffusers_names)
+    model.load_state_dict(tensors, strict=False)  # its position table is computed
+    return model

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.provenance import provenance, write_result
 from benchmarks.timing import ceilings, nbytes, rotations, seconds_per_call
-from benchmarks.turns import alone, compiling
+from benchmarks.turns import alone, aside
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
 from pixart_rt.kernels.catalog import flat, relative_error
@@ -195,7 +195,7 @@ def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
         seconds: dict[str, float | str] = {}
         for name, form in forms.items():
             try:
-                with compiling() if name == "compiled" else nullcontext():
+                with aside() if name == "compiled" else nullcontext():
                     form(*first)
                 seconds[name] = seconds_per_call(form, sets)
             except RuntimeError as refusal:  # a backend of SDPA that does not take this shape

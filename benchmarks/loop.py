@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.provenance import provenance, write_result
 from benchmarks.timing import seconds_per_call
-from benchmarks.turns import alone
+from benchmarks.turns import alone, aside
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.config import EngineConfig, Precision, Quality, SamplingConfig
 from pixart_rt.denoising import Item
@@ -90,8 +90,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     precision=Precision.BF16 if cuda else Precision.FP32,
                     max_batch=max(args.images), components=("transformer", "vae_decoder"),
                 )  # fmt: skip
-                bundle = build(args.model, Path(folder) / "bundle", config).path
-                pipe = PixArtPipeline.from_bundle(bundle)
+                with aside():  # it compares a step with float32 on the GPU: less than a second
+                    bundle = build(args.model, Path(folder) / "bundle", config).path
+                    pipe = PixArtPipeline.from_bundle(bundle)
                 for images in args.images:
                     for tokens in PROMPTS:
                         row = {"pixels": resolution, "quality": quality, "images": images,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.provenance import provenance, write_result
 from benchmarks.timing import ceilings, seconds_per_call
-from benchmarks.turns import alone, compiling
+from benchmarks.turns import alone, aside
 from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.config import XL_2_1024_MS, Kernels, ModelConfig, Quality
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
@@ -79,7 +79,9 @@ class Peer:
     """diffusers' model."""
 
     def __init__(self, config: ModelConfig, state: dict[str, Tensor], inputs: Inputs) -> None:
-        self.model = diffusers_model(config, state).to(inputs["latents"].device, DTYPE).eval()
+        with aside():
+            model = diffusers_model(config, state)
+        self.model = model.to(inputs["latents"].device, DTYPE).eval()
         self.inputs = inputs
 
     def step(self, latents: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def measure(
     """One row: the comparison and, where it holds, the time."""
     made = make(form, config, state, inputs)
     with torch.no_grad():
-        with compiling():
+        with aside():
             first = made.output()[: len(expected)]
         error = float((first.float() - expected).norm() / expected.norm())
         tolerance = TOLERANCE["fp8" if "fp8" in form else "bf16"]
@@ -171,7 +173,8 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The file's values, without provenance."""
     cuda = device.type == "cuda"
     config = config_of(small=not cuda)
-    state = random_state(config, SEED)
+    with aside():
+        state = random_state(config, SEED)
     started, rows, left_out = time.monotonic(), [], []
     for resolution in args.res or (RESOLUTIONS if cuda else (64,)):
         for batch in args.batch:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from benchmarks.provenance import provenance, write_result
 from benchmarks.timing import ceilings
-from benchmarks.turns import alone, compiling
+from benchmarks.turns import alone, aside
 from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
@@ -130,7 +130,8 @@ def config_of(model: str, resolution: int) -> ModelConfig:
 
 def make_case(config: ModelConfig, size: int, device: torch.device, precision: Precision) -> Case:
     """Random weights and a random batch."""
-    state = random_state(config, SEED)
+    with aside():
+        state = random_state(config, SEED)
     random = torch.Generator().manual_seed(SEED)
     T, side = config.max_text_tokens, config.sample_size
     text = torch.randn(size, T, config.caption_channels, generator=random)
@@ -155,7 +156,8 @@ class Peer:
 
     def __init__(self, case: Case, form: Form) -> None:
         self.case, device = case, case.device
-        model = diffusers_model(case.config, case.state)
+        with aside():
+            model = diffusers_model(case.config, case.state)
         self.model = model.to(device).train()
         self.diffusion = GaussianDiffusion()
         mask = case.null.mask
@@ -289,7 +291,7 @@ def largest_difference(
 def seconds_per_step(step: Callable[[], None], device: torch.device, steps: int) -> float:
     """Median over five runs of `steps` steps each, one after the other as in a run."""
     cuda = device.type == "cuda"
-    with compiling():
+    with aside():
         step()
     for _ in range(2 if cuda else 0):
         step()
@@ -321,7 +323,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as out:
         running = make(form, case, ranks, Path(out))
-    with compiling():
+    with aside():
         found = running.checked(case.batch.rows(0, CHECKED))
     off, name = largest_difference(found, expected)
     row |= {"difference": off, "most_different": name, "agrees": off <= TOLERANCE}

@@ -1,9 +1,9 @@
 """One GPU, several benchmarks at once: they compile side by side and measure one after the other.
 
-A benchmark holds the GPU (`alone`) and lets go of it while torch.compile works (`compiling`), which
-takes minutes of CPU time; the compiler's own timings, of a kernel's forms against each other, take
-the GPU back. Turns are kept by a lock on the file that the environment variable
-PIXART_RT_BENCH_LOCK names. Without it a benchmark runs by itself and nothing waits.
+A benchmark holds the GPU (`alone`) and steps `aside` while the CPU works for long: to make weights,
+and in torch.compile, whose own timings, of a kernel's forms against each other, take the GPU back.
+Turns are kept by a lock on the file that the environment variable PIXART_RT_BENCH_LOCK names.
+Without it a benchmark runs by itself and nothing waits.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """Inside `alone`: others may use the GPU. For the first call of what torch.compile made."""
+def aside() -> Iterator[None]:
+    """Inside `alone`: others may measure. For what needs the GPU hardly or not at all."""
     depth = _turn.depth
     for _ in range(depth):
         _turn.give()

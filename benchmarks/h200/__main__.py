@@ -22,6 +22,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--minutes", type=float, default=MINUTES, help="stop everything after this")
     parser.add_argument("--small", action="store_true", help="small shapes, to try the script")
+    parser.add_argument("--commit", help="of the sources, where they lie outside a checkout")
     args = parser.parse_args()
     began = time.monotonic()
     parts = args.parts.split(",")
@@ -33,7 +34,7 @@ def main() -> int:
     stages = jobs.stages(out, parts, args.small)
     results = pool.run(stages, out / "parts", began + 60 * args.minutes)
     found = report.collect(out, results, time.monotonic() - began)
-    report.write(out / "h200.json", found)
+    report.write(out / "h200.json", found | ({"commit": args.commit} if args.commit else {}))
     plots.write_plots(found, out)
     print(report.text(found))
     return 0 if all(result.done for result in results) else 1

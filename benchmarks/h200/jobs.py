@@ -1,6 +1,7 @@
 """What is measured, in which order: what compiles longest and matters most begins first.
 
-Forms that the host's speed enters (eager ones) run before anything compiles beside them. The parts
+First what is not timed; then, one by one, what the host's speed enters (eager forms, whole images);
+then what compiles, side by side, until time runs out. The parts
 of `EXTRA` take minutes of their own and are run when asked: the kernels' tests under
 compute-sanitizer, Nsight Compute's figures, TensorRT-RTX, and the search for kernel configurations.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.h200.pool import Job, Stage
 
 PARTS = ("checks", "limits", "steps", "loop", "kernels", "training", "image")
-EXTRA = ("sanitizer", "profile", "rtx", "tune")
+EXTRA = ("sanitizer", "profile", "rtx", "tune", "image-compiled")
 RESOLUTIONS = (1024, 256, 512)
 BATCHES = (2, 32)  # rows of a step: one image with guidance, sixteen
 SLOTS = 6  # of 16 cores: a compilation is one busy thread and a few workers
@@ -25,17 +27,21 @@ TRAINING_FORMS = ("diffusers", "diffusers compiled blocks", "ours compiled", "ou
 
 
 def stages(out: Path, parts: Iterable[str], small: bool) -> list[Stage]:
-    """The jobs of some parts; `small` ones take seconds each and run without a GPU."""
-    wanted = set(parts)
-
-    def only(jobs: Iterable[Job], slots: int = 1) -> Stage:
-        return Stage(jobs=tuple(job for job in jobs if job.part in wanted), slots=slots)
-
+    """The jobs of some parts and what they need; `small` ones take seconds and need no GPU."""
+    every = [
+        Stage(jobs=(*checks(small), *making_images(out, small)), slots=3),
+        Stage(jobs=(*first(out, small), against(out, "image", "diffusers", small))),
+        Stage(jobs=tuple(together(out, small)), slots=2 if small else SLOTS),
+        Stage(jobs=tuple(extra(out))),
+    ]
+    jobs = {job.name: job for stage in every for job in stage.jobs}
+    wanted = {name for name, job in jobs.items() if job.part in parts}
+    for name in reversed(jobs):  # a job stands after those it needs
+        if name in wanted:
+            wanted |= set(jobs[name].needs)
     return [
-        only([*checks(out, small), *first(out, small)]),
-        only(together(out, small), 2 if small else SLOTS),
-        only(image(out, small)),
-        only(extra(out)),
+        Stage(jobs=tuple(job for job in stage.jobs if job.name in wanted), slots=stage.slots)
+        for stage in every
     ]
 
 
@@ -46,14 +52,12 @@ def bench(out: Path, part: str, name: str, module: str, *words: object) -> Job:
     return Job(name=name, part=part, command=command, output=output)
 
 
-def checks(out: Path, small: bool) -> list[Job]:
+def checks(small: bool) -> list[Job]:
     """The kernels' own tests, which run on the GPU where there is one, on poisoned memory."""
     which = ["tests/kernels/test_solver.py"] if small else ["tests/kernels"]
-    words = [] if small else ["-n", "8", "-p", "no:cacheprovider"]
-    return [
-        Job(name="kernel-tests", part="checks",
-            command=(sys.executable, "-m", "pytest", "-q", *which, *words)),
-    ]  # fmt: skip
+    many = ["-n", "8"] if find_spec("xdist") is not None else []
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which, *many)
+    return [Job(name="kernel-tests", part="checks", command=command)]
 
 
 def first(out: Path, small: bool) -> list[Job]:
@@ -87,7 +91,6 @@ def together(out: Path, small: bool) -> list[Job]:
         *compiled[theirs, 2],
         *training(out, small),
         *loops(out, small),
-        *making_images(out, small),
         bench(out, "kernels", "kernels", "benchmarks.kernels", "--minutes", 2),
         *(job for batch in batches[1:] for job in compiled[theirs, batch]),
         *(job for batch in batches for job in compiled[ours, batch]),
@@ -117,37 +120,28 @@ def loops(out: Path, small: bool) -> list[Job]:
 
 def making_images(out: Path, small: bool) -> list[Job]:
     """The pipeline of XL size with random weights, and its bundle."""
+    folder, words = out / "parts" / "xl", ("--small",) if small else ()
     return [
-        folder(out, "image", small),
+        Job(name="image-folder", part="image",
+            command=(sys.executable, "-m", "benchmarks.xl_folder", str(folder), *words)),
         Job(name="image-build", part="image", needs=("image-folder",),
-            command=cli("build", "--model", out / "parts" / "xl", "--res", 1024, "--backend",
-                        "torch", "--out", out / "parts" / "xl-bundle")),
+            command=cli("build", "--model", folder, "--res", 1024, "--backend", "torch", "--out",
+                        out / "parts" / "xl-bundle")),
     ]  # fmt: skip
-
-
-def folder(out: Path, part: str, small: bool) -> Job:
-    words = ("--small",) if small else ()
-    command = (sys.executable, "-m", "benchmarks.xl_folder", str(out / "parts" / "xl"), *words)
-    return Job(name=f"{part}-folder", part=part, command=command)
 
 
 def cli(*words: object) -> tuple[str, ...]:
     return sys.executable, "-m", "pixart_rt", *map(str, words)
 
 
-def image(out: Path, small: bool) -> list[Job]:
-    """From a prompt to an image; diffusers eager first, for compiling it may not end in time."""
-    bundle = out / "parts" / "xl-bundle"
+def against(out: Path, part: str, peer: str, small: bool) -> Job:
+    """From a prompt to an image, beside a peer."""
     less = ("--steps", "1", "--repeats", "1", "--warmup", "0") if small else ("--repeats", "5")
-
-    def against(peer: str) -> Job:
-        output = out / "parts" / f"bench-xl-1024-{peer}.json"
-        return Job(
-            name=f"image-{peer}", part="image", needs=("image-build",), output=output,
-            command=cli("bench", bundle, "--peer", peer, "--no-cold", *less, "--json", output),
-        )  # fmt: skip
-
-    return [against("diffusers"), *([] if small else [against("diffusers-compile")])]
+    output = out / "parts" / f"bench-xl-1024-{peer}.json"
+    command = cli("bench", out / "parts" / "xl-bundle", "--peer", peer, "--no-cold", *less,
+                  "--json", output)  # fmt: skip
+    return Job(name=f"image-{peer}", part=part, needs=("image-build",), output=output,
+               command=command)  # fmt: skip
 
 
 def extra(out: Path) -> list[Job]:
@@ -161,12 +155,12 @@ def extra(out: Path) -> list[Job]:
                      "tests/kernels/test_catalog.py", "-k", "agree_with_their_references")),
         Job(name="profile", part="profile", output=timed,
             command=(sys.executable, "-m", "benchmarks.profile_kernels", "--json", str(timed))),
-        folder(out, "rtx", small=False),
-        Job(name="rtx-build", part="rtx", needs=("rtx-folder",),
+        Job(name="rtx-build", part="rtx", needs=("image-folder",),
             command=cli("build", "--model", parts / "xl", "--res", 1024, "--backend",
                         "tensorrt-rtx", "--text-encoder", "torch", "--out", bundle)),
         Job(name="rtx-bench", part="rtx", needs=("rtx-build",), output=figures,
             command=cli("bench", bundle, "--no-cold", "--repeats", 5, "--json", figures)),
+        against(out, "image-compiled", "diffusers-compile", small=False),
         Job(name="tune", part="tune", output=parts / "tuned.json",
             command=cli("tune", "--out", parts / "tuned.json")),
     ]  # fmt: skip

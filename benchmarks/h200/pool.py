@@ -6,6 +6,7 @@ A job that fails, or that time runs out for, is told and does not stop the other
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -81,7 +82,7 @@ def run(
                     break
                 waiting.remove(job)
                 if missing := _missing(job, results):
-                    results.append(Result(job=job, state=f"not started: {missing} is not done"))
+                    results.append(Result(job=job, state=f"not started: {missing}"))
                     tell(_line(results[-1]))
                     continue
                 running.append(_start(job, logs, environment))
@@ -102,7 +103,9 @@ def _next(waiting: list[Job], results: list[Result], stage: Stage) -> Job | None
 
 def _missing(job: Job, results: list[Result]) -> str | None:
     done = {result.job.name for result in results if result.done}
-    return next((need for need in job.needs if need not in done), None)
+    if wanted := [need for need in job.needs if need not in done]:
+        return f"{wanted[0]} is not done"
+    return None if shutil.which(job.command[0]) else f"{job.command[0]} is not on the path"
 
 
 def _start(job: Job, logs: Path, environment: dict[str, str]) -> _Running:

@@ -38,6 +38,7 @@ def test_a_failure_is_told_and_stops_only_what_needs_it(pool: Any, tmp_path: Pat
         job(pool, "bad", "print('why'); raise SystemExit(3)"),
         job(pool, "good", "pass"),
         job(pool, "needs-good", "pass", "good"),
+        pool.Job(name="no such", part="p", command=("no-such-program",)),
     )
     states = run(pool, tmp_path, pool.Stage(jobs=jobs, slots=2))
     assert states == {
@@ -45,6 +46,7 @@ def test_a_failure_is_told_and_stops_only_what_needs_it(pool: Any, tmp_path: Pat
         "needs-bad": "not started: bad is not done",
         "good": "done",
         "needs-good": "done",
+        "no such": "not started: no-such-program is not on the path",
     }
     assert (tmp_path / "bad.log").read_text().strip() == "why"
 
@@ -86,12 +88,33 @@ def test_as_many_run_together_as_there_are_slots(pool: Any, tmp_path: Path) -> N
     assert run(pool, tmp_path, pool.Stage(jobs=jobs, slots=2)) == {"a": "done", "b": "done"}
 
 
+@pytest.mark.parametrize("small", [False, True])
+def test_parts_bring_what_they_need(benchmark_module: Module, tmp_path: Path, small: bool) -> None:
+    jobs = benchmark_module("h200.jobs")
+
+    def names(*parts: str) -> list[str]:
+        return [job.name for stage in jobs.stages(tmp_path, parts, small) for job in stage.jobs]
+
+    everything = names(*jobs.PARTS, *jobs.EXTRA)
+    assert len(everything) == len(set(everything))
+    assert {job.part for stage in jobs.stages(tmp_path, [*jobs.PARTS, *jobs.EXTRA], small)
+            for job in stage.jobs} == {*jobs.PARTS, *jobs.EXTRA}  # fmt: skip
+    assert names("image") == ["image-folder", "image-build", "image-diffusers"]
+    assert names("rtx") == ["image-folder", "rtx-build", "rtx-bench"]
+    assert names("limits") == ["limits"]
+    seen: set[str] = set()
+    for stage in jobs.stages(tmp_path, [*jobs.PARTS, *jobs.EXTRA], small):
+        for job in stage.jobs:
+            assert seen.issuperset(job.needs), f"{job.name} stands before what it needs"
+            seen.add(job.name)
+
+
 HOLDER = """
 import sys, time
-from benchmarks.turns import alone, compiling
+from benchmarks.turns import alone, aside
 log = open(sys.argv[1], "a", buffering=1)
 with alone():
-    with compiling():
+    with aside():
         log.write("compiling\\n")
         with alone():
             log.write("in\\n"); time.sleep(0.2); log.write("out\\n")
@@ -117,12 +140,12 @@ def test_nobody_waits_while_another_compiles(tmp_path: Path) -> None:
     environment = {**os.environ, "PIXART_RT_BENCH_LOCK": str(tmp_path / "lock")}
     code = (
         "import pathlib, sys, time\n"
-        "from benchmarks.turns import alone, compiling\n"
+        "from benchmarks.turns import alone, aside\n"
         "d, role = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "end = time.monotonic() + 200\n"
         "with alone():\n"
         "    if role == 'compiles':\n"
-        "        with compiling():\n"
+        "        with aside():\n"
         "            while not (d / 'measured').exists():\n"
         "                time.sleep(0.02)\n"
         "                if time.monotonic() > end: sys.exit(1)\n"

@@ -1,7 +1,8 @@
-"""Files and folders that are whole or absent: written aside, then renamed into place."""
+"""Files and folders that are whole or absent: written aside, then renamed into place; and locks."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -31,3 +32,15 @@ def replacing(target: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process may work on what `path` stands for; free again when the process ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import replacing
+from pixart_rt.files import locked, replacing
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
 from pixart_rt.training.communication import profiled
@@ -58,6 +58,7 @@ from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, RunSet
 _log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
+LOCK = ".lock"  # held while a run writes to its folder
 LAST_WAIT = 120.0  # seconds for the checkpoint in flight when a run fails
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
@@ -154,7 +155,28 @@ class Trainer:
         self._undecided: list[_Undecided] = []  # steps since the last log line
 
     def run(self) -> None:
-        """Go on from the newest checkpoint to the last step, and save that one."""
+        """Go on from the newest checkpoint to the last step, and save that one.
+
+        Raises ConfigError where another run writes to this folder, before it reads anything.
+        """
+        with self._alone_in_the_folder():
+            self._run()
+
+    @contextmanager
+    def _alone_in_the_folder(self) -> Iterator[None]:
+        """The first rank holds a lock; what it found is told to all."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            free = [self.ranks.is_first and stack.enter_context(locked(self.out / LOCK))]
+            dist.broadcast_object_list(free, src=0, group=self.ranks.writers)
+            if not free[0]:
+                raise ConfigError(
+                    f"{self.out} is being written to by another run; wait for it, or choose "
+                    "another folder"
+                )
+            yield
+
+    def _run(self) -> None:
         self.resume()
         self._forget_skipped()
         steps = self.settings.steps

@@ -9,12 +9,10 @@ work.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -43,7 +41,7 @@ from pixart_rt.data.manifest import (
 )
 from pixart_rt.data.shard import Skipped, read_shard, write_shard
 from pixart_rt.errors import ConfigError, DataError
-from pixart_rt.files import replacing
+from pixart_rt.files import locked, replacing
 from pixart_rt.version import __version__
 
 Progress = Callable[[str, int, int], None]  # name of the step, images done, images in all
@@ -147,12 +145,12 @@ class Extraction:
         (self.store / _LOCKS).mkdir(exist_ok=True)
         total, done, made = sum(len(self.sources(n)) for n in missing), 0, 0
         for number in missing:
-            with _lock(self.store / _LOCKS / shard_name(number)) as mine:
+            with locked(self.store / _LOCKS / shard_name(number)) as mine:
                 if mine and not (self.store / shard_name(number)).exists():
                     self._make(number, done, total, progress)
                     made += 1
             done += len(self.sources(number))
-        with _lock(self.store / _LOCKS / MANIFEST, wait=True):
+        with locked(self.store / _LOCKS / MANIFEST, wait=True):
             self.manifest = StoreManifest.read(self.store)
             if not self.missing_shards() and (made or not self._is_finished()):
                 self._complete(progress)
@@ -240,18 +238,6 @@ def _begin(
         versions={"python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     )
-
-
-@contextmanager
-def _lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process may work on what `path` stands for; free again when the process ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _is_free(store: Path) -> bool:

@@ -209,6 +209,22 @@ def test_another_run_is_not_taken_up(ranks, tmp_path):
         make_trainer(tmp_path, 7, ranks, seed=8).resume()
 
 
+def test_two_runs_do_not_share_a_folder(ranks, tmp_path):
+    second = make_trainer(tmp_path, 3, ranks)
+
+    def feed(start, stop):
+        with pytest.raises(ConfigError, match="written to by another run; wait"):
+            second.run()
+        return first_feed(start, stop)
+
+    first = make_trainer(tmp_path, 3, ranks)
+    first_feed, first.feed = first.feed, feed
+    first.run()
+    assert first.done == 3 and second.done == 0
+    second.run()  # the folder is free again
+    assert second.done == 3
+
+
 def test_old_checkpoints_are_removed(ranks, tmp_path):
     trainer = make_trainer(tmp_path, 7, ranks, save_every=1, keep=2)
     trainer.run()

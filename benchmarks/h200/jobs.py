@@ -136,7 +136,7 @@ def cli(*words: object) -> tuple[str, ...]:
 
 def against(out: Path, part: str, peer: str, small: bool) -> Job:
     """From a prompt to an image, beside a peer."""
-    less = ("--steps", "1", "--repeats", "1", "--warmup", "0") if small else ("--repeats", "5")
+    less = ("--steps", "2", "--repeats", "1", "--warmup", "1") if small else ("--repeats", "5")
     output = out / "parts" / f"bench-xl-1024-{peer}.json"
     command = cli("bench", out / "parts" / "xl-bundle", "--peer", peer, "--no-cold", *less,
                   "--json", output)  # fmt: skip

@@ -86,16 +86,16 @@ def test_the_loop_is_timed_by_the_step(
 
 @pytest.mark.slow
 def test_the_whole_script_runs_small(tmp_path: Path) -> None:
-    """Limits and images: from the shell to the pictures."""
+    """Limits and kernels: from the shell to the pictures."""
     ran = subprocess.run(
         [CHECKOUT / "benchmarks" / "h200.sh", tmp_path / "out", "--small", "--parts",
-         "limits,image,kernels"],
+         "limits,kernels"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = json.loads((tmp_path / "out" / "h200.json").read_text())
     assert found["measured"] is False and "No GPU" in ran.stdout
     assert {job["state"] for job in found["jobs"]} == {"done"}
-    assert found["images"][0]["agreement"]["diffusers"]["agrees"]
+    assert all(row["met"] is None for row in found["bars"])
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names == {"h200-attention.png", "h200-products.png", "h200-kernels.png"}

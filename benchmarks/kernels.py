@@ -14,7 +14,6 @@ compiled last. Without a GPU tiny shapes are run, to try the script; nothing is 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.provenance import provenance, write_result
+from benchmarks.provenance import Saver, first_line
 from benchmarks.timing import ceilings, nbytes, rotations, seconds_per_call
 from benchmarks.turns import alone, aside
 from pixart_rt.kernels import launch
@@ -202,7 +201,7 @@ def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
                 if name in ("ours", "eager"):
                     raise
                 seconds[name] = f"refused: {str(refusal).splitlines()[0]}"
-    row = {"operator": case.operator, "shape": case.shape, "errors": errors, "bytes": moved,
+    row = {"errors": errors, "bytes": moved,
            "against_float64": case.shape.startswith("2x"), "flops": case.flops,
            "seconds": seconds}  # fmt: skip
     if case.trains:
@@ -230,11 +229,17 @@ def line(row: dict[str, Any]) -> str:
 
 
 def run(
-    minutes: float, shapes: list[tuple[int, int]], device: torch.device, dtype: torch.dtype
+    minutes: float,
+    shapes: list[tuple[int, int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    save: Saver,
 ) -> dict[str, Any]:
-    """The file's values, without provenance."""
+    """The file's values, without provenance, saved after every row."""
     started, rows, left_out = time.monotonic(), [], []
-    limits = ceilings(device)
+    with alone():
+        values = {"measured": device.type == "cuda", "dtype": str(dtype), "rows": rows,
+                  "ceilings": ceilings(device), "not_run_for_time": left_out}  # fmt: skip
     for compiled in (False, True):  # the peers that take long come last
         for B, N in shapes if not compiled else shapes[:3]:
             if device.type == "cpu" and compiled:
@@ -243,12 +248,21 @@ def run(
                 if time.monotonic() - started > 60 * minutes:
                     left_out.append(f"{case.operator} {case.shape}" + " compiled" * compiled)
                     continue
-                row = {**measure(case, device, compiled), "with_compiled": compiled}
+                torch.compiler.reset()  # or a second size would be compiled for any
+                row = {"operator": case.operator, "shape": case.shape, "with_compiled": compiled}
+                try:
+                    with alone():
+                        row |= measure(case, device, compiled)
+                    print(line(row), flush=True)
+                except RuntimeError as error:  # out of memory, a kernel's launch: the others go on
+                    row["failed"] = first_line(error)
+                    print(f"{case.operator} {case.shape}: {row['failed']}", flush=True)
                 rows.append(row)
-                print(line(row), flush=True)
-    return {"measured": device.type == "cuda", "dtype": str(dtype), "ceilings": limits,
-            "refused_kernels": [f"{op}: {why}" for (op, _), why in launch.refused().items()],
-            "rows": rows, "not_run_for_time": left_out}  # fmt: skip
+                refused = launch.refused().items()
+                save(values | {"refused_kernels": [f"{op}: {why}" for (op, _), why in refused]})
+    return values | {
+        "refused_kernels": [f"{op}: {why}" for (op, _), why in launch.refused().items()]
+    }
 
 
 def main() -> int:
@@ -261,13 +275,10 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     if device.type == "cpu":
         shapes = [(2, 37)]
-    with alone():
-        values = run(args.minutes, shapes, device, dtype)
-    if args.json:
-        args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
-    elif device.type == "cuda":
-        print(write_result("kernels", values))
-    return 0
+    save = Saver(args.json, "kernels", measured=device.type == "cuda")
+    values = run(args.minutes, shapes, device, dtype, save)
+    save(values)
+    return 1 if any("failed" in row for row in values["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ try the script; nothing is measured then.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.provenance import provenance, write_result
+from benchmarks.provenance import Saver
 from benchmarks.timing import ceilings, factors, product, rotations, seconds_per_call
 from benchmarks.turns import alone
 from pixart_rt.kernels.launch import SM89
@@ -102,8 +101,8 @@ def _train(*inputs: Tensor) -> None:
     torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
-def run(device: torch.device, minutes: float) -> dict[str, Any]:
-    """The file's values, without provenance."""
+def run(device: torch.device, minutes: float, save: Saver) -> dict[str, Any]:
+    """The file's values, without provenance, saved as they come."""
     cuda = device.type == "cuda"
     tokens, batches = ((256, 1024, 4096), (2, 32)) if cuda else ((8,), (1,))
     started = time.monotonic()
@@ -117,6 +116,7 @@ def run(device: torch.device, minutes: float) -> dict[str, Any]:
     ):
         for row in rows:
             values[name].append(row)
+            save(values)
             print(" ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
             if time.monotonic() - started > 60 * minutes:
                 values["not_run_for_time"] = True
@@ -134,12 +134,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3, help="start nothing after this")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    save = Saver(args.json, "limits", measured=device.type == "cuda")
     with alone():
-        values = run(device, args.minutes)
-    if args.json:
-        args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
-    elif values["measured"]:
-        print(write_result("limits", values))
+        save(run(device, args.minutes, save))
     return 0
 
 

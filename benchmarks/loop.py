@@ -5,10 +5,11 @@
     python -m benchmarks.loop --model tiny --res 256 --json OUT        to try on a CPU
 
 Random weights, bfloat16, backend `torch`, guidance, so two rows an image. Everything that
-docs/performance.md says is computed once is: the unconditional text is constant, and the prompt, of
-as many tokens as asked, is absorbed where it is short. The time is the loop's over its steps:
-transformer, guidance and solver, without text encoder and VAE. Without a GPU the loop runs once
-without a graph, to try the script; nothing is measured then.
+docs/performance.md says is computed once is: the unconditional text is constant, and the prompt,
+of as many tokens as asked, is absorbed where it is short. `seconds` are the loop's over its steps,
+from inputs on the device: transformer, guidance and solver. `request_seconds` have also what the
+host does for a request: noise, plan, caches, copies. Neither has text encoder or VAE. Without a GPU
+the loop runs without a graph, to try the script; nothing is measured then.
 
 The graph's latents are compared with those of the same loop run step by step; a difference above
 1e-3 of their norm is listed instead of a time, and the exit code is 1.
@@ -17,20 +18,20 @@ The graph's latents are compared with those of the same loop run step by step; a
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.provenance import provenance, write_result
+from benchmarks.provenance import Saver, first_line
 from benchmarks.timing import seconds_per_call
-from benchmarks.turns import alone, aside
+from benchmarks.turns import alone
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.config import EngineConfig, Precision, Quality, SamplingConfig
-from pixart_rt.denoising import Item
+from pixart_rt.denoising import Item, _key
 from pixart_rt.export.build import build
 from pixart_rt.graphs import Graphs
 from pixart_rt.pipeline import PixArtPipeline
@@ -64,24 +65,36 @@ def measure(pipe: PixArtPipeline, images: int, tokens: int, steps: int) -> dict[
     denoiser, sampling = pipe.denoiser, SamplingConfig(num_inference_steps=steps)
     denoiser.graphs = Graphs()  # those of other sizes would fill the memory
     wanted = items(pipe, images, tokens)
-    expected = torch.cat(denoiser(wanted, sampling, lambda _: None, None))
+
+    def request(*_: object) -> Tensor:
+        return torch.cat(denoiser(wanted, sampling, lambda _: None, None))
+
+    expected = request()
     denoiser.warm(wanted, sampling)
-    actual = torch.cat(denoiser(wanted, sampling, lambda _: None, None))
-    error = float((actual - expected).norm() / expected.norm())
+    error = float((request() - expected).norm() / expected.norm())
     row: dict[str, Any] = {"error": error, "agrees": error <= TOLERANCE}
-    if row["agrees"]:
-        seconds = seconds_per_call(
-            lambda _: denoiser(wanted, sampling, lambda _: None, None), [(expected,)], graph=False
-        )
-        row["seconds"] = seconds / steps
-        row["graph_replays"] = denoiser.graphs.replays
+    if not row["agrees"]:
+        return row
+    plan = denoiser.planner(_key(wanted, sampling))
+    inputs = denoiser._inputs(wanted, sampling, plan)
+    key = denoiser._graph_key(inputs, ())
+
+    def loop(*_: object) -> Tensor:
+        replayed = denoiser.graphs.replay(key, inputs)
+        return denoiser._run(inputs) if replayed is None else replayed
+
+    row["seconds"] = seconds_per_call(loop, [(expected,)], graph=False) / steps
+    row["graph_replays"] = denoiser.graphs.replays
+    row["request_seconds"] = seconds_per_call(request, [(expected,)], graph=False) / steps
     return row
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The file's values, without provenance."""
+def run(args: argparse.Namespace, save: Saver) -> dict[str, Any]:
+    """The file's values, without provenance, saved after every row."""
     cuda = torch.cuda.is_available()
     started, rows, left_out = time.monotonic(), [], []
+    values = {"measured": cuda, "model": args.model, "steps": args.steps, "tolerance": TOLERANCE,
+              "rows": rows, "not_run_for_time": left_out}  # fmt: skip
     for resolution in args.res:
         for quality in args.qualities.split(","):
             with tempfile.TemporaryDirectory() as folder:
@@ -90,21 +103,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     precision=Precision.BF16 if cuda else Precision.FP32,
                     max_batch=max(args.images), components=("transformer", "vae_decoder"),
                 )  # fmt: skip
-                with aside():  # it compares a step with float32 on the GPU: less than a second
-                    bundle = build(args.model, Path(folder) / "bundle", config).path
-                    pipe = PixArtPipeline.from_bundle(bundle)
+                bundle = build(args.model, Path(folder) / "bundle", config).path
+                pipe = PixArtPipeline.from_bundle(bundle)
                 for images in args.images:
-                    for tokens in PROMPTS:
+                    for tokens in args.prompts:
                         row = {"pixels": resolution, "quality": quality, "images": images,
                                "prompt_tokens": tokens}  # fmt: skip
                         if time.monotonic() - started > 60 * args.minutes:
                             left_out.append(row)
                             continue
-                        rows.append(row | measure(pipe, images, tokens, args.steps))
-                        print(rows[-1], flush=True)
+                        try:
+                            with alone():
+                                row |= measure(pipe, images, tokens, args.steps)
+                        except RuntimeError as error:  # out of memory: the others go on
+                            row |= {"agrees": False, "failed": first_line(error)}
+                        rows.append(row)
+                        print(row, flush=True)
+                        save(values)
                 del pipe
-    return {"measured": cuda, "model": args.model, "steps": args.steps, "tolerance": TOLERANCE,
-            "rows": rows, "not_run_for_time": left_out}  # fmt: skip
+    return values
 
 
 def main() -> int:
@@ -114,15 +131,14 @@ def main() -> int:
     parser.add_argument("--res", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--images", type=int, nargs="+", default=[1], help="of a batch; default 1")
     parser.add_argument("--qualities", default="high", help="comma list of high, fast (fp8)")
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="tokens of them")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps; default 20")
     parser.add_argument("--minutes", type=float, default=10, help="start nothing after this")
     args = parser.parse_args()
-    with alone(), torch.no_grad():
-        values = run(args)
-    if args.json:
-        args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
-    elif values["measured"]:
-        print(write_result("loop", values))
+    save = Saver(args.json, "loop", measured=torch.cuda.is_available())
+    with torch.no_grad():
+        values = run(args, save)
+    save(values)
     return 0 if all(row["agrees"] for row in values["rows"]) else 1
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import provenance, write_result
-from benchmarks.timing import ceilings, seconds_per_call
+from benchmarks.provenance import Saver, first_line
+from benchmarks.timing import ceilings, in_a_row, seconds_per_call
 from benchmarks.turns import alone, aside
 from benchmarks.weights import diffusers_model, random_state
-from pixart_rt.config import XL_2_1024_MS, Kernels, ModelConfig, Quality
+from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Quality
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
 from pixart_rt.model.transformer import PixArtTransformer
 
@@ -52,8 +51,9 @@ FORMS = ("diffusers", "diffusers compiled", "ours reference compiled", "ours fus
 Inputs = dict[str, Any]
 
 
-def config_of(small: bool) -> ModelConfig:
-    config = replace(XL_2_1024_MS, micro_conditioning=False)
+def config_of(resolution: int, small: bool) -> ModelConfig:
+    """The published model of a resolution, whose positions no form computes anew at every step."""
+    config = replace(RANDOM_XL.get(resolution, XL_2_256), micro_conditioning=False)
     return replace(config, num_layers=2, num_heads=2, caption_channels=64) if small else config
 
 
@@ -82,14 +82,14 @@ class Peer:
         with aside():
             model = diffusers_model(config, state)
         self.model = model.to(inputs["latents"].device, DTYPE).eval()
-        self.inputs = inputs
+        self.inputs, self.mask = inputs, inputs["mask"].to(DTYPE)
 
     def step(self, latents: Tensor) -> Tensor:
         given = self.inputs
         output = self.model(
             latents,
             encoder_hidden_states=given["text"],
-            encoder_attention_mask=given["mask"].to(DTYPE),
+            encoder_attention_mask=self.mask,
             timestep=given["timestep"],
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
@@ -165,18 +165,21 @@ def measure(
         given = made.inputs["latents"] if isinstance(made, Peer) else made.tokens()
         for _ in range(3):  # of a compiled form: record its graph, settle
             made.step(given)
-        row["seconds"] = seconds_per_call(made.step, [(given,)], graph="one graph" in form)
+        sets = in_a_row(made.step, (given,))
+        row["seconds"] = seconds_per_call(made.step, sets, graph="one graph" in form)
     return row
 
 
-def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The file's values, without provenance."""
+def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str, Any]:
+    """The file's values, without provenance, saved after every row."""
     cuda = device.type == "cuda"
-    config = config_of(small=not cuda)
-    with aside():
-        state = random_state(config, SEED)
     started, rows, left_out = time.monotonic(), [], []
+    values = {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE, "rows": rows,
+              "ceilings": ceilings(device), "not_run": left_out}  # fmt: skip
     for resolution in args.res or (RESOLUTIONS if cuda else (64,)):
+        config = config_of(resolution, small=not cuda)
+        with aside():
+            state = random_state(config, SEED)
         for batch in args.batch:
             inputs = inputs_for(config, resolution // 16, batch, device)
             few = {k: v if k == "positions" else v[:CHECKED] for k, v in inputs.items()}
@@ -185,25 +188,32 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 expected = reference.output()
             del reference
             for form in args.forms:
-                row = {"pixels": resolution, "batch": batch}
+                row = {"pixels": resolution, "batch": batch, "form": form}
                 if not cuda and "fused" in form:
-                    left_out.append(row | {"form": form, "because": "no GPU"})
+                    left_out.append(row | {"because": "no GPU"})
                     continue
                 if time.monotonic() - started > 60 * args.minutes:
-                    left_out.append(row | {"form": form, "because": "time"})
+                    left_out.append(row | {"because": "time"})
                     continue
-                rows.append(row | measure(form, config, state, inputs, expected))
-                print(_told(rows[-1]), flush=True)
+                try:
+                    row |= measure(form, config, state, inputs, expected)
+                except RuntimeError as error:  # out of memory, or a compiler's: the others go on
+                    row |= {"agrees": False, "error": None, "failed": first_line(error)}
+                rows.append(row)
+                print(_told(row), flush=True)
+                save(values)
                 torch.compiler.reset()
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
-    return {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE,
-            "ceilings": ceilings(device), "rows": rows, "not_run": left_out}  # fmt: skip
+    return values
 
 
 def _told(row: dict[str, Any]) -> str:
-    start = f"{row['pixels']:5} x{row['batch']:<3} {row['form']:28} error {row['error']:.1e}"
+    start = f"{row['pixels']:5} x{row['batch']:<3} {row['form']:28}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
+    start += f" error {row['error']:.1e}"
     if not row["agrees"]:
         return f"{start}: differs from the reference, not timed"
     return f"{start} {1e3 * row['seconds']:9.3f} ms"
@@ -221,12 +231,10 @@ def main() -> int:
     if unknown := sorted(set(args.forms) - set(FORMS)):
         parser.error(f"--forms {unknown[0]} is not one of {', '.join(FORMS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    save = Saver(args.json, "model", measured=device.type == "cuda")
     with alone():
-        values = run(args, device)
-    if args.json:
-        args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
-    elif values["measured"]:
-        print(write_result("model", values))
+        values = run(args, device, save)
+    save(values)
     return 0 if all(row["agrees"] for row in values["rows"]) else 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_rt.bench.provenance import provenance as facts
+from pixart_rt.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -16,6 +17,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 def provenance() -> dict[str, Any]:
     """Commit (with `+` for uncommitted changes), command line, library versions, hardware, date."""
     return facts(" ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]))
+
+
+class Saver:
+    """Writes a benchmark's values after every row, so that one that is stopped loses none.
+
+    `path` None stands for benchmarks/results/NAME.json, and for nothing where nothing is measured.
+    """
+
+    def __init__(self, path: Path | None, name: str, *, measured: bool) -> None:
+        self.path = path or (RESULTS / f"{name}.json" if measured else None)
+        self._facts = provenance() if self.path else {}
+
+    def __call__(self, values: dict[str, Any]) -> None:
+        if self.path is not None:
+            with replacing(self.path) as new:
+                new.write_text(json.dumps({**self._facts, **values}, indent=1) + "\n")
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, for a row of a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def write_result(name: str, values: dict[str, Any], folder: Path = RESULTS) -> Path:

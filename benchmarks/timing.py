@@ -12,8 +12,10 @@ from torch import Tensor
 
 from pixart_rt.kernels.launch import SM89
 
-REPLAYS = 15
+REPLAYS, SLOW_REPLAYS = 15, 5
+SLOW = 0.5  # seconds of one replay, from which fewer are timed
 WARMUP = 3
+RUN = 0.05  # seconds that calls in a row should take at least, for the host to run ahead
 
 
 def nbytes(inputs: Sequence[Any]) -> int:
@@ -52,7 +54,8 @@ def seconds_per_call(
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARMUP):
+        slow = _elapsed(run) > SLOW
+        for _ in range(0 if slow else WARMUP - 1):
             run()
     torch.cuda.current_stream().wait_stream(side)
     replay: Callable[[], Any] = run
@@ -62,15 +65,27 @@ def seconds_per_call(
             run()
         replay = captured.replay
     replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(sets))
+    times = [_elapsed(replay) / len(sets) for _ in range(SLOW_REPLAYS if slow else REPLAYS)]
     return statistics.median(times)
+
+
+def _elapsed(run: Callable[[], Any]) -> float:
+    """Seconds on the present stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def in_a_row(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Sequence[Any]]:
+    """`inputs` as often as makes a run of RUN seconds, at most 20 times: between calls in a row the
+    GPU does not wait for the host, as in a loop of steps. Calls the function once.
+    """
+    if not any(isinstance(each, Tensor) and each.is_cuda for each in inputs):
+        return [inputs]
+    return [inputs] * max(1, min(20, round(RUN / max(_elapsed(lambda: function(*inputs)), 1e-6))))
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 import tempfile
 import time
@@ -37,7 +36,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from benchmarks.provenance import provenance, write_result
+from benchmarks.provenance import Saver, first_line
 from benchmarks.timing import ceilings
 from benchmarks.turns import alone, aside
 from benchmarks.weights import diffusers_model, random_state
@@ -282,6 +281,7 @@ def largest_difference(
     pairs |= {name: (found[1][name], gradient) for name, gradient in expected[1].items()}
     worst = 0.0, "loss"
     for name, (ours, theirs) in pairs.items():
+        theirs = theirs.to(ours.device)
         scale = theirs.double().norm()
         off = float((ours.double().view_as(theirs) - theirs.double()).norm() / scale)
         worst = max(worst, (off if off == off else float("inf"), name))
@@ -319,13 +319,15 @@ def measure(
     """One row: the comparison and, where it holds, the speed."""
     device, size = case.device, len(case.batch)
     row: dict[str, Any] = {"pixels": case.config.resolution, "form": form.name, "batch": size}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as out:
         running = make(form, case, ranks, Path(out))
     with aside():
         found = running.checked(case.batch.rows(0, CHECKED))
     off, name = largest_difference(found, expected)
+    del found
+    if device.type == "cuda":  # the comparison's own memory is not the step's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     row |= {"difference": off, "most_different": name, "agrees": off <= TOLERANCE}
     torch.compiler.reset()  # or it would remember a second batch size, and compile for any
     if not row["agrees"]:
@@ -375,42 +377,55 @@ def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """The file's values, without provenance."""
+def run(args: argparse.Namespace, ranks: Ranks, save: Saver) -> dict[str, Any]:
+    """The file's values, without provenance, saved after every row."""
     device = ranks.device
     cuda = device.type == "cuda"
     model = args.model or ("xl" if cuda else "tiny")
     precision = Precision(args.precision or ("bf16" if cuda else "fp32"))
     chosen = [form for form in FORMS if not args.forms or form.name in args.forms.split(",")]
     rates = ceilings(device)
-    started, rows, left_out = time.monotonic(), [], []
+    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
+
+    def values() -> dict[str, Any]:
+        return {"measured": cuda, "model": model, "precision": str(precision),
+                "steps": args.steps, "tolerance": TOLERANCE, "ceilings": rates, "rows": rows,
+                "compared": compare(rows), "not_run": left_out}  # fmt: skip
+
     for pixels in args.res or (RESOLUTIONS if cuda else (64,)):
         size = args.batch or (BATCH.get(pixels, 32) if cuda else 2)
         case = make_case(config_of(model, pixels), max(size, CHECKED), device, precision)
         with tempfile.TemporaryDirectory() as out:
             eager = make(FORMS[0], case, ranks, Path(out))
-        expected = eager.checked(case.batch.rows(0, CHECKED))
-        del eager
+        loss, gradients = eager.checked(case.batch.rows(0, CHECKED))
+        expected = loss.cpu(), {name: each.cpu() for name, each in gradients.items()}
+        del eager, loss, gradients
         for form in chosen:
+            row = {"pixels": pixels, "form": form.name, "batch": size}
             if form.fused and not cuda:
-                left_out.append({"pixels": pixels, "form": form.name, "because": "no GPU"})
+                left_out.append(row | {"because": "no GPU"})
                 continue
             if time.monotonic() - started > 60 * args.minutes:
-                left_out.append({"pixels": pixels, "form": form.name, "because": "time"})
+                left_out.append(row | {"because": "time"})
                 continue
-            rows.append(measure(form, case, ranks, expected, rates, args.steps))
+            try:
+                rows.append(measure(form, case, ranks, expected, rates, args.steps))
+            except RuntimeError as error:  # out of memory, or a compiler's: the others go on
+                failed = {"agrees": False, "difference": None, "failed": first_line(error)}
+                rows.append(row | failed)
             print(_told(rows[-1]), flush=True)
+            save(values())
             torch.compiler.reset()
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
-    return {"measured": cuda, "model": model, "precision": str(precision), "steps": args.steps,
-            "tolerance": TOLERANCE, "ceilings": rates, "rows": rows, "compared": compare(rows),
-            "not_run": left_out}  # fmt: skip
+    return values()
 
 
 def _told(row: dict[str, Any]) -> str:
     start = f"{row['pixels']:5}  {row['form']:32}"
+    if "failed" in row:
+        return f"{start} {row['failed']}"
     if not row["agrees"]:
         return (
             f"{start} differs from diffusers by {row['difference']:.1e} in "
@@ -437,12 +452,11 @@ def main() -> int:
     if unknown := sorted(set((args.forms or FORMS[0].name).split(",")) - names):
         parser.error(f"--forms {unknown[0]} is not one of {', '.join(sorted(names))}")
     torch.backends.cudnn.allow_tf32 = False  # the comparison is in float32
+    measured = torch.cuda.is_available()
+    save = Saver(args.json, "train_step", measured=measured)
     with start_ranks() as ranks, alone():
-        values = run(args, ranks)
-    if args.json:
-        args.json.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
-    elif values["measured"]:
-        print(write_result("train_step", values))
+        values = run(args, ranks, save)
+    save(values)
     return 0 if all(row["agrees"] for row in values["rows"]) else 1
 
 

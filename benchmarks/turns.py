@@ -4,6 +4,8 @@ A benchmark holds the GPU (`alone`) and steps `aside` while the CPU works for lo
 and in torch.compile, whose own timings, of a kernel's forms against each other, take the GPU back.
 Turns are kept by a lock on the file that the environment variable PIXART_RT_BENCH_LOCK names.
 Without it a benchmark runs by itself and nothing waits.
+
+    python -m benchmarks.turns COMMAND ...        runs another program that has the GPU alone
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +33,8 @@ class _Turn:
         if self.depth == 0 and os.environ.get(LOCK):
             if self.file is None:
                 self.file = os.open(os.environ[LOCK], os.O_CREAT | os.O_RDWR)
-                _let_the_compiler_wait()
+                if __name__ != "__main__":
+                    _let_the_compiler_wait()
             fcntl.flock(self.file, fcntl.LOCK_EX)
         self.depth += 1
 
@@ -86,3 +91,9 @@ def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return wrapper
+
+
+if __name__ == "__main__":
+    with alone():
+        ran = subprocess.run(sys.argv[1:])
+    raise SystemExit(ran.returncode)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.h200 import jobs, plots, pool, report
 
 MINUTES = 8.5
+NEEDED = ("bs4", "diffusers", "ftfy", "matplotlib", "pytest", "sentencepiece", "transformers",
+          "triton")  # fmt: skip
 
 
 def main() -> int:
@@ -29,10 +33,16 @@ def main() -> int:
     known = (*jobs.PARTS, *jobs.EXTRA)
     if unknown := sorted(set(parts) - set(known)):
         parser.error(f"--parts {unknown[0]} is not one of {', '.join(known)}")
-    (args.out / "parts").mkdir(parents=True, exist_ok=True)
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        parser.error(f"{', '.join(missing)} cannot be imported here; install it first")
     out = args.out.resolve()
-    stages = jobs.stages(out, parts, args.small)
-    results = pool.run(stages, out / "parts", began + 60 * args.minutes)
+    for name in ("parts", "weights"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    try:
+        stages = jobs.stages(out, parts, args.small)
+        results = pool.run(stages, out / "parts", began + 60 * args.minutes)
+    finally:
+        shutil.rmtree(out / "weights", ignore_errors=True)  # 20 GB that a second run makes again
     found = report.collect(out, results, time.monotonic() - began)
     report.write(out / "h200.json", found | ({"commit": args.commit} if args.commit else {}))
     plots.write_plots(found, out)

@@ -97,7 +97,7 @@ def attention(figure: Figure, found: dict[str, Any]) -> None:
                           label=backend)  # fmt: skip
         for row in found["kernels"]:
             mine = (row["operator"], row["shape"]) == ("attention_qkv_packed", f"2x{count}")
-            if mine and not row["with_compiled"]:
+            if mine and not row["with_compiled"] and "failed" not in row:
                 rate = row["flops"] / row["seconds"]["ours"] / 1e12
                 axes.plot([72], [rate], "*", markersize=12, color=OURS[2], label="ours")
         axes.set_title(f"{count} tokens", fontsize=8)
@@ -132,7 +132,7 @@ def kernels(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     groups: dict[str, dict[str, float]] = {}
     for row in found["kernels"]:
-        if not row["against_float64"]:
+        if "failed" in row or not row["against_float64"]:
             continue
         times = {k: v for k, v in row["seconds"].items() if not isinstance(v, str)}
         values = groups.setdefault(f"{row['operator']} {row['shape'].partition('x')[2]}", {})

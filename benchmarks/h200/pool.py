@@ -22,13 +22,16 @@ POLL = 0.2  # seconds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A command that writes `output`. `needs` are the jobs whose results it reads."""
+    """A command that writes `output`. `needs` are the jobs whose results it reads; of the jobs of
+    one `group`, one runs at a time.
+    """
 
     name: str
     part: str
     command: tuple[str, ...]
     output: Path | None = None
     needs: tuple[str, ...] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +80,9 @@ def run(
                 results.append(_ended(each))
                 tell(_line(results[-1]))
             while waiting and len(running) < stage.slots:
-                job = _next(waiting, results, stage)
+                job = _next(waiting, [each.job for each in running], results)
                 if job is None:
+                    assert running, f"nothing can start any more of {waiting}"
                     break
                 waiting.remove(job)
                 if missing := _missing(job, results):
@@ -91,12 +95,12 @@ def run(
     return results
 
 
-def _next(waiting: list[Job], results: list[Result], stage: Stage) -> Job | None:
-    """The first whose needs have ended, well or not."""
+def _next(waiting: list[Job], running: list[Job], results: list[Result]) -> Job | None:
+    """The first whose needs have ended, well or not, and whose group is free."""
     ended = {result.job.name for result in results}
-    inside = {job.name for job in stage.jobs}
+    groups = {job.group for job in running if job.group}
     for job in waiting:
-        if all(need in ended or need not in inside for need in job.needs):
+        if ended.issuperset(job.needs) and job.group not in groups:
             return job
     return None
 

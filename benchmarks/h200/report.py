@@ -26,8 +26,8 @@ def collect(out: Path, results: Sequence[Result], seconds: float) -> dict[str, A
     parts: dict[str, Rows] = {}
     for result in results:
         path = result.job.output
-        if path is not None and path.is_file():  # also of a job that failed: it says at what
-            parts.setdefault(result.job.part, []).append(json.loads(path.read_text()))
+        if path is not None and path.is_file():  # also of one that failed or was stopped
+            parts.setdefault(_section(result.job.part), []).append(json.loads(path.read_text()))
     found: dict[str, Any] = {
         **provenance(),
         "seconds": seconds,
@@ -50,6 +50,10 @@ def collect(out: Path, results: Sequence[Result], seconds: float) -> dict[str, A
     found["measured"] = found["hardware"]["gpu"] is not None
     found["bars"] = bars(found)
     return found
+
+
+def _section(part: str) -> str:
+    return "image" if part == "image-compiled" else part
 
 
 def _last_line(log: Path) -> str:
@@ -92,7 +96,7 @@ def bars(found: dict[str, Any]) -> Rows:
                           prompt_tokens=PROMPT)  # fmt: skip
         value = peer / ours if peer and ours else None
         bar(f"DiT step {pixels} px, compiled diffusers over ours", least, value, unit="x")
-    for row in found["kernels"]:
+    for row in _timed_kernels(found):
         if row["operator"] == "attention_qkv_packed" and row["shape"] == f"{GUIDED}x4096":
             times = {k: v for k, v in row["seconds"].items() if not isinstance(v, str)}
             best = min(v for k, v in times.items() if k.startswith("sdpa"))
@@ -101,13 +105,17 @@ def bars(found: dict[str, Any]) -> Rows:
     compared = {row["pixels"]: row for row in found["training_compared"]}
     for pixels, least in TRAINING_BARS.items():
         value = compared.get(pixels, {}).get("speedup")
-        bar(f"training step {pixels} px, compiled diffusers over ours", least, value, unit="x")
+        bar(f"training step {pixels} px, fastest diffusers over ours", least, value, unit="x")
     for pixels, least in MFU_BARS.items():
         value = compared.get(pixels, {}).get("mfu")
         bar(f"training step {pixels} px, MFU", least, value, unit="")
     image = next((_p50(each) for each in found["images"]), None)
     bar("image 1024 px, 20 steps, p50", IMAGE_BAR, image, unit="s", below=True)
     return rows
+
+
+def _timed_kernels(found: dict[str, Any]) -> Rows:
+    return [row for row in found["kernels"] if "failed" not in row]
 
 
 def _p50(bench: dict[str, Any]) -> float:
@@ -167,6 +175,8 @@ def steps_table(found: dict[str, Any]) -> str:
                     == (form, pixels, batch)), None)  # fmt: skip
         if row is None:
             return "-"
+        if "failed" in row:
+            return "failed"
         return number(row["seconds"], 1e3) if row["agrees"] else f"wrong ({row['error']:.1e})"
 
     lines = [[form, *(cell(form, *size) for size in sizes)] for form in forms]
@@ -183,10 +193,10 @@ def steps_table(found: dict[str, Any]) -> str:
 def kernels_table(found: dict[str, Any]) -> str:
     """Microseconds, errors against float64 and the rate of ours."""
     lines = []
-    for row in found["kernels"]:
+    for row in _timed_kernels(found):
         if row["with_compiled"] or not row["against_float64"]:
             continue
-        again = next((each for each in found["kernels"] if each["with_compiled"]
+        again = next((each for each in _timed_kernels(found) if each["with_compiled"]
                       and (each["operator"], each["shape"]) == (row["operator"], row["shape"])),
                      None)  # fmt: skip
         times = {k: v for k, v in row["seconds"].items() if not isinstance(v, str)}
@@ -208,7 +218,7 @@ def training_table(found: dict[str, Any]) -> str:
         (
             str(row["pixels"]), row["form"], str(row["batch"]), _training_time(row),
             number(row.get("mfu"), 100), number(row.get("memory_bytes"), 2**-30),
-            f"{row['difference']:.1e}",
+            number(row["difference"], digits=2),
         )
         for row in found["training"]
     ]  # fmt: skip
@@ -218,6 +228,8 @@ def training_table(found: dict[str, Any]) -> str:
 def _training_time(row: dict[str, Any]) -> str:
     if "seconds" in row:
         return number(row["seconds"], 1e3)
+    if "failed" in row:
+        return "failed"
     return "out of memory" if row.get("out_of_memory") else f"wrong in {row['most_different']}"
 
 
@@ -265,7 +277,15 @@ def text(found: dict[str, Any]) -> str:
 
 
 def _not_done(found: dict[str, Any]) -> list[str]:
-    return [
+    """Jobs that did not end well, and rows that failed in others."""
+    rows = [row for name in ("steps", "loop", "kernels", "training") for row in found[name]]
+    said = ("form", "operator", "pixels", "shape", "batch", "images", "quality")
+    failed = [
+        f"{' '.join(str(row[key]) for key in said if key in row)}: {row['failed']}"
+        for row in rows
+        if "failed" in row
+    ]
+    return failed + [
         f"{job['name']}: {job['state']}" + (f" ({job['said']})" if job["said"] else "")
         for job in found["jobs"]
         if job["state"] != "done"

@@ -99,3 +99,32 @@ def test_the_whole_script_runs_small(tmp_path: Path) -> None:
     assert all(row["met"] is None for row in found["bars"])
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names == {"h200-attention.png", "h200-products.png", "h200-kernels.png"}
+
+
+@pytest.mark.parametrize("name", ["model", "train_step"])
+def test_a_form_that_fails_leaves_the_others(
+    benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str,
+    no_kernels: None,
+) -> None:  # fmt: skip
+    """And what was measured before is on the disk when it does."""
+    module = benchmark_module(name)
+    before, out = module.measure, tmp_path / "x.json"
+
+    def failing(form: Any, *given: Any) -> Any:
+        if getattr(form, "name", form) == "diffusers":
+            raise torch.OutOfMemoryError("out of memory\nmore")
+        assert json.loads(out.read_text())["rows"][0]["failed"], "not yet saved"
+        return before(form, *given)
+
+    monkeypatch.setattr(module, "measure", failing)
+    words = {
+        "model": ("--forms", "diffusers,ours reference compiled"),
+        "train_step": ("--forms", "diffusers,ours", "--model", "tiny", "--res", "64", "--batch",
+                       "2", "--steps", "1"),
+    }[name]  # fmt: skip
+    if name == "model":
+        monkeypatch.setattr(module, "COMPILED", ())
+    code, found = run(module, monkeypatch, out, *words)
+    failed, good = found["rows"]
+    assert code == 1 and failed["failed"] == "OutOfMemoryError: out of memory"
+    assert "seconds" not in failed and good["seconds"] > 0

@@ -109,6 +109,18 @@ def test_parts_bring_what_they_need(benchmark_module: Module, tmp_path: Path, sm
             seen.add(job.name)
 
 
+def test_of_a_group_one_runs_at_a_time(pool: Any, tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys, time; p = pathlib.Path({path!r})\n"
+        "os.close(os.open(p, os.O_CREAT | os.O_EXCL)); time.sleep(0.3); p.unlink()\n"
+    ).format(path=str(tmp_path / "only one"))
+    jobs = tuple(
+        pool.Job(name=name, part="p", command=(sys.executable, "-c", code), group="g")
+        for name in "abc"
+    )
+    assert set(run(pool, tmp_path, pool.Stage(jobs=jobs, slots=3)).values()) == {"done"}
+
+
 HOLDER = """
 import sys, time
 from benchmarks.turns import alone, aside
@@ -133,6 +145,17 @@ def test_processes_measure_one_after_the_other(tmp_path: Path) -> None:
     assert [each.wait(timeout=300) for each in running] == [0, 0, 0]
     marks = [line for line in log.read_text().split() if line != "compiling"]
     assert marks == ["in", "out"] * 6
+
+
+def test_a_program_of_others_can_have_the_gpu_alone(tmp_path: Path) -> None:
+    environment = {**os.environ, "PIXART_RT_BENCH_LOCK": str(tmp_path / "lock")}
+    code = (
+        "import fcntl, os, sys; f = os.open(os.environ['PIXART_RT_BENCH_LOCK'], os.O_RDWR)\n"
+        "try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError: sys.exit(7)\n"
+    )
+    command = [sys.executable, "-m", "benchmarks.turns", sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=CHECKOUT, env=environment).returncode == 7
 
 
 def test_nobody_waits_while_another_compiles(tmp_path: Path) -> None:

@@ -35,10 +35,13 @@ PHASES = ("01-pixel-dependency", "02-text-image-256", "03-aesthetics-256", "04-a
 def test_the_recipe_is_the_papers_in_miniature():
     recipe, paper = read_recipe(FILE), read_recipe(ROOT / "recipes" / "pixart-alpha.toml")
     for ours, theirs in zip(recipe.phases, paper.phases, strict=True):
-        for name in ("name", "stage", "start", "resolution", "multi_scale", "micro_conditioning"):
+        for name in ("name", "stage", "start", "resolution", "micro_conditioning"):
             assert getattr(ours, name) == getattr(theirs, name)
         classes = ours.stage is Stage.PIXEL_DEPENDENCY
         assert ours.data == (Scenes.CLASSES if classes else Scenes.DENSE)
+    shapes = [each.multi_scale for each in recipe.phases]
+    assert [each.multi_scale for each in paper.phases] == [False, False, False, True, True]
+    assert shapes == [False, False, True, True, True], "a departure that the recipe names"
     assert recipe.phases[1].start is Start.REPARAMETERIZED
     assert recipe.model.num_classes == len(SHAPES)
     last = recipe.phases[-1].model_config(recipe.settings, recipe.model.config())

@@ -128,7 +128,7 @@ class Ablation:
             ema_decay=plan.ema_decay,
             precision=Precision(plan.precision),
             seed=plan.seed,
-            log_every=max(plan.score_every // 5, 1),
+            log_every=self.log_every,
             save_every=plan.score_every,
             keep=arm.length * plan.points,
             validate_every=None if arm is Arm.DIT else plan.score_every,
@@ -142,6 +142,10 @@ class Ablation:
             identity={"arm": str(arm), "plan": plan.to_dict(), "data": source.identity},
             validation=lambda weights, step: self._score(arm, weights, step),
         )
+
+    @property
+    def log_every(self) -> int:
+        return max(self.plan.score_every // 5, 1)
 
     def source(self, arm: Arm) -> SceneSource:
         table, root = (self.bucket,), self.out / "scenes"
@@ -182,7 +186,9 @@ class Ablation:
         lines = [
             json.loads(each) for each in (self.out / arm / "log.jsonl").read_text().splitlines()
         ]
-        losses = [(int(line["step"]), float(line["loss"])) for line in lines]
+        every = self.log_every  # a checkpoint's line is the mean of few steps
+        losses = [(int(line["step"]), float(line["loss"])) for line in lines
+                  if line["step"] % every == 0]  # fmt: skip
         scores = sorted((self.out / arm / "scores").glob("step-*.json"))
         points = [Point(**json.loads(path.read_text())) for path in scores]
         seconds = sorted(

@@ -41,6 +41,7 @@ check: $(STAMP) ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(CHECKED)
+	$(BIN)/mypy --explicit-package-bases benchmarks
 
 bench: $(STAMP) ## run every benchmark; results go to benchmarks/results
 	set -e; for bench in $(BENCHES); do echo "$$bench"; $(BIN)/python -m "benchmarks.$$bench"; done

@@ -169,7 +169,7 @@ class Traffic(TorchDispatchMode):
 
 
 def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _is(value: Any) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,7 +64,7 @@ class Case:
     plain: Callable[..., Any]
     flops: float = 0.0
     trains: bool = True
-    peers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def attention_plain(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
@@ -236,7 +236,7 @@ def run(
     save: Saver,
 ) -> dict[str, Any]:
     """The file's values, without provenance, saved after every row."""
-    started, rows, left_out = time.monotonic(), [], []
+    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[str]()
     with alone():
         values = {"measured": device.type == "cuda", "dtype": str(dtype), "rows": rows,
                   "ceilings": ceilings(device), "not_run_for_time": left_out}  # fmt: skip

@@ -96,9 +96,9 @@ def attention(
 
 
 def _train(*inputs: Tensor) -> None:
-    leaves = [each.detach().requires_grad_() for each in inputs]
-    output = F.scaled_dot_product_attention(*leaves)
-    torch.autograd.grad(output, leaves, torch.ones_like(output))
+    q, k, v = (each.detach().requires_grad_() for each in inputs)
+    output = F.scaled_dot_product_attention(q, k, v)
+    torch.autograd.grad(output, (q, k, v), torch.ones_like(output))
 
 
 def run(device: torch.device, minutes: float, save: Saver) -> dict[str, Any]:

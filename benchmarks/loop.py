@@ -92,7 +92,7 @@ def measure(pipe: PixArtPipeline, images: int, tokens: int, steps: int) -> dict[
 def run(args: argparse.Namespace, save: Saver) -> dict[str, Any]:
     """The file's values, without provenance, saved after every row."""
     cuda = torch.cuda.is_available()
-    started, rows, left_out = time.monotonic(), [], []
+    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
     values = {"measured": cuda, "model": args.model, "steps": args.steps, "tolerance": TOLERANCE,
               "rows": rows, "not_run_for_time": left_out}  # fmt: skip
     for resolution in args.res:

@@ -173,7 +173,7 @@ def measure(
 def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str, Any]:
     """The file's values, without provenance, saved after every row."""
     cuda = device.type == "cuda"
-    started, rows, left_out = time.monotonic(), [], []
+    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
     values = {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE, "rows": rows,
               "ceilings": ceilings(device), "not_run": left_out}  # fmt: skip
     for resolution in args.res or (RESOLUTIONS if cuda else (64,)):

@@ -107,16 +107,16 @@ def unequal_tables(resolution: int) -> int:
 
 def sweeps(with_xl: bool) -> list[dict[str, Any]]:
     """Small models of every resolution, plain and micro-conditioned, and PixArt-Sigma's form."""
-    small = {"caption_channels": 64}
+    width = 64  # of the text
     done = []
     for resolution in RESOLUTIONS:
         layers = 1 if resolution == 1024 else 2  # 4096 tokens are slow
         for micro in (False, True):
             config = replace(RANDOM_XL[resolution], num_layers=layers, num_heads=layers,
-                             micro_conditioning=micro, **small)  # fmt: skip
+                             micro_conditioning=micro, caption_channels=width)  # fmt: skip
             kind = "micro-conditioned" if micro else "plain"
             done.append(sweep(f"{resolution} px, {kind}", config))
-    sigma = replace(SIGMA_XL_2_1024, num_layers=1, num_heads=1, **small)
+    sigma = replace(SIGMA_XL_2_1024, num_layers=1, num_heads=1, caption_channels=width)
     done.append(sweep("1024 px, PixArt-Sigma, 300 text tokens", sigma))
     if with_xl:
         pair = make_pair(XL_2_256, seed=0)

@@ -117,7 +117,7 @@ def run_trials(generate: Generate, args: argparse.Namespace) -> list[Trial]:
         size = SIZES[args.resolution][index % len(SIZES[args.resolution])]
         asked.append((size, scene, caption(scene, rng)))
     asked.sort(key=lambda entry: entry[0])
-    trials = []
+    trials: list[Trial] = []
     while len(trials) < len(asked):
         start = len(trials)
         size = asked[start][0]

@@ -122,4 +122,7 @@ def product(a: Tensor, b: Tensor, *scales: Tensor) -> Tensor:
     """a times the transpose of b, as a linear does; bfloat16 of fp8."""
     if not scales:
         return torch.mm(a, b.t())
-    return torch._scaled_mm(a, b.t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
+    rows, columns = scales
+    return torch._scaled_mm(
+        a, b.t(), scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16, use_fast_accum=True
+    )

@@ -72,11 +72,11 @@ def steps(figure: Figure, found: dict[str, Any]) -> None:
                 values[f"ours, whole loop in a graph, {quality}"] = 1e3 * loop
         bars(axes, {f"{pixels} px\n{batch} rows": values})
     every[0].set_ylabel("ms a step")
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in every:
         found_here = zip(*axes.get_legend_handles_labels(), strict=True)
-        handles |= {label: handle for handle, label in found_here}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3,
+        handles |= {str(label): handle for handle, label in found_here}
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3,
                   fontsize=7, frameon=False)  # fmt: skip
 
 

@@ -153,7 +153,9 @@ def limits_table(found: dict[str, Any]) -> str:
     limits = found["limits"]
     if not limits:
         return ""
-    sizes = {(row["product"], row["m"], row["n"], row["k"]): {} for row in limits["products"]}
+    sizes: dict[tuple[str, int, int, int], dict[str, float]] = {
+        (row["product"], row["m"], row["n"], row["k"]): {} for row in limits["products"]
+    }
     for row in limits["products"]:
         sizes[row["product"], row["m"], row["n"], row["k"]][row["dtype"]] = row["tflop_per_s"]
     dtypes = sorted({row["dtype"] for row in limits["products"]})

@@ -18,7 +18,6 @@ Without a GPU a two-block model is run once, to try the script: nothing is measu
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import Saver, first_line
-from benchmarks.timing import ceilings, in_a_row, seconds_per_call
+from benchmarks.timing import ceilings, in_a_row, seconds_per_call, start_afresh
 from benchmarks.turns import alone, aside
 from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Quality
@@ -202,10 +201,7 @@ def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str
                 rows.append(row)
                 print(_told(row), flush=True)
                 save(values)
-                torch.compiler.reset()
-                gc.collect()
-                if cuda:
-                    torch.cuda.empty_cache()
+                start_afresh()
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -86,6 +87,14 @@ def in_a_row(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Sequen
     if not any(isinstance(each, Tensor) and each.is_cuda for each in inputs):
         return [inputs]
     return [inputs] * max(1, min(20, round(RUN / max(_elapsed(lambda: function(*inputs)), 1e-6))))
+
+
+def start_afresh() -> None:
+    """Forget what was compiled, and give back the memory of what is no longer used."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import statistics
 import tempfile
 import time
@@ -37,7 +36,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from benchmarks.provenance import Saver, first_line
-from benchmarks.timing import ceilings
+from benchmarks.timing import ceilings, start_afresh
 from benchmarks.turns import alone, aside
 from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.batch import Batch
@@ -415,10 +414,7 @@ def run(args: argparse.Namespace, ranks: Ranks, save: Saver) -> dict[str, Any]:
                 rows.append(row | failed)
             print(_told(rows[-1]), flush=True)
             save(values())
-            torch.compiler.reset()
-            gc.collect()
-            if cuda:
-                torch.cuda.empty_cache()
+            start_afresh()
     return values()
 
 

@@ -46,7 +46,7 @@ def test_a_lora_is_trained_and_merged(run: Callable[..., Any], dog: Path, tmp_pa
     outcome = run(*words("lora", dog, out, "--prompt", PROMPT, "--rank", 4, "--batch", 2))
     assert (outcome.code, outcome.out) == (0, f"{out}\n")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["dog", "lora", "lora.run"]
-    assert [each.name for each in (tmp_path / "lora.run").iterdir()] == ["log.jsonl"]
+    assert sorted(each.name for each in (tmp_path / "lora.run").iterdir()) == [".lock", "log.jsonl"]
     lines = (tmp_path / "lora.run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert "step 3/3  loss 0." in outcome.err

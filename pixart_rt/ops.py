@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pixart_rt.config import Kernels, Quality, Weights
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
+from pixart_rt.kernels.attention_products import attention_products, trains_by_products
 from pixart_rt.kernels.catalog import self_test
 from pixart_rt.kernels.cross_attention import cross_attention
 from pixart_rt.kernels.fp8_linear import (
@@ -68,12 +69,12 @@ class Operators:
     def self_attention(self, qkv: Tensor) -> Tensor:
         """Packed [B, N, 3, H, K] to [B, N, D]."""
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return attention_ref(q, k, v).transpose(1, 2).flatten(2)
+        return _attend(q, k, v).transpose(1, 2).flatten(2)
 
     def cross_attention(self, q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
         """q [B, N, H, K] and kv [B, T, 2, H, K], where key_mask [B, T] is True, to [B, N, D]."""
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        return attention_ref(q.transpose(1, 2), k, v, key_mask).transpose(1, 2).flatten(2)
+        return _attend(q.transpose(1, 2), k, v, key_mask).transpose(1, 2).flatten(2)
 
     def linear_residual(
         self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
@@ -227,6 +228,12 @@ def refuse_adapters(module: nn.Module, what: str) -> None:
                 f"{what} was asked of a model whose {name} carries an adapter, which it would "
                 "leave out; merge the adapter into the weights first"
             )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """The reference, but for training in bfloat16 on a CPU; shapes as attention_ref's."""
+    attend = attention_products if trains_by_products(q) else attention_ref
+    return attend(q, k, v, key_mask)
 
 
 def _gate(rows: Rows | None) -> tuple[Tensor | None, Tensor | None, int]:

@@ -33,7 +33,7 @@ class Muon(Optimizer):
     """Honours `found_inf` (clipping.py): where it is 1 a step changes nothing.
 
     Moments are in the parameters' dtype. Parameters that FSDP divides are refused: a part of a
-    matrix has other singular vectors.
+    matrix has other singular vectors. `products` is that of `orthogonalized`.
     """
 
     _step_supports_amp_scaling = True
@@ -46,10 +46,11 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        products: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-            "momentum": momentum, "muon": True,
+            "momentum": momentum, "products": products, "muon": True,
         }  # fmt: skip
         super().__init__(params, defaults)
 
@@ -96,7 +97,7 @@ class Muon(Optimizer):
         old = torch.stack([self.state[each]["momentum"] for each in matrices])
         gradient = torch.stack([each.grad for each in matrices if each.grad is not None])
         average = old.lerp(gradient, 1 - keep)
-        direction = orthogonalized(gradient.lerp(average, keep))
+        direction = orthogonalized(gradient.lerp(average, keep), group["products"])
         size = 0.2 * max(matrices[0].shape) ** 0.5
         weight = torch.stack(matrices)
         moved = weight * (1 - group["lr"] * group["weight_decay"])
@@ -138,12 +139,13 @@ class Muon(Optimizer):
         )
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
+def orthogonalized(matrices: Tensor, products: torch.dtype | None = None) -> Tensor:
     """[M, rows, columns] to matrices of singular values near 1 (0.5 to 1.5) and the same vectors.
 
-    In bfloat16 on a GPU, where that is fast, else in float32.
+    `products` is the dtype to multiply in; None is bfloat16 on a GPU, where that is fast, and
+    float32 elsewhere.
     """
-    dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
+    dtype = products or (torch.bfloat16 if matrices.is_cuda else torch.float32)
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / x.flatten(1).norm(dim=1).clamp(min=TINY)[:, None, None]

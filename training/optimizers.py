@@ -40,9 +40,11 @@ def make_optimizer(
     weight_decay: float,
     betas: Sequence[float] | None = None,
     eps: float | Sequence[float] | None = None,
+    products: torch.dtype | None = None,
 ) -> Optimizer:
     """An optimiser of parameters or parameter groups. None is the kind's own default.
 
+    `products` is the dtype that Muon multiplies in (muon.py); the others do not multiply.
     CAME takes three betas and two eps, the others two and one. Raises ConfigError for another
     number of them or values out of range, BackendError where 8-bit AdamW is asked without torchao.
     """
@@ -58,7 +60,7 @@ def make_optimizer(
         came_betas, came_eps = (betas[0], betas[1], betas[2]), (eps[0], eps[1])
         return CAME(parameters, lr, came_betas, came_eps, weight_decay=weight_decay)
     if kind is OptimizerKind.MUON:
-        return Muon(parameters, lr, (betas[0], betas[1]), eps[0], weight_decay=weight_decay)
+        return Muon(parameters, lr, (betas[0], betas[1]), eps[0], weight_decay, products=products)
     settings: dict[str, Any] = {
         "lr": lr, "betas": betas, "eps": eps[0], "weight_decay": weight_decay
     }  # fmt: skip

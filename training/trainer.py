@@ -140,6 +140,7 @@ class Trainer:
             weight_decay=settings.weight_decay,
             betas=settings.betas,
             eps=settings.eps,
+            products=torch.bfloat16 if settings.precision is Precision.BF16 else None,
         )
         self.ema: Ema | None = None
         if settings.ema_decay is not None:

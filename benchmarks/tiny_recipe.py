@@ -1,10 +1,11 @@
 """How long recipes/tiny.toml will take on two cores: CPU seconds of a step of each phase, summed.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.tiny_recipe --out tiny-recipe
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.tiny_recipe --run runs/tiny \
+        --out tiny-recipe
 
 Each rank has one thread. CPU seconds, so that other work on the machine disturbs less than it would
 wall time; so what the ranks wait for each other is not counted, nor are checkpoints. Scenes are
-encoded once: aesthetics-256 finds those of the phase before.
+encoded once. With --run, also the minutes that the steps of a whole run took by its logs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def measure(recipe: Recipe, phase: Phase, ranks: Ranks, out: Path, count: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="timed, of each phase")
+    parser.add_argument("--run", type=Path, help="a folder that the recipe was run into")
     parser.add_argument("--out", help="name under benchmarks/results, without .json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -72,24 +74,36 @@ def main() -> None:
             scenes = phase.data, phase.resolution, phase.multi_scale, phase.num_images
             row["encodes"] = scenes not in encoded
             encoded.add(scenes)
-            row["predicted_minutes_on_two_cores"] = minutes(row)
+            row |= minutes(row)
             found[phase.name] = row
             if ranks.is_first:
                 print(phase.name, json.dumps(row), flush=True)
         first = ranks.is_first
         ranks.barrier()  # before the shared folder goes
-    total = sum(row["predicted_minutes_on_two_cores"] for row in found.values())
+    total = sum(row["minutes_of_steps"] + row["minutes_of_encoding"] for row in found.values())
     result = {"ranks": ranks.num_ranks, "phases": found, "predicted_minutes_on_two_cores": total}
+    if args.run:
+        result["logged_minutes_of_steps"] = logged_minutes(args.run)
     if first:
         print(f"{total:.0f} minutes on two cores, predicted")
     if first and args.out:
         write_result(args.out, result)
 
 
-def minutes(row: dict[str, Any]) -> float:
-    """Of a phase whose CPU seconds two cores share."""
+def logged_minutes(run: Path) -> dict[str, float]:
+    """Wall time between the log lines of each phase: steps and checkpoints, not encoding."""
+    found = {}
+    for path in sorted(run.glob("*/log.jsonl")):
+        lines = map(json.loads, path.read_text().splitlines())
+        found[path.parent.name] = sum(line["seconds"] for line in lines) / 60
+    return found
+
+
+def minutes(row: dict[str, Any]) -> dict[str, float]:
+    """Of a phase whose CPU seconds two cores share, predicted."""
     encoding = row["scenes"] * row["cpu_seconds_per_scene"] if row["encodes"] else 0.0
-    return (row["steps"] * row["cpu_seconds_per_step"] + encoding) / 2 / 60
+    steps = row["steps"] * row["cpu_seconds_per_step"]
+    return {"minutes_of_steps": steps / 2 / 60, "minutes_of_encoding": encoding / 2 / 60}
 
 
 if __name__ == "__main__":

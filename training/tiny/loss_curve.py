@@ -38,14 +38,20 @@ def draw_curves(phases: dict[str, list[tuple[int, float]]]) -> Image.Image:
         value = low + tick / 5
         pen.line([at(0, value), at(total, value)], fill="#e4e4e4")
         pen.text((8, at(0, value)[1] - 6), f"{10**value:.4f}", fill="black")
-    start = 0
-    for color, (name, points) in zip(COLORS, phases.items(), strict=False):
+    start, free = 0, 0.0  # steps before a phase; where its number may begin
+    for index, (color, (name, points)) in enumerate(zip(COLORS, phases.items(), strict=False)):
         curve = [at(start + step, math.log10(loss)) for step, loss in points]
         pen.line(curve, fill=color, width=2)
-        pen.text((at(start, high)[0] + 6, 12), name, fill=color)
+        # Short phases stand close to each other: their names one below the other, to the left.
+        left = min(at(start, high)[0] + 6, WIDTH - 0.5 * MARGIN - pen.textlength(name))
+        pen.text((left, MARGIN * 0.7 + 4 + 14 * index), name, fill=color)
         start += points[-1][0]
         pen.line([at(start, low), at(start, high)], fill="#bbbbbb")
-        pen.text((at(start, low)[0] - 14, HEIGHT - MARGIN + 6), str(start), fill="black")
+        width = pen.textlength(str(start))
+        left = at(start, low)[0] - width / 2
+        lower = 12 if left < free else 0
+        pen.text((left, HEIGHT - MARGIN + 6 + lower), str(start), fill="black")
+        free = left + width + 6
     pen.text((WIDTH // 2 - 130, HEIGHT - 24), "steps; loss", fill="black")
     return image
 

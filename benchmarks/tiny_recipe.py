@@ -1,11 +1,11 @@
 """How long recipes/tiny.toml will take on two cores: CPU seconds of a step of each phase, summed.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.tiny_recipe --run runs/tiny \
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.tiny_recipe --trained runs/tiny \
         --out tiny-recipe
 
 Each rank has one thread. CPU seconds, so that other work on the machine disturbs less than it would
 wall time; so what the ranks wait for each other is not counted, nor are checkpoints. Scenes are
-encoded once. With --run, also the minutes that the steps of a whole run took by its logs.
+encoded once. With --trained, also the minutes that the steps of a whole run took by its logs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(recipe: Recipe, phase: Phase, ranks: Ranks, out: Path, count: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="timed, of each phase")
-    parser.add_argument("--run", type=Path, help="a folder that the recipe was run into")
+    parser.add_argument("--trained", type=Path, help="a folder that the recipe was run into")
     parser.add_argument("--out", help="name under benchmarks/results, without .json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,8 +82,8 @@ def main() -> None:
         ranks.barrier()  # before the shared folder goes
     total = sum(row["minutes_of_steps"] + row["minutes_of_encoding"] for row in found.values())
     result = {"ranks": ranks.num_ranks, "phases": found, "predicted_minutes_on_two_cores": total}
-    if args.run:
-        result["logged_minutes_of_steps"] = logged_minutes(args.run)
+    if args.trained:
+        result["logged_minutes_of_steps"] = logged_minutes(args.trained)
     if first:
         print(f"{total:.0f} minutes on two cores, predicted")
     if first and args.out:

@@ -8,6 +8,7 @@ import pytest
 
 from pixart_rt.buckets import buckets
 from pixart_rt.training.tiny.scenes import (
+    BACKGROUNDS,
     PALETTE,
     SHAPES,
     Scene,
@@ -68,6 +69,14 @@ def test_spurious_and_misplaced_things_are_counted():
     swapped = score(image, Scene((blue, red), "column"))
     assert (swapped.right, swapped.placed, swapped.exact) == (2, 0, False)
     assert score(image, Scene((red,))).spurious == 1
+
+
+@pytest.mark.parametrize("name", BACKGROUNDS)
+def test_a_background_is_its_own_colour_not_the_nearest_one(name):
+    scene = Scene((), background=name)
+    for other, color in (BACKGROUNDS | PALETTE).items():
+        image = np.full((64, 64, 3), np.array(color) / 255, np.float32)
+        assert score(image, scene).background == (other == name)
 
 
 def test_components_of_a_mask():

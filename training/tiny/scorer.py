@@ -55,7 +55,8 @@ def score(image: np.ndarray, scene: Scene) -> Score:
     seen = [(item.color, item.shape) for item in sorted(found, key=key)]
     placed = sum(a == b for a, b in zip(wanted, seen, strict=False))
     right = sum((Counter(wanted) & Counter(seen)).values())
-    background = _nearest(_background(image), BACKGROUNDS) == scene.background
+    off = _background(image) - np.array(BACKGROUNDS[scene.background]) / 255
+    background = bool(np.linalg.norm(off) < FOREGROUND)
     return Score(len(wanted), right, placed, max(len(seen) - len(wanted), 0), background)
 
 

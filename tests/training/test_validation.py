@@ -221,8 +221,8 @@ def test_the_text_encoder_is_let_go(tiny, monkeypatch):
 
 def test_autocast_is_close(tiny):
     """bfloat16 products, as in training: eight bits a value, so the mean error is below one of
-    their steps. Of eight steps the later ones mend what the first rounded; one from noise would show
-    it 1 / sqrt(alpha_999) = 157 times, and four still show it, more or less by the weights."""
+    their steps. Of eight steps the later ones mend what the first rounded; one from noise would
+    show it 1 / sqrt(alpha_999) = 157 times; four still show it, more or less by the weights."""
     asked = settings(8, prompts=PROMPTS[:1])
     exact = Validation("tiny", tiny.config, asked, CPU).images(tiny)
     rounded = Validation("tiny", tiny.config, asked, CPU, autocast=torch.bfloat16).images(tiny)

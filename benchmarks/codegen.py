@@ -81,7 +81,7 @@ def launches(file: Any, arch: tuple[int, int], dtype: torch.dtype) -> list[launc
     with launch.record(arch) as recorded:
         file.compile_example(dtype)
     found += recorded
-    for op, tables in launch.shipped_table(*arch).items():
+    for op, tables in launch.shipped_table(*arch).get("operators", {}).items():
         for kind, buckets in tables.items():
             if dtype != torch.bfloat16 or kind == "float16":  # the same entries, the same code
                 continue

@@ -493,7 +493,7 @@ def _config(
     op: str, q: Tensor, table: Mapping[tuple[int, int], Config], tuned: Config | None
 ) -> Config:
     default = FLOAT32 if q.dtype == torch.float32 else newest(table, q)
-    chosen = {**config(op, q, q.shape[0] * q.shape[1], default), **(tuned or {})}
+    chosen = {**config(op, q, (q.shape[0] * q.shape[2], q.shape[1]), default), **(tuned or {})}
     # Descriptors need the hardware, and addresses of 16 bytes' alignment.
     aligned = q.data_ptr() % 16 == 0 and HEAD * q.shape[2] * q.element_size() % 16 == 0
     if capability(q) < SM90 or not aligned:

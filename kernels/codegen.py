@@ -47,13 +47,16 @@ class Resources:
     spill_bytes: int  # stores plus loads
     shared_bytes: int  # static plus dynamic
     instructions: dict[str, int]  # mnemonic -> count
+    advisories: tuple[str, ...] = ()  # what ptxas says beside errors: "C7515", serialized wgmma
 
     def count(self, kind: str) -> int:
         """How many instructions of a kind of MNEMONICS."""
         return sum(self.instructions.get(name, 0) for name in MNEMONICS[kind])
 
     def to_dict(self) -> dict[str, Any]:
-        kept = {name for names in MNEMONICS.values() for name in names} | {"LDG.128", "MUFU"}
+        kept = {name for names in MNEMONICS.values() for name in names} | {
+            "LDG.128", "MUFU", "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR",
+        }  # fmt: skip
         mine = {k: v for k, v in sorted(self.instructions.items()) if k in kept}
         return {**asdict(self), "instructions": mine}
 
@@ -75,7 +78,7 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
         sass = _run(bin_dir / "nvdisasm", "-c", cubin) if arch >= (7, 5) else ""
         ptx = Path(folder) / "k.ptx"
         ptx.write_text(compiled.asm["ptx"])
-        spills = _spills(bin_dir, ptx, Path(folder) / "k2.cubin")
+        spills, advisories = _assembler(bin_dir, ptx, Path(folder) / "k2.cubin")
     found = dict(re.findall(r"(REG|SHARED|STACK|LOCAL):(\d+)", usage))
     name = getattr(launch.kernel, "__name__", str(launch.kernel))
     params = {param.name for param in launch.kernel.params if param.is_constexpr}
@@ -90,6 +93,7 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
         spill_bytes=spills,
         shared_bytes=max(int(found["SHARED"]), int(compiled.metadata.shared)),
         instructions=_instructions(sass),
+        advisories=advisories,
     )
 
 
@@ -100,31 +104,41 @@ def ast_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     options = {k: v for k, v in launch.kwargs.items() if k not in names}
     values = {param.name: value for param, value in zip(params, launch.args, strict=False)}
     values |= {k: v for k, v in launch.kwargs.items() if k in names}
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def typed(value: Any, path: tuple[int, ...], constant: bool, plain: bool) -> Any:
+        """The type of an argument or of an entry of a tuple; constants are noted by their path."""
+        if isinstance(value, tuple) and not constant:
+            return tuple(typed(each, (*path, k), False, plain) for k, each in enumerate(value))
+        # Triton makes a constant of None, and of 1 unless the kernel asks it not to specialize.
+        if constant or value is None or (type(value) is int and value == 1 and not plain):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return _POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, int):
+            if value % 16 == 0 and not plain:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if abs(value) < 2**31 else "i64"
+        shape = ",".join(str(size) for size in value.block_shape)  # a tensor descriptor
+        element = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}[{shape}]>"
+
     for index, param in enumerate(params):
-        value = values.get(param.name, param.default)
-        if param.is_constexpr or value is None:
-            signature[param.name] = "constexpr"
-            constants[index,] = value
-        elif isinstance(value, Tensor):
-            signature[param.name] = _POINTERS[value.dtype]
-            attributes[index,] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        elif isinstance(value, int):
-            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[index,] = [["tt.divisibility", 16]]
-        else:  # a tensor descriptor
-            shape = ",".join(str(size) for size in value.block_shape)
-            element = _POINTERS[value.base.dtype].removeprefix("*")
-            signature[param.name] = f"tensordesc<{element}[{shape}]>"
+        signature[param.name] = typed(
+            values.get(param.name, param.default), (index,), param.is_constexpr,
+            param.do_not_specialize,
+        )  # fmt: skip
     return ASTSource(kernel, signature, constants, attributes), options
 
 
-def _spills(bin_dir: Path, ptx: Path, out: Path) -> int:
+def _assembler(bin_dir: Path, ptx: Path, out: Path) -> tuple[int, tuple[str, ...]]:
+    """Bytes spilled, and the codes of the advisories: C7510 and its like are slow code."""
     target = re.search(r"\.target\s+sm_(\d+\w*)", ptx.read_text())
     assert target is not None
     number = int(re.sub(r"\D", "", target[1]))
@@ -133,7 +147,9 @@ def _spills(bin_dir: Path, ptx: Path, out: Path) -> int:
         [assembler, "-v", "-arch", f"sm_{target[1]}", ptx, "-o", out],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", done.stdout + done.stderr))
+    said = done.stdout + done.stderr
+    spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return spilled, tuple(sorted(set(re.findall(r"\bC7\d{3}\b", said))))
 
 
 def _run(*command: object) -> str:
@@ -147,6 +163,8 @@ def _instructions(sass: str) -> Counter[str]:
     counts: Counter[str] = Counter()
     for full in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass):
         counts[full.partition(".")[0]] += 1
+        if full.startswith("WARPGROUP."):  # ARRIVE begins and DEPBAR ends a group of HGMMA
+            counts[".".join(full.split(".")[:2])] += 1
         if full.startswith("LDG") and ".128" in full:
             counts["LDG.128"] += 1
     return counts

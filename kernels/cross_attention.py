@@ -256,7 +256,7 @@ def absorbed_scores_triton(
     x, keys, bias = x.contiguous(), keys.contiguous(), bias.float().contiguous()
     (B, N, D), (_, H, L) = x.shape, bias.shape
     default = SCORES_FLOAT32 if x.dtype == torch.float32 else newest(SCORES, x)
-    chosen = {**config("cross_attention_absorbed", x, B * N, default), **(tuned or {})}
+    chosen = {**config("cross_attention_absorbed", x, (B * N, D, H * L), default), **(tuned or {})}
     aligned = all(part % 16 == 0 for part in (x.data_ptr(), keys.data_ptr(), D * x.element_size()))
     if capability(x) < SM90 or not aligned:
         chosen["DESCRIPTORS"] = 0

@@ -139,7 +139,7 @@ def gate_residual_ln_modulate_triton(
     out, y = torch.empty_like(x), torch.empty_like(x)
     mean = x.new_empty(B, N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tuned = config("gate_residual_ln_modulate", x, B * N, FORWARD)
+    tuned = config("gate_residual_ln_modulate", x, (B * N,), FORWARD)
     launch(
         _gate_residual_ln_modulate_kernel, (triton.cdiv(N, tuned["ROWS"]), B),
         x, branch, *gates, table, shared, N, gate_row, row, EPS, out, y, mean, rstd,

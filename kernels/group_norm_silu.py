@@ -152,7 +152,7 @@ def group_norm_silu_triton(
     """y, laid out as x, which is contiguous or channels-last."""
     B, C, num_pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     y = torch.empty_like(x)
-    tuned = dict(config("group_norm_silu", x, B * num_pixels, DEFAULT))
+    tuned = dict(config("group_norm_silu", x, (B * num_pixels,), DEFAULT))
     tile = tuned.pop("TILE")
     channels_last = not x.is_contiguous()
     if channels_last:

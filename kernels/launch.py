@@ -1,7 +1,9 @@
 """How every kernel is launched: whether it may run here, with which configuration, and how.
 
 A launcher calls `launch(kernel, grid, ...)` and never the kernel itself, so that the code generator
-of `benchmarks/codegen.py` can record what a launch would compile, on a machine without a GPU.
+of `benchmarks/codegen.py` can record what a launch would compile, on a machine without a GPU, and
+so that it runs on the device of its tensors: Triton launches on the current device, which may be
+another one.
 
 An operator runs its Triton kernel on tensors of a GPU of at least its compute capability, and in
 Triton's interpreter (TRITON_INTERPRET=1) on tensors of the CPU; elsewhere, and where the start-up
@@ -12,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +40,19 @@ class Launch:
     kwargs: dict[str, Any]
 
 
-_recorder: list[Launch] | None = None
+class Recording(list[Launch]):
+    """The launches of a `record`, and the configurations that `config` gave for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.configurations: dict[str, list[dict[str, int]]] = {}  # operator -> distinct ones
+
+
+_recorder: Recording | None = None
 _target: tuple[int, int] | None = None  # the GPU that `record` pretends to be
+_target_name = ""
 _forced: dict[str, dict[str, int]] = {}  # operator -> configuration, while it is tuned
+_chosen: dict[str, str] = {}  # operator -> implementation, while implementations are compared
 _refused: dict[tuple[str, int], str] = {}  # (operator, device index) -> why its kernel is not used
 
 
@@ -52,7 +65,12 @@ def capability(tensor: Tensor) -> tuple[int, int]:
     """The compute capability that a launch on `tensor` is for; (9, 0) in the interpreter."""
     if _target is not None:
         return _target
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else SM90
+    return _capability(tensor.device.index or 0) if tensor.is_cuda else SM90
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def runs_triton(op: str, tensor: Tensor, least: tuple[int, int]) -> bool:
@@ -73,48 +91,134 @@ def refused() -> dict[tuple[str, int], str]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    """Run kernel[grid](*args, **kwargs), or note it for `record`."""
+    """Run kernel[grid](*args, **kwargs) on the device of its tensors, or note it for `record`.
+
+    An argument may be a tuple of tensors, descriptors and numbers.
+    """
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, args, kwargs))
-    else:
+        return
+    index = _device_index(args)
+    if index is None or index == torch.cuda.current_device():
         kernel[grid](*args, **kwargs)
+    else:
+        with torch.cuda.device(index):
+            kernel[grid](*args, **kwargs)
+
+
+def _device_index(args: tuple[Any, ...]) -> int | None:
+    """The GPU of the first tensor among the arguments; None for tensors of the CPU."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            index = _device_index(arg)
+            if index is not None:
+                return index
+            continue
+        tensor = getattr(arg, "base", arg)  # of a tensor descriptor
+        if isinstance(tensor, Tensor):
+            return tensor.device.index if tensor.is_cuda else None
+    return None
 
 
 @contextmanager
-def record(target: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Collect the launches made inside, as for a GPU of compute capability `target`; run none."""
-    global _recorder, _target
+def record(target: tuple[int, int], gpu: str = "") -> Iterator[Recording]:
+    """Collect the launches made inside, as for a GPU of compute capability `target`; run none.
+
+    With its name the GPU's own tuning table counts, not only its family's. Tensors may be meta.
+    """
+    global _recorder, _target, _target_name
     assert _recorder is None, "record() does not nest"
-    _recorder, _target = [], target
+    _recorder, _target, _target_name = Recording(), target, gpu
     try:
         yield _recorder
     finally:
-        _recorder, _target = None, None
+        _recorder, _target, _target_name = None, None, ""
 
 
-def token_bucket(tokens: int) -> int:
-    """The power of two at or below a count of rows: what tuning tables are keyed by."""
-    return 1 << (max(tokens, 1).bit_length() - 1)
-
-
-def config(op: str, like: Tensor, tokens: int, default: dict[str, int]) -> dict[str, int]:
+def config(
+    op: str, like: Tensor, shape: tuple[int, ...], default: dict[str, int]
+) -> dict[str, int]:
     """The launch configuration of `op`: tuned for this GPU, tuned for its family, or `default`.
 
-    Tables map operator -> dtype -> token bucket -> configuration; the nearest smaller bucket, else
-    the smallest, is taken, so that every count has one and nothing is tuned at run time.
+    `shape` is what an operator's time depends on: (rows,) for elementwise ones, (B·H, N) for
+    attention, (rows, inputs, outputs) for matrix products. Tables map operator -> dtype -> shape
+    ("32x4096") -> configuration; the nearest shape is taken (`nearest`), so that every one has a
+    configuration and nothing is tuned at run time. Entries that a table does not name are
+    `default`'s.
     """
-    if op in _forced:
-        return {**default, **_forced[op]}
-    if interpreting():
+    found = _forced.get(op)
+    if found is None and (_target is not None or not interpreting()):
+        found = _entry("operators", op, like.dtype, shape, gpu_name(like), capability(like))
+    result = {**default, **found} if found else default
+    if _recorder is not None:
+        seen = _recorder.configurations.setdefault(op, [])
+        if result not in seen:
+            seen.append(result)
+    return result
+
+
+def choice(op: str, like: Tensor, shape: tuple[int, ...], default: str) -> str:
+    """Which implementation of `op` runs: the one measured to be the fastest, or `default`.
+
+    As `config`, from the tables' "choices": operator -> dtype -> shape -> name. Elsewhere than on a
+    GPU it is `default`. The caller takes `default` where the named one cannot run.
+    """
+    if op in _chosen:
+        return _chosen[op]
+    if not like.is_cuda and _target is None:
         return default
-    name = _gpu_name(like.device.index or 0) if like.is_cuda and _target is None else ""
-    for table in (_user_table(name), shipped_table(*capability(like))):
-        buckets = table.get(op, {}).get(str(like.dtype).removeprefix("torch."), {})
-        if buckets:
-            sizes = sorted(int(size) for size in buckets)
-            fits = [size for size in sizes if size <= tokens]
-            return {**default, **buckets[str(fits[-1] if fits else sizes[0])]}
-    return default
+    return _entry("choices", op, like.dtype, shape, gpu_name(like), capability(like)) or default
+
+
+def nearest(shapes: Iterable[tuple[int, ...]], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The one of `shapes` whose sizes differ from `shape`'s by the smallest factors.
+
+    The sum of |log2| of the ratios decides, and among equals the smaller shape.
+    """
+    return min(
+        shapes,
+        key=lambda each: (
+            sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(each, shape, strict=True)),
+            each,
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=4096)  # a request's shapes recur in every block and step
+def _entry(
+    kind: str, op: str, dtype: torch.dtype, shape: tuple[int, ...], gpu: str, arch: tuple[int, int]
+) -> Any:
+    """The nearest shape's entry of this GPU's own table, else of its family's; None if neither
+    knows the operator in this dtype."""
+    name = str(dtype).removeprefix("torch.")
+    for table in (_user_table(gpu), shipped_table(*arch)):
+        entries = table.get(kind, {}).get(op, {}).get(name, {})
+        if entries:
+            known = {tuple(map(int, key.split("x"))): value for key, value in entries.items()}
+            return known[nearest(known, shape)]
+    return None
+
+
+def shape_key(shape: tuple[int, ...]) -> str:
+    """A shape as the tables write it: "32x4096"."""
+    return "x".join(map(str, shape))
+
+
+def gpu_name(like: Tensor) -> str:
+    """The name of the GPU that a launch on `like` is for; "" where there is none."""
+    if _target is not None:
+        return _target_name
+    return _gpu_name(like.device.index or 0) if like.is_cuda else ""
+
+
+@contextmanager
+def choosing(op: str, implementation: str) -> Iterator[None]:
+    """Run this implementation of `op` inside, whatever the tables say."""
+    _chosen[op] = implementation
+    try:
+        yield
+    finally:
+        del _chosen[op]
 
 
 @contextmanager
@@ -146,16 +250,22 @@ def _user_table(gpu: str) -> dict[str, Any]:
 
 @functools.cache
 def shipped_table(major: int, minor: int) -> dict[str, Any]:
-    """The operators of the table that comes with the package for an architecture; {} if none."""
+    """The table that comes with the package for an architecture; {} if none."""
     return _read(TUNED / f"sm{major}{minor}.json")
 
 
+def forget_tables() -> None:
+    """Read the tables anew at the next launch: one of them was written."""
+    for memory in (_entry, _user_table, shipped_table):
+        memory.cache_clear()
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """The operators of a table; none if there is no such file."""
+    """A table, {} if there is no such file."""
     if not path.exists():
         return {}
     table: dict[str, Any] = json.loads(path.read_text())
-    return table["operators"]
+    return table
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +274,8 @@ class Operator:
 
     `example(device, dtype, seed)` makes awkward inputs; `run` is the operator that chooses, and
     `reference` the plain PyTorch it must equal; both take those inputs and return tensors.
+    `production(device, dtype, seed)` makes inputs of XL's widths with few tokens. The self-test
+    runs both kinds with every configuration of `tables` that real shapes select.
     """
 
     name: str
@@ -173,3 +285,7 @@ class Operator:
     example: Callable[[torch.device, torch.dtype, int], tuple[Any, ...]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     trains: bool = True  # has gradients for every floating-point tensor
+    production: Callable[[torch.device, torch.dtype, int], Iterable[tuple[Any, ...]]] = (
+        lambda device, dtype, seed: ()
+    )
+    tables: tuple[str, ...] = ()  # what it asks `config` for: its own name if empty

@@ -228,7 +228,7 @@ def linear_triton(
     default = TILES[max(least for least in TILES if least <= max(capability(x), SM80))]
     if scales is not None:
         default = {**default, **FP8}
-    tuned = config(op, x, B * N, FLOAT32 if x.dtype == torch.float32 else default)
+    tuned = config(op, x, (B * N, I, O), FLOAT32 if x.dtype == torch.float32 else default)
     blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
     # In float32, without tensor cores, tiles that come by descriptor make the product spill.
     descriptors = (

@@ -210,7 +210,7 @@ def ln_modulate_triton(
     row_scale = x.new_empty((B, N) if fp8 else 0, dtype=torch.float32)
     mean = x.new_empty(B, N, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    tuned = config("ln_modulate", x, B * N, FORWARD)
+    tuned = config("ln_modulate", x, (B * N,), FORWARD)
     launch(
         _ln_modulate_kernel, (triton.cdiv(N, tuned["ROWS"]), B),
         x, table, shared, N, row, EPS, y, row_scale, mean, rstd,
@@ -237,7 +237,7 @@ def ln_modulate_backward_triton(
     dy, table, shared = dy.contiguous(), table.contiguous(), shared.contiguous()
     B, N, D = x.shape
     default = BACKWARD if capability(x) >= SM80 else {**BACKWARD, "num_warps": 4}
-    tuned = config("ln_modulate_backward", x, B * N, default)
+    tuned = config("ln_modulate_backward", x, (B * N,), default)
     programs = triton.cdiv(N, tuned["ROWS"])
     dx = torch.empty_like(x)
     dbranch = x.new_empty(0) if branch is None else torch.empty_like(branch[0])

@@ -143,7 +143,7 @@ def tune(
         for B, N in chosen:
             call = subject.make(B, N, device, dtype)
             best, slowest = _fastest(subject, call, timer)
-            bucket = str(launch.token_bucket(B * N))
+            bucket = launch.shape_key((B * N,))
             operators.setdefault(subject.op, {}).setdefault(name, {})[bucket] = best
             report(f"{subject.op} {B}x{N}: {best} ({slowest})")
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart_rt.kernels import catalog, launch, ln_modulate, tuning
 
@@ -15,11 +17,11 @@ def clean(monkeypatch, tmp_path):
     """Nothing refused, nothing remembered, and an empty user cache."""
     monkeypatch.setattr(launch, "_refused", {})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for memory in (catalog.self_test, launch._user_table, launch.shipped_table):
-        memory.cache_clear()
+    catalog.self_test.cache_clear()
+    launch.forget_tables()
     yield
-    for memory in (catalog.self_test, launch._user_table, launch.shipped_table):
-        memory.cache_clear()
+    catalog.self_test.cache_clear()
+    launch.forget_tables()
 
 
 # Weights of keys past the image may overflow float16; they reach only rows that are not stored.
@@ -125,16 +127,91 @@ def test_tables_are_found_by_gpu_then_by_family(clean, monkeypatch, tmp_path):
     default = {"ROWS": 4, "num_warps": 8}
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     monkeypatch.setattr(launch, "TUNED", tmp_path)
-    assert launch.config("op", like, 100, default) == default
-    shipped = {"op": {"float16": {"512": {"ROWS": 1}, "2048": {"ROWS": 2}}}}
+    assert launch.config("op", like, (2, 100), default) == default
+    shapes = {"2x512": {"ROWS": 1}, "2x2048": {"ROWS": 2}, "64x512": {"ROWS": 8}}
+    shipped = {"op": {"float16": shapes}}
     (tmp_path / "sm90.json").write_text(json.dumps({"operators": shipped}))
-    launch.shipped_table.cache_clear()
-    for tokens, rows in ((10, 1), (512, 1), (2047, 1), (2048, 2), (10**6, 2)):
-        found = launch.config("op", like, tokens, default)
-        assert found == {"ROWS": rows, "num_warps": 8}
-    assert launch.config("other", like, 512, default) == default
-    assert launch.config("op", like.float(), 512, default) == default
+    launch.forget_tables()
+    nearest = {(2, 10): 1, (2, 512): 1, (3, 600): 1, (2, 1023): 1, (2, 1025): 2, (2, 10**6): 2,
+               (64, 400): 8, (16, 512): 8}  # fmt: skip
+    for shape, rows in nearest.items():
+        found = launch.config("op", like, shape, default)
+        assert found == {"ROWS": rows, "num_warps": 8}, shape
+    assert launch.config("other", like, (2, 512), default) == default
+    assert launch.config("op", like.float(), (2, 512), default) == default
 
 
-def test_token_buckets_are_powers_of_two():
-    assert [launch.token_bucket(n) for n in (0, 1, 2, 3, 512, 1023)] == [1, 1, 2, 2, 512, 512]
+def test_the_nearest_shape_is_by_factors_and_equals_go_to_the_smaller():
+    shapes = [(512, 1152), (2048, 1152), (2048, 4608)]
+    assert launch.nearest(shapes, (1000, 1152)) == (512, 1152)
+    assert launch.nearest(shapes, (1024, 1152)) == (512, 1152)  # a factor 2 either way
+    assert launch.nearest(shapes, (1100, 1152)) == (2048, 1152)
+    assert launch.nearest(shapes, (512, 4608)) == (512, 1152)
+    assert launch.nearest(shapes, (0, 1)) == (512, 1152)
+
+
+def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device: `launch` makes it that of the tensors."""
+    current, launched = [0], []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.index
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append((current[0], grid, kwargs))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    with FakeTensorMode():
+        here = torch.empty(3, device="cuda:0")
+        there = torch.empty(3, device="cuda:1")
+        descriptor = SimpleNamespace(base=there)
+        for args in ((there,), (7, there), (descriptor, 1), ((None, (descriptor,)), 2)):
+            launch.launch(Kernel(), (4,), *args, BLOCK=2)
+        launch.launch(Kernel(), (4,), here)
+    launch.launch(Kernel(), (4,), torch.empty(3))
+    assert [device for device, *_ in launched] == [1, 1, 1, 1, 0, 0]
+    assert launched[0][1:] == ((4,), {"BLOCK": 2})
+    assert current == [0]
+
+
+def test_an_implementation_is_chosen_by_table_or_by_force(clean, monkeypatch, tmp_path):
+    like = torch.empty(1, dtype=torch.float16)
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    choices = {"op": {"float16": {"512": "own", "8192": "cublas"}}}
+    (tmp_path / "sm90.json").write_text(json.dumps({"choices": choices}))
+    assert launch.choice("op", like, (512,), "default") == "default"  # a CPU has no table
+    with launch.record((9, 0)):
+        assert launch.choice("op", like, (512,), "default") == "own"
+        assert launch.choice("op", like, (8000,), "default") == "cublas"
+        assert launch.choice("op", like.float(), (8000,), "default") == "default"
+        with launch.choosing("op", "other"):
+            assert launch.choice("op", like, (512,), "default") == "other"
+
+
+def test_a_recording_knows_the_configurations_that_shapes_select(clean, monkeypatch, tmp_path):
+    like = torch.empty(1, dtype=torch.float16, device="meta")
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    shipped = {"op": {"float16": {"512": {"ROWS": 1}, "2048": {"ROWS": 2}}}}
+    (tmp_path / "sm80.json").write_text(json.dumps({"operators": shipped}))
+    own = {"op": {"float16": {"512": {"ROWS": 16}}}}
+    path = launch.user_table_path("A GPU")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"operators": own}))
+    with launch.record((8, 0)) as recorded:
+        for rows in (512, 600, 4096):
+            launch.config("op", like, (rows,), {"num_warps": 4})
+    assert recorded.configurations == {
+        "op": [{"num_warps": 4, "ROWS": 1}, {"num_warps": 4, "ROWS": 2}]
+    }
+    with launch.record((8, 0), gpu="A GPU") as recorded:
+        launch.config("op", like, (4096,), {"num_warps": 4})
+    assert recorded.configurations == {"op": [{"num_warps": 4, "ROWS": 16}]}

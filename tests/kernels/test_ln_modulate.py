@@ -80,11 +80,8 @@ def test_backward(shape, dtype, device, error, tolerance):
 def test_the_backward_formula_without_a_kernel():
     """What runs where no kernel does, against autograd of the reference in float64."""
     x, table, shared = (each.requires_grad_() for each in inputs((3, 7, 24)))
-    var, mean = torch.var_mean(x, -1, correction=0)
     dy = torch.randn_like(x)
-    dx, dshared = op.ln_modulate_backward_ref(
-        dy, x, mean, torch.rsqrt(var + op.EPS), table, shared, 3
-    )
+    dx, dshared = op.ln_modulate_backward_ref(dy, x, op.row_stats(x), table, shared, 3)
     expected = torch.autograd.grad(op.ln_modulate_ref(x, table, shared, 3), (x, shared), dy)
     torch.testing.assert_close(dx, expected[0])
     torch.testing.assert_close(dshared, expected[1])
@@ -105,13 +102,15 @@ def test_fp8(shape, device, error):
     assert error(y.float() * scale[..., None], expected) < (0.04 if y.is_cuda else 0.09)
 
 
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ln_modulate", "ln_modulate_backward", "ln_modulate_fp8"])
-def test_registration(name, device):
+def test_registration(name, out_dtype, device):
     x, table, shared = (each.float().to(device) for each in inputs((2, 5, 72)))
-    stats = torch.randn(2, 2, 5, device=device).unbind()
     arguments = {
-        "ln_modulate": (x, table, shared, 3, False),
-        "ln_modulate_backward": (x, x.clone(), *stats, table, shared, 3),
+        "ln_modulate": (x, table, shared, 3, False, out_dtype, True),
+        "ln_modulate_backward": (
+            x.to(out_dtype or x.dtype), x.clone(), torch.randn(2, 5, 2, device=device), table, shared, 3
+        ),
         "ln_modulate_fp8": (x, table, shared, 3),
     }[name]
     if name == "ln_modulate":

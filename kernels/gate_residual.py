@@ -544,9 +544,7 @@ def _residual_example(device: torch.device, dtype: torch.dtype, seed: int) -> tu
     return _example(device, dtype, seed)[:5]
 
 
-def _production(
-    device: torch.device, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[Any, ...]]:
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
     """XL's width with tokens that end inside a tile, with a gate and without."""
     random = torch.Generator().manual_seed(seed)
     for tokens, gated in ((5, True), (67, False), (67, True)):

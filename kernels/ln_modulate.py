@@ -478,9 +478,7 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return x.to(device, dtype), table.to(device, dtype), shared.to(device), 3
 
 
-def _production(
-    device: torch.device, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[Any, ...]]:
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
     """XL's width with tokens that end inside a tile."""
     random = torch.Generator().manual_seed(seed)
     for tokens in (5, 67):

@@ -125,9 +125,7 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return output, x, x0_last, coefficients, 4
 
 
-def _production(
-    device: torch.device, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[Any, ...]]:
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
     """Without guidance, and guided with a row of coefficients for each image."""
     random = torch.Generator().manual_seed(seed)
     for rows in (2, 4):

@@ -44,8 +44,8 @@ E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 
 _EPS = tl.constexpr(EPS)
 
-# Defaults, from the compiler's report and counts of instructions (docs/kernels.md), not from timings.
-# Tokens that a program handles: enough programs for the 132 multiprocessors of the largest GPU.
+# The defaults below come from counts of instructions and registers (docs/kernels.md), not from
+# timings. Few tokens must still give programs to all of an H100's 132 multiprocessors.
 LARGE = 4096  # tokens; an image of 512 px with guidance has 2048
 
 

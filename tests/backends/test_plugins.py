@@ -115,7 +115,7 @@ def interpret(image, kernel, launch, tensors, constants):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the engine itself is run")
 @pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 64)])
 def test_a_planned_launch_of_ln_modulate_computes_it(packed, shape):
-    """Grid and offsets are the plugin's, which asks for no workspace; the arithmetic is Triton's."""
+    """Grid and offsets are the plugin's, with no workspace; the arithmetic is Triton's."""
     B, N = shape
     image = image_of(packed, NORM)
     random = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ _recorder: Recording | None = None
 _target: tuple[int, int] | None = None  # the GPU that `record` pretends to be
 _target_name = ""
 _forced: dict[str, dict[str, int]] = {}  # operator -> configuration, while it is tuned
+_using: dict[str, Any] = {}  # a table that comes before all others, while it is made
 _chosen: dict[str, str] = {}  # operator -> implementation, while implementations are compared
+_told: set[tuple[str, str]] = set()  # (operator, implementation) that a warning was given of
 _refused: dict[tuple[str, int], str] = {}  # (operator, device index) -> why its kernel is not used
 
 
@@ -191,7 +194,7 @@ def _entry(
     """The nearest shape's entry of this GPU's own table, else of its family's; None if neither
     knows the operator in this dtype."""
     name = str(dtype).removeprefix("torch.")
-    for table in (_user_table(gpu), shipped_table(*arch)):
+    for table in (_using, _user_table(gpu), shipped_table(*arch)):
         entries = table.get(kind, {}).get(op, {}).get(name, {})
         if entries:
             known = {tuple(map(int, key.split("x"))): value for key, value in entries.items()}
@@ -209,6 +212,40 @@ def gpu_name(like: Tensor) -> str:
     if _target is not None:
         return _target_name
     return _gpu_name(like.device.index or 0) if like.is_cuda else ""
+
+
+@contextmanager
+def using(table: dict[str, Any]) -> Iterator[None]:
+    """Inside, this table's entries come before the user's and the shipped ones."""
+    global _using
+    before, _using = _using, table
+    _entry.cache_clear()
+    try:
+        yield
+    finally:
+        _using = before
+        _entry.cache_clear()
+
+
+class Unavailable(RuntimeError):
+    """An implementation was chosen by `choosing` that this machine does not have."""
+
+
+def unavailable(op: str, implementation: str, why: str) -> None:
+    """Say, once, that the default of `op` runs, not what a table names.
+
+    Raises Unavailable where the implementation was chosen by `choosing` and not by a table.
+    """
+    if op in _chosen:
+        raise Unavailable(f"{op} by {implementation} is not available: {why}")
+    if (op, implementation) not in _told:
+        _told.add((op, implementation))
+        warnings.warn(
+            f"a tuning table names {implementation} for {op}, which is not available: {why}; the "
+            "default runs",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager

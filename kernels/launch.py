@@ -198,7 +198,10 @@ def _entry(
         entries = table.get(kind, {}).get(op, {}).get(name, {})
         if entries:
             known = {tuple(map(int, key.split("x"))): value for key, value in entries.items()}
-            return known[nearest(known, shape)]
+            # Entries by other sizes are of an older version.
+            known = {key: value for key, value in known.items() if len(key) == len(shape)}
+            if known:
+                return known[nearest(known, shape)]
     return None
 
 
@@ -298,11 +301,24 @@ def forget_tables() -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A table, {} if there is no such file."""
+    """A table, {} if there is no such file; also, with a warning, if it holds something else."""
     if not path.exists():
         return {}
-    table: dict[str, Any] = json.loads(path.read_text())
-    return table
+    try:
+        table = json.loads(path.read_text())
+        valid = isinstance(table, dict) and isinstance(table.get("operators"), dict)
+    except (OSError, ValueError):
+        valid = False
+    if not valid:
+        warnings.warn(
+            f"the tuning table {path} cannot be read, so the package's own is used; run "
+            "`pixart-rt tune` again or delete it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+    result: dict[str, Any] = table
+    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -365,11 +365,29 @@ def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
     assert current == [0]
 
 
+def test_entries_of_an_older_version_and_unreadable_tables_are_passed_over(
+    clean, monkeypatch, tmp_path
+):
+    like = torch.empty(1, dtype=torch.float16, device="meta")
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    old = {"op": {"float16": {"512": {"ROWS": 9}}}}
+    path = launch.user_table_path("A GPU")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"operators": old}))
+    with launch.record((9, 0), gpu="A GPU"):
+        assert launch.config("op", like, (32, 512), {"ROWS": 1}) == {"ROWS": 1}
+        for text in ("{", "[]", '{"operators": 1}'):
+            path.write_text(text)
+            launch.forget_tables()
+            with pytest.warns(RuntimeWarning, match=r"cannot be read.*pixart-rt tune"):
+                assert launch.config("op", like, (32, 512), {"ROWS": 1}) == {"ROWS": 1}
+
+
 def test_an_implementation_is_chosen_by_table_or_by_force(clean, monkeypatch, tmp_path):
     like = torch.empty(1, dtype=torch.float16)
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     choices = {"op": {"float16": {"512": "own", "8192": "cublas"}}}
-    (tmp_path / "sm90.json").write_text(json.dumps({"choices": choices}))
+    (tmp_path / "sm90.json").write_text(json.dumps({"operators": {}, "choices": choices}))
     assert launch.choice("op", like, (512,), "default") == "default"  # a CPU has no table
     with launch.record((9, 0)):
         assert launch.choice("op", like, (512,), "default") == "own"

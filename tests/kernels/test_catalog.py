@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixart_rt.kernels import catalog, launch, ln_modulate, tuning
 
@@ -363,6 +364,34 @@ def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
     assert [device for device, *_ in launched] == [1, 1, 1, 1, 0, 0]
     assert launched[0][1:] == ((4,), {"BLOCK": 2})
     assert current == [0]
+
+
+def test_the_dispatcher_is_passed_by_only_where_nothing_listens():
+    x, weight = torch.ones(3), torch.nn.Parameter(torch.ones(3))
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    class Own(torch.Tensor):
+        pass
+
+    assert launch.direct(x, None)
+    assert not launch.direct(x, weight)  # a gradient is wanted
+    assert not launch.direct(x.as_subclass(Own))
+    with torch.no_grad():
+        assert launch.direct(x, weight)
+        with Listens():
+            assert not launch.direct(x, weight)
+        with FakeTensorMode() as mode:
+            assert not launch.direct(mode.from_tensor(x))
+        seen = []
+        torch.vmap(lambda row: (seen.append(launch.direct(x)), row)[1])(torch.ones(2, 3))
+        with pytest.warns(DeprecationWarning, match="jit.trace"):
+            torch.jit.trace(lambda a: (seen.append(launch.direct(x)), a)[1], x, check_trace=False)
+        compiled = torch.compile(lambda a: a + launch.direct(a), backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), x)
+        assert seen == [False, False]
 
 
 def test_entries_of_an_older_version_and_unreadable_tables_are_passed_over(

@@ -79,6 +79,7 @@ class Denoiser:
         """Latents [1, C, h, w] of each image. Their token counts are equal, and so are their
         buckets unless `on_tokens(sampling)`. `after` may replace the latents of each step.
         """
+        self.graphs.begin()
         plan = self.planner(_key(items, sampling))
         model = self._model(sampling, plan)
         before(0)
@@ -143,7 +144,17 @@ class Denoiser:
             self.graphs.capture(key, partial(self._run, skips=skips), inputs)
 
     def _captures(self) -> bool:
-        return self.device.type == "cuda" and self.transformer.capturable
+        # A caller's own wrapper need not say that it is.
+        capturable = getattr(self.transformer, "capturable", False)
+        return self.device.type == "cuda" and bool(capturable)
+
+    def _recall(self, inputs: LoopInputs, skips: tuple[int, ...]) -> Tensor | None:
+        """The tokens after the last step by a graph, if there is one or it is captured now."""
+        may_capture = self.graphs.automatic and self._captures()
+        if not may_capture and not len(self.graphs):
+            return None  # so most pipelines ask no version of their weights
+        run = partial(self._run, skips=skips) if may_capture else None
+        return self.graphs.recall(self._graph_key(inputs, skips), run, inputs)
 
     def _graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
         weights: Hashable = (self.transformer, self.transformer.version())
@@ -163,8 +174,8 @@ class Denoiser:
     ) -> list[Tensor]:
         inputs = self._inputs(items, sampling, plan)
         x = None
-        if after is None and model.planned is not None and len(self.graphs):
-            x = self.graphs.replay(self._graph_key(inputs, model.planned), inputs)
+        if after is None and model.planned is not None:
+            x = self._recall(inputs, model.planned)
         if x is None:
             steps = _Steps(self, items, plan, before, after)
             x = run_loop(model, inputs, self.config.in_channels, steps)

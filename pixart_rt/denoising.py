@@ -132,7 +132,7 @@ class Denoiser:
         if not self.on_tokens(plan):
             return
         inputs = self._inputs(items, sampling, plan)
-        if not self._captures():
+        if not self.captures():
             for guides in {True, False} & set(inputs.guides):
                 self._run(replace(inputs, guides=(guides,)))
             return
@@ -143,14 +143,15 @@ class Denoiser:
         if key not in self.graphs:
             self.graphs.capture(key, partial(self._run, skips=skips), inputs)
 
-    def _captures(self) -> bool:
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold the transformer's launches."""
         # A caller's own wrapper need not say that it is.
         capturable = getattr(self.transformer, "capturable", False)
         return self.device.type == "cuda" and bool(capturable)
 
     def _recall(self, inputs: LoopInputs, skips: tuple[int, ...]) -> Tensor | None:
         """The tokens after the last step by a graph, if there is one or it is captured now."""
-        may_capture = self.graphs.automatic and self._captures()
+        may_capture = self.graphs.automatic and self.captures()
         if not may_capture and not len(self.graphs):
             return None  # so most pipelines ask no version of their weights
         run = partial(self._run, skips=skips) if may_capture else None

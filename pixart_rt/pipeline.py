@@ -189,6 +189,11 @@ class PixArtPipeline:
         if self.prompt_encoder is not None:
             self.prompt_encoder.graphs.automatic = wanted
 
+    @property
+    def captures(self) -> bool:
+        """Whether a second batch of one shape, without a callback, is captured as a CUDA graph."""
+        return self.auto_capture and self.denoiser.captures()
+
     @classmethod
     def from_bundle(
         cls,

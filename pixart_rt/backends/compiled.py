@@ -92,22 +92,23 @@ class Compiled:
     """A component's module, compiled at its first calls. Serves one thread."""
 
     def __init__(self, name: str, module: nn.Module, compiler: str | Callable[..., Any]) -> None:
-        self._name, self.limit = name, MODES * COMPILATIONS[name]
+        self._name, self._limit = name, MODES * COMPILATIONS[name]
         self._compiled = torch.compile(_own_forward(module), backend=compiler)
+        self._limited = torch._dynamo.config.patch(
+            recompile_limit=self._limit, fail_on_recompile_limit_hit=True
+        )
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         inputs = as_images(inputs)
         mark(inputs)
         try:
-            with torch._dynamo.config.patch(
-                recompile_limit=self.limit, fail_on_recompile_limit_hit=True
-            ):
+            with self._limited:
                 output: Tensor = self._compiled(**inputs)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
             raise BackendError(
                 f"the {self._name} was called with {shapes}, which torch.compile would have to "
-                f"compile for, and {self.limit} compilations, the most there should be, are there; "
+                f"compile for, and {self._limit} compilations, the most there should be, are there; "
                 "use a bundle built with --backend torch, and report this as a bug"
             ) from error
         return output

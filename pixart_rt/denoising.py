@@ -125,22 +125,20 @@ class Denoiser:
         return self.on_tokens(self.planner(key))
 
     def warm(self, items: Sequence[Item], sampling: SamplingConfig) -> None:
-        """Capture the loop of such a batch where a CUDA graph can hold it, unless it is there;
-        elsewhere run its first step.
+        """Run a step of such a batch, of each form; then capture the loop where a CUDA graph can
+        hold it. Does nothing where it is captured already.
         """
         plan = self.planner(_key(items, sampling))
         if not self.on_tokens(plan):
             return
         inputs = self._inputs(items, sampling, plan)
-        if not self.captures():
-            for guides in {True, False} & set(inputs.guides):
-                self._run(replace(inputs, guides=(guides,)))
+        skips = self._model(sampling, plan).planned if self.captures() else None
+        key = None if skips is None else self._graph_key(inputs, skips)
+        if key is not None and key in self.graphs:
             return
-        skips = self._model(sampling, plan).planned
-        if skips is None:
-            return
-        key = self._graph_key(inputs, skips)
-        if key not in self.graphs:
+        for guides in {True, False} & set(inputs.guides):
+            self._run(replace(inputs, guides=(guides,)))
+        if key is not None and skips is not None:
             self.graphs.capture(key, partial(self._run, skips=skips), inputs)
 
     def captures(self) -> bool:

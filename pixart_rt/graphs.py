@@ -4,11 +4,12 @@ A graph replays the launches that were captured, on the addresses they had. So i
 own, into which a request's are copied, and a key that names everything else that a captured launch
 depends on: shapes, dtypes, the loop's pattern of steps, and the version of the weights.
 
-A key is captured when `capture` is called (`warmup`) or, with `automatic`, inside the second request
-that asks for it: the first may be the only one of its shape, and its run compiles and loads whatever
-is compiled and loaded at first use. The second request runs once more to warm up, captures, and is
-answered by the first replay. A key whose capture failed, or whose graph was evicted, is not captured
-automatically again: more shapes than fit would otherwise be captured in turn for ever.
+A key is captured when `capture` is called (`warmup`) or, with `automatic`, inside the second
+request that asks for it: the first may be the only one of its shape, and its run compiles and loads
+what is compiled and loaded at first use. The second runs once more, to warm up the stream of
+captures, then captures, and is answered by the first replay. A key whose capture failed, or whose
+graph was evicted, is not captured automatically again: more shapes than fit would otherwise be
+captured in turn for ever.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class Graphs(Generic[InputsT]):
         self._request += 1
 
     def capture(self, key: GraphKey, run: Callable[[InputsT], Tensor], inputs: InputsT) -> None:
-        """Record `run` for this key. Graphs of older weights go first, then the least used."""
+        """Record `run` for this key, whose launches have run before. Graphs of older weights go
+        first, then the least used.
+        """
         for old in [kept for kept in self._kept if kept.weights != key.weights]:
             del self._kept[old]
         own = {name: _copy(tensor) for name, tensor in inputs.tensors().items()}
@@ -210,7 +213,9 @@ class CudaGraph:
     synchronizes, empties the cache of and, by default, records a stream of the current device.
     """
 
-    WARM_UP = 2  # compilers and libraries allocate in the first runs
+    # Compilers and libraries allocate in the first runs, libraries once for each stream. Whoever
+    # captures has run the launches before, on the present stream.
+    WARM_UP = 1
 
     def __init__(self, run: Callable[[InputsT], Tensor], inputs: InputsT) -> None:
         self._device = next(iter(inputs.tensors().values())).device

@@ -166,6 +166,7 @@ class PromptEncoder:
             tokens = TextTokens(ones, ones)
             key = self._graph_key(tokens)
             if key not in self.graphs:
+                self._run(tokens)
                 self.graphs.capture(key, self._run, tokens)
 
     def embed(self, tokens: TextTokens) -> Tensor:

@@ -195,9 +195,7 @@ def test_remembered_keys_are_bounded() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(
-    pipeline_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def bundle(pipeline_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("auto") / "b"
     config = EngineConfig(resolution=256, backend="torch", max_batch=2)
     return build(str(pipeline_folder(32)), out, config).path

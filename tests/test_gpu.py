@@ -181,4 +181,5 @@ def test_a_pipeline_works_on_a_device_that_is_not_current(
             assert actual.device == torch.device("cuda", 1)
             assert (actual.cpu() - expected.cpu()).norm() <= 1e-4 * expected.cpu().norm()
             assert torch.cuda.current_device() == 0
-    assert first.denoiser.graphs.replays == second.denoiser.graphs.replays
+    replays = 2 if backend in ("torch", "torch-compile", "aoti") else 0
+    assert first.denoiser.graphs.replays == second.denoiser.graphs.replays == replays

@@ -3,10 +3,10 @@
 Sizes are marked before each call, so a new token count finds the compiled code. What cannot be a
 dynamic size decides how many compilations there are, each at the first call that needs it:
 
-    transformer    a batch of one or larger × with constant rows (CFG with a prompt of one token, such
-                   as the empty one) or without × text absorbed or not (up to 64 tokens, or above)     8
-    text encoder   one prompt or more                                                                  2
-    VAE decoder    one image or more                                                                   2
+    transformer    one image, or more  ×  text absorbed (up to 64 tokens), or not  ×  with constant
+                   rows (guidance with a prompt of one token, as the empty one is), or without    8
+    text encoder   one prompt, or more                                                            2
+    VAE decoder    one image, or more                                                             2
 
 torch.compile treats sizes 0 and 1 as constants, and None apart from a tensor. The lengths of the
 absorbed form are one dynamic size. One image with several rows, a guided one whose negative prompt
@@ -107,9 +107,9 @@ class Compiled:
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
             raise BackendError(
-                f"the {self._name} was called with {shapes}, which torch.compile would have to "
-                f"compile for, and {self._limit} compilations, the most there should be, are there; "
-                "use a bundle built with --backend torch, and report this as a bug"
+                f"the {self._name} was called with {shapes}, which need another compilation, but "
+                f"there are {self._limit} already, more than there should ever be; use a bundle "
+                "built with --backend torch, and report this as a bug"
             ) from error
         return output
 

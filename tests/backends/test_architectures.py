@@ -24,7 +24,15 @@ from .conftest import T5
 # What torch.cuda.get_arch_list() says: 2.11's wheels (pytorch/pytorch#182250), and 2.11 for 12.6.
 CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
-V100, T4, A100, RTX_4090, H100, B200, B300 = (7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3)
+V100, T4, A100, RTX_4090, H100, B200, B300 = (
+    (7, 0),
+    (7, 5),
+    (8, 0),
+    (8, 9),
+    (9, 0),
+    (10, 0),
+    (10, 3),
+)
 CUDA = torch.device("cuda", 0)
 
 

@@ -12,9 +12,10 @@ torch.compile treats sizes 0 and 1 as constants, and None apart from a tensor. T
 absorbed form are one dynamic size. One image with several rows, a guided one whose negative prompt
 has several tokens, is passed as several images, which costs it the first self-attention twice.
 
-A call outside torch.inference_mode compiles once more what was compiled inside, and the opposite:
-the limit is twice these numbers. Reaching it means that an input varies in a way this file does not
-know, and is an error; torch.compile would run such calls eagerly from then on, without a word.
+A call outside torch.inference_mode compiles once more what was compiled inside, and the opposite;
+on a CPU PyTorch takes another convolution for small inputs, which the VAE compiles apart. LIMIT has
+room for these. Reaching it means that an input varies in a way this file does not know, and is an
+error; torch.compile would run such calls eagerly from then on, without a word.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BackendError
 
 COMPILATIONS = {"transformer": 8, "text_encoder": 2, "vae_decoder": 2}  # the table above
-MODES = 2  # inside torch.inference_mode and outside
+LIMIT = 16
 DYNAMIC: dict[str, tuple[int, ...]] = {  # input -> axes that differ between calls
     "input_ids": (0, 1),
     "attention_mask": (0, 1),
@@ -92,7 +93,7 @@ class Compiled:
     """A component's module, compiled at its first calls. Serves one thread."""
 
     def __init__(self, name: str, module: nn.Module, compiler: str | Callable[..., Any]) -> None:
-        self._name, self._limit = name, MODES * COMPILATIONS[name]
+        self._name, self._limit = name, LIMIT
         self._compiled = torch.compile(_own_forward(module), backend=compiler)
         self._limited = torch._dynamo.config.patch(
             recompile_limit=self._limit, fail_on_recompile_limit_hit=True

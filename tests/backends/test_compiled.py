@@ -136,7 +136,7 @@ def test_other_components_compile_once_for_one_and_once_for_more(bundle: Path, n
     component, counter = load(bundle, name)
     eager = PixArtPipeline.from_bundle(bundle, "cpu", check=False)
     for batch in (1, 2, 3):
-        for size in (16, 32):
+        for size in (4, 8):  # the VAE's: below any at which PyTorch changes the convolution
             if name == "text_encoder":
                 assert eager.prompt_encoder is not None
                 ids = torch.arange(batch * size).view(batch, size) % 50
@@ -154,7 +154,7 @@ def test_more_compilations_than_there_should_be_are_an_error(
 ) -> None:
     """torch.compile by itself would run eagerly from here on."""
     config = Manifest.read(bundle).config
-    monkeypatch.setattr(compiled, "COMPILATIONS", {"transformer": 1})
+    monkeypatch.setattr(compiled, "LIMIT", 2)
     monkeypatch.setattr(compiled, "DYNAMIC", {})  # every size is a compilation of its own
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         for _ in range(2):  # a second pipeline has compilations of its own

@@ -29,10 +29,13 @@ demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
 	@echo "The images are in $(CURDIR)/demo/contact-sheet.png"
 
 test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not exhaustive" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## what `make test` only samples, exhaustively
+	$(BIN)/python -m pytest -m "exhaustive and not gpu" $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -240,12 +240,22 @@ PRODUCTS = {  # of matrices: hours on a CPU at XL's shapes
 
 
 class NoProducts(TorchDispatchMode):
-    """Matrix products give memory of their shape; all other operators run, ours inside too."""
+    """Matrix products give memory of their shape; all other operators run, ours inside too.
+
+    `seen` counts them by overload packet, those inside our operators as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.seen[func.overloadpacket] += 1
         if func.overloadpacket in PRODUCTS:
-            shapes = [tree_map_only(Tensor, lambda t: t.to("meta"), part) for part in (args, kwargs)]
+            shapes = [
+                tree_map_only(Tensor, lambda t: t.to("meta"), part) for part in (args, kwargs)
+            ]
             made = func(*shapes[0], **shapes[1])
             return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype)
         if func.namespace == "pixart_rt":  # a mode is off inside an operator that it was given

@@ -13,7 +13,6 @@ if not torch.cuda.is_available():  # Triton reads this once, when it is first im
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     """Say what is wrong with a pair of versions whose interpreter fails deep inside a kernel."""
     import numpy

@@ -1,15 +1,20 @@
-"""Launches by Triton's own path, for test_jit_sm90.py: PART DTYPE..., in a process of its own.
+"""Launches by Triton's own path on a GPU that is not there, in a process of its own.
+
+    python -m tests.kernels.jit_on_standin PART,... DTYPE,...   of XL/2, for test_jit_sm90.py
+    python -m tests.kernels.jit_on_standin FILE.json   of tests, for test_launch_compiles.py
 
 Prints one JSON object. What of it is real is in benchmarks/standin_driver.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
@@ -20,13 +25,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.standin_driver import NoProducts, StandInDriver, resources, standing_in
 from pixart_rt.config import Kernels, Quality
-from pixart_rt.kernels.attention import attention_qkv_packed
 from pixart_rt.kernels.catalog import FILES
 from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate
 from pixart_rt.kernels.linear import linear_gate_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate
 from pixart_rt.loop import run_loop
 from pixart_rt.model.transformer import PixArtTransformer
+from tests.capture_clean import WAITS
+from tests.kernels.launches import Spec, decode
 from tests.xl_loop import STANDARD, denoiser, loop_inputs, xl
 
 BLOCKS = 3  # the first sees images, then rows; the last makes no norm for a next one
@@ -36,16 +42,17 @@ Work = Callable[[], None]
 
 @dataclass
 class Report:
-    """What reached the driver. `variants` are of one kernel name; `ran` are launches of each work."""
+    """What reached the driver; `ran` counts the launches of each work."""
 
     ran: dict[str, int] = field(default_factory=dict)
     compiled: dict[str, int] = field(default_factory=dict)  # by each work
-    variants: dict[str, int] = field(default_factory=dict)
+    variants: dict[str, int] = field(default_factory=dict)  # by kernel
     descriptors: int = 0
     most_shared: int = 0
     most_registers: int = 0
     spilled: list[str] = field(default_factory=list)
     scratch: list[str] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)  # operators that wait for the device
     errors: dict[str, str] = field(default_factory=dict)  # what a work raised
 
 
@@ -96,7 +103,7 @@ def ragged(dtype: torch.dtype) -> dict[str, Work]:
 
 
 def training(dtype: torch.dtype) -> dict[str, Work]:
-    """Forward and backward of XL/2 under autocast, weights in float32, and in `dtype` throughout."""
+    """Forward and backward of XL/2: weights in float32 under autocast, and all in `dtype`."""
     found: dict[str, Work] = {}
     for weights in (torch.float32, dtype):
         with torch.device("meta"):
@@ -165,7 +172,20 @@ def _read(source, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), tl.sum(source.load([0, 0]), 0))
 
 
-PARTS = {each.__name__: each for each in (examples, loops, ragged, training, rows, refused)}
+PARTS = {each.__name__: each for each in (refused, rows, loops, ragged, training, examples)}
+
+
+def written(file: Path) -> dict[str, Work]:
+    """The launches of a file that tests/kernels/launches.py wrote."""
+
+    def work(spec: Spec) -> Work:
+        kernel = decode({"function": spec["kernel"]})
+        args = [decode(arg) for arg in spec["args"]]
+        kwargs = {name: decode(value) for name, value in spec["kwargs"].items()}
+        return lambda: kernel[tuple(spec["grid"])](*args, **kwargs)
+
+    specs = json.loads(file.read_text())
+    return {f"{i} {spec['kernel'][1]}": work(spec) for i, spec in enumerate(specs)}
 
 
 def run(driver: StandInDriver, works: dict[str, Work]) -> Report:
@@ -173,10 +193,11 @@ def run(driver: StandInDriver, works: dict[str, Work]) -> Report:
     for name, work in works.items():
         launches, kernels = driver.launches, len(driver.kernels)
         try:
-            with NoProducts():
+            with NoProducts() as operators:
                 work()
-        except RuntimeError as error:
+        except (RuntimeError, triton.TritonError) as error:
             report.errors[name] = str(error)
+        report.waits += [f"{name}: {each}" for each in operators.seen if each in WAITS]
         report.ran[name] = driver.launches - launches
         report.compiled[name] = len(driver.kernels) - kernels
     report.variants, report.descriptors = dict(driver.variants()), driver.descriptors
@@ -192,10 +213,12 @@ def run(driver: StandInDriver, works: dict[str, Work]) -> Report:
 
 
 def main() -> int:
-    part, *names = sys.argv[1:]
     works: dict[str, Work] = {}
-    for name in names:
-        works |= PARTS[part](getattr(torch, name))
+    if sys.argv[1].endswith(".json"):
+        works = written(Path(sys.argv[1]))
+    else:
+        for name, part in itertools.product(sys.argv[2].split(","), sys.argv[1].split(",")):
+            works |= PARTS[part](getattr(torch, name))
     with standing_in((9, 0)) as driver:
         report = run(driver, works)
     print(json.dumps(asdict(report)))

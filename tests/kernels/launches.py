@@ -40,8 +40,8 @@ class Launches:
             "kwargs": {name: encode(value) for name, value in sorted(kwargs.items())},
         }
         constant = {name for name in kwargs if name.isupper()}
-        key = [spec["kernel"], [_kind(arg) for arg in spec["args"]],
-               {k: v if k in constant else _kind(v) for k, v in spec["kwargs"].items()}]  # fmt: skip
+        named = {k: v if k in constant else _kind(v) for k, v in spec["kwargs"].items()}
+        key = [spec["kernel"], [_kind(arg) for arg in spec["args"]], named]
         self.specs.setdefault(json.dumps(key), spec)
 
     def sorted(self) -> list[Spec]:

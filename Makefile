@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
 CHECKED := pixart_rt examples
-NO_BENCH := provenance timing turns weights xl_folder profile_kernels
+NO_BENCH := host_time standin_driver provenance timing turns weights xl_folder profile_kernels
 BENCHES := $(filter-out $(NO_BENCH), $(basename $(notdir $(wildcard benchmarks/*.py))))
 ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 

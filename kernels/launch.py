@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ _recorder: Recording | None = None
 _target: tuple[int, int] | None = None  # the GPU that `record` pretends to be
 _target_name = ""
 _forced: dict[str, dict[str, int]] = {}  # operator -> configuration, while it is tuned
+_using: dict[str, Any] = {}  # a table that comes before all others, while it is made
 _chosen: dict[str, str] = {}  # operator -> implementation, while implementations are compared
+_told: set[tuple[str, str]] = set()  # (operator, implementation) that a warning was given of
 _refused: dict[tuple[str, int], str] = {}  # (operator, device index) -> why its kernel is not used
 
 
@@ -118,6 +121,27 @@ def _device_index(args: tuple[Any, ...]) -> int | None:
         if isinstance(tensor, Tensor):
             return tensor.device.index if tensor.is_cuda else None
     return None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether an operator may call its launcher itself, past PyTorch's dispatcher.
+
+    The dispatcher costs 15 to 25 µs a call, of an operator registered from Python; a step of XL has
+    250 calls. It is needed where something listens (a compiler, a mode, vmap, a tensor that is no
+    plain one) or a gradient is wanted.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        tensor is None or (type(tensor) in _PLAIN and not (grad and tensor.requires_grad))
+        for tensor in tensors
+    )
 
 
 @contextmanager
@@ -191,11 +215,14 @@ def _entry(
     """The nearest shape's entry of this GPU's own table, else of its family's; None if neither
     knows the operator in this dtype."""
     name = str(dtype).removeprefix("torch.")
-    for table in (_user_table(gpu), shipped_table(*arch)):
+    for table in (_using, _user_table(gpu), shipped_table(*arch)):
         entries = table.get(kind, {}).get(op, {}).get(name, {})
         if entries:
             known = {tuple(map(int, key.split("x"))): value for key, value in entries.items()}
-            return known[nearest(known, shape)]
+            # Entries by other sizes are of an older version.
+            known = {key: value for key, value in known.items() if len(key) == len(shape)}
+            if known:
+                return known[nearest(known, shape)]
     return None
 
 
@@ -209,6 +236,40 @@ def gpu_name(like: Tensor) -> str:
     if _target is not None:
         return _target_name
     return _gpu_name(like.device.index or 0) if like.is_cuda else ""
+
+
+@contextmanager
+def using(table: dict[str, Any]) -> Iterator[None]:
+    """Inside, this table's entries come before the user's and the shipped ones."""
+    global _using
+    before, _using = _using, table
+    _entry.cache_clear()
+    try:
+        yield
+    finally:
+        _using = before
+        _entry.cache_clear()
+
+
+class Unavailable(RuntimeError):
+    """An implementation was chosen by `choosing` that this machine does not have."""
+
+
+def unavailable(op: str, implementation: str, why: str) -> None:
+    """Say, once, that the default of `op` runs, not what a table names.
+
+    Raises Unavailable where the implementation was chosen by `choosing` and not by a table.
+    """
+    if op in _chosen:
+        raise Unavailable(f"{op} by {implementation} is not available: {why}")
+    if (op, implementation) not in _told:
+        _told.add((op, implementation))
+        warnings.warn(
+            f"a tuning table names {implementation} for {op}, which is not available: {why}; the "
+            "default runs",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager
@@ -261,11 +322,24 @@ def forget_tables() -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A table, {} if there is no such file."""
+    """A table, {} if there is no such file; also, with a warning, if it holds something else."""
     if not path.exists():
         return {}
-    table: dict[str, Any] = json.loads(path.read_text())
-    return table
+    try:
+        table = json.loads(path.read_text())
+        valid = isinstance(table, dict) and isinstance(table.get("operators"), dict)
+    except (OSError, ValueError):
+        valid = False
+    if not valid:
+        warnings.warn(
+            f"the tuning table {path} cannot be read, so the package's own is used; run "
+            "`pixart-rt tune` again or delete it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+    result: dict[str, Any] = table
+    return result
 
 
 @dataclass(frozen=True, slots=True)

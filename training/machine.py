@@ -23,7 +23,7 @@ def check_kernels(device: torch.device, kernels: Kernels, precision: Precision) 
     """Compare the fused operators with their references on this GPU, in autocast's dtype; `use`
     does so in the weights'. Raises as kernels/catalog.py does."""
     if device.type == "cuda" and kernels is Kernels.FUSED:
-        self_test(device, DTYPES[precision])
+        self_test(device, DTYPES[precision], training=True)
 
 
 def usual_kernels(device: torch.device) -> Kernels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,10 @@ def tune(
         Path | None,
         typer.Option(help="Where the table goes. Default: the user's cache, where it is found."),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Begin nothing after this. Default: measure everything."),
+    ] = None,
     bundle: Annotated[
         Path | None,
         typer.Option(
@@ -30,7 +35,8 @@ def tune(
         ),
     ] = None,
 ) -> None:
-    """Find the fastest configuration of every kernel on this GPU.
+    """Find the fastest configuration of every kernel, and the fastest implementation where there
+    are several, on this GPU.
 
     Takes minutes. From then on the fused operators of every model on a GPU of this name use the
     table. Prints its path.
@@ -51,7 +57,9 @@ def tune(
     import torch
 
     from pixart_rt.files import replacing
-    from pixart_rt.kernels.launch import user_table_path
+    from pixart_rt.kernels.catalog import FP8, MODEL, self_test
+    from pixart_rt.kernels.launch import forget_tables, user_table_path
+    from pixart_rt.kernels.tuning import merged
     from pixart_rt.kernels.tuning import tune as measure
 
     if not torch.cuda.is_available():
@@ -61,13 +69,19 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
     path = out or user_table_path(torch.cuda.get_device_name(device))
-    table = measure(device, dtype, report=note)
-    if path.is_file():  # the other precision's entries stay
-        earlier = json.loads(path.read_text())["operators"]
-        for op, entries in earlier.items():
-            table["operators"][op] = {**entries, **table["operators"].get(op, {})}
+    # Each kernel agrees with its reference first; one that does not is not tuned, and a warning
+    # says so.
+    self_test(device, dtype, (*MODEL, *FP8), training=True)
+    seconds = float("inf") if minutes is None else 60 * minutes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    table = measure(device, dtype, report=note, seconds=seconds, workers=cores or 1)
+    if path.is_file():  # entries of the other precision, and of shapes not measured now, stay
+        table = merged(json.loads(path.read_text()), table)
     with replacing(path) as new:
         new.write_text(json.dumps(table, indent=1) + "\n")
+    forget_tables()
+    if table["not_tried"]:
+        note(f"{len(table['not_tried'])} shapes were not tried in {minutes} minutes")
     print(path)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError
-from pixart_rt.kernels.catalog import self_test
+from pixart_rt.kernels.catalog import VAE, self_test
 from pixart_rt.model.vae_fused import Swap, fused_modules, swap
 
 SD_VAE: dict[str, Any] = {  # the shape of sd-vae-ft-ema, for random weights
@@ -53,7 +53,7 @@ class VaeDecoder(nn.Module):
         if kernels is Kernels.FUSED:
             weight = self.decoder.conv_in.weight
             if weight.is_cuda:
-                self_test(weight.device, weight.dtype)
+                self_test(weight.device, weight.dtype, VAE)
             self._unfused = swap(list(fused_modules(self.decoder)))
         return self
 

@@ -9,7 +9,7 @@ import torch
 
 from pixart_rt.bundle import Measurement
 from pixart_rt.export import choose
-from pixart_rt.kernels import tuning
+from pixart_rt.kernels import catalog, tuning
 
 
 def test_without_a_gpu_it_says_so(run, monkeypatch, tmp_path):
@@ -29,10 +29,21 @@ def test_float32_is_refused(run):
 def test_a_second_precision_keeps_the_first(run, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    tested = []
+    monkeypatch.setattr(
+        catalog, "self_test",
+        lambda device, dtype, names, *, training: tested.append((dtype, training)),
+    )  # fmt: skip
 
-    def measure(device, dtype, report):
+    def measure(device, dtype, report, seconds, workers):
+        assert workers >= 1
         name = str(dtype).removeprefix("torch.")
-        return {"gpu": "x", "operators": {"op": {name: {"512": {"ROWS": 2}}}}}
+        left = ["op 2x1024"] if seconds < 100 else []
+        return {
+            "gpu": "x", "operators": {"op": {name: {"512": {"ROWS": 2}}}}, "choices": {},
+            "not_tried": left,
+        }  # fmt: skip
 
     monkeypatch.setattr(tuning, "tune", measure)
     path = tmp_path / "t.json"
@@ -41,6 +52,9 @@ def test_a_second_precision_keeps_the_first(run, monkeypatch, tmp_path):
         assert outcome.code == 0
         assert outcome.out.strip() == str(path)
     assert json.loads(path.read_text())["operators"]["op"].keys() == {"bfloat16", "float16"}
+    assert tested == [(torch.bfloat16, True), (torch.float16, True)]
+    outcome = run("tune", "--minutes", "1.5", "--out", path)
+    assert "1 shapes were not tried in 1.5 minutes" in outcome.err
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixart_rt.kernels.launch import SM70, Operator, config, launch, runs_triton
+from pixart_rt.kernels.launch import SM70, Operator, config, direct, launch, runs_triton
 from pixart_rt.kernels.ln_modulate import (
     ceil_div,
     elementwise_tile,
@@ -353,6 +353,8 @@ def gate_residual(
 
     Without gate_table and gate_shared the gate is 1.
     """
+    if direct(x, branch, gate_table, gate_shared) and runs_triton("gate_residual", x, SM70):
+        return gate_residual_triton(x, branch, gate_of(gate_table, gate_shared, gate_row), lossless)
     out: Tensor = gate_residual_op(x, branch, gate_table, gate_shared, gate_row, lossless)
     return out
 
@@ -523,7 +525,12 @@ def gate_residual_ln_modulate(
     Differentiable in every tensor. Without gate_table and gate_shared the gate is 1: the residual
     of cross-attention. branch may have another dtype than x.
     """
-    stats = trains(x, branch, gate_table, gate_shared, table, shared)
+    inputs = x, branch, gate_table, gate_shared, table, shared
+    if direct(*inputs) and runs_triton("gate_residual_ln_modulate", x, SM70):
+        return gate_residual_ln_modulate_triton(
+            x, branch, gate_table, gate_shared, gate_row, table, shared, row, lossless, out_dtype
+        )[:2]
+    stats = trains(*inputs)
     out, y, _ = gate_residual_ln_modulate_op(
         x, branch, gate_table, gate_shared, gate_row, table, shared, row, lossless, out_dtype, stats
     )

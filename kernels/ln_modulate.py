@@ -35,6 +35,7 @@ from pixart_rt.kernels.launch import (
     Operator,
     capability,
     config,
+    direct,
     launch,
     runs_triton,
 )
@@ -447,6 +448,8 @@ def ln_modulate(
     Differentiable in x, table and shared. `out_dtype` is for autocast, where x is float32 and y
     goes into a linear in 16 bits.
     """
+    if direct(x, table, shared) and runs_triton("ln_modulate", x, SM70):
+        return ln_modulate_triton(x, table, shared, row, lossless=lossless, out_dtype=out_dtype)[0]
     stats = trains(x, table, shared)
     y: Tensor = ln_modulate_op(x, table, shared, row, lossless, out_dtype, stats)[0]
     return y

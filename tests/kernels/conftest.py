@@ -58,8 +58,8 @@ def error() -> Callable[[Tensor, Tensor], float]:
     """error(actual, expected): relative, in the Frobenius norm; NaN if an element is missing."""
 
     def measure(actual: Tensor, expected: Tensor) -> float:
-        difference = actual.double().cpu() - expected.double().cpu()
-        return float(difference.norm() / expected.double().norm())
+        difference = actual.detach().double().cpu() - expected.detach().double().cpu()
+        return float(difference.norm() / expected.detach().double().norm())
 
     return measure
 

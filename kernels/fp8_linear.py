@@ -6,15 +6,15 @@
     fp8_linear_residual         residual + gate·y
 
 x8 [B, N, I] and W8 [O, I] are float8_e4m3fn, w_scale [O] and x_scale float32, with value =
-e4m3·scale and scale = largest magnitude / 448 of what shares it. x_scale [B, N] is of rows (ViDiT-Q,
-arXiv:2406.02540, finds rows for tokens and outputs enough for PixArt-alpha); x_scale [B, I/128, N]
-is of 128 columns of a row (as DeepSeek-V3, arXiv:2412.19437, Section 3.3):
+e4m3·scale and scale = largest magnitude / 448 of what shares it. x_scale [B, N] is of rows
+(ViDiT-Q, arXiv:2406.02540, finds rows for tokens and outputs enough for PixArt-alpha); x_scale
+[B, I/128, N] is of 128 columns of a row (as in DeepSeek-V3, arXiv:2412.19437, Section 3.3):
 
     y[t, o] = w_scale[o] · Σ_g x_scale[g, t] · (Σ_(i in g) x8[t, i]·W8[o, i]) + b[o]
 
 A tile of GELU's output sees 128 columns and not the whole row, so it can write those scales, and
 the tensor core's sum over a group, of limited precision on Hopper, is added in float32 in any case.
-The groups are the inner part of x_scale's middle index so that a tile reads 128 neighbours.
+Tokens are x_scale's last index, so that a tile reads neighbours.
 
 From sm_89 on; inference only. Traffic: half of the 16-bit linear's for x and W. ln_modulate.py
 writes its output quantized, GELU too; `quantize_rows` does it for what another operator made.
@@ -39,7 +39,7 @@ from pixart_rt.kernels.ln_modulate import quantize_rows_ref
 
 
 def dequantized(x: Tensor, scale: Tensor) -> Tensor:
-    """e4m3 [B, N, I] with scales of rows [B, N] or of groups [B, I/128, N], in the scales' dtype."""
+    """e4m3 [B, N, I] times its scales of rows [B, N] or of groups [B, I/128, N], in their dtype."""
     if scale.dim() == 2:
         return x.to(scale.dtype) * scale[..., None]
     columns = scale.transpose(1, 2).repeat_interleave(SCALE_GROUP, -1)
@@ -48,7 +48,7 @@ def dequantized(x: Tensor, scale: Tensor) -> Tensor:
 
 def quantize_groups_ref(y: Tensor) -> tuple[Tensor, Tensor]:
     """[B, N, O] to e4m3 [B, N, O] and its scales of 128 columns [B, O/128, N] in y's dtype."""
-    B, N, O = y.shape
+    O = y.shape[-1]
     groups = -(-O // SCALE_GROUP)
     padded = F.pad(y, (0, groups * SCALE_GROUP - O)).unflatten(-1, (groups, SCALE_GROUP))
     values, scale = quantize_rows_ref(padded)

@@ -153,8 +153,8 @@ def _linear_kernel(
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """sources: x, weight. scales: of x's rows or of its groups of 128 columns, and of weight's rows.
-    outputs: y, the product, the scales of y's groups. What is not wanted is None."""
+    """sources: x, weight; scales: of x's rows or of its groups of 128 columns, of weight's rows;
+    outputs: y, the product, the scales of y's groups. What there is none of is None."""
     x_ptr, weight_ptr = sources
     x_scale_ptr, group_scale_ptr, weight_scale_ptr = scales
     y_ptr, product_ptr, y_scale_ptr = outputs
@@ -559,7 +559,7 @@ def linear_gate_residual(
     residual: Tensor,
     lossless: bool = False,
 ) -> Tensor:
-    """residual + gate·(x·Wᵀ + b), [B, N, O], in residual's dtype. Differentiable in every tensor."""
+    """residual + gate·(x·Wᵀ + b), [B, N, O] in residual's dtype. Differentiable in all tensors."""
     store = _trains(x, weight, bias, table, shared, residual)
     out: Tensor = linear_gate_residual_op(
         x, weight, bias, table, shared, row, residual, lossless, store

@@ -1,4 +1,4 @@
-"""linear_gate_residual by a GEMM of quack-kernels (github.com/Dao-AILab/quack), where it is installed.
+"""linear_gate_residual by a GEMM of quack-kernels (github.com/Dao-AILab/quack), if installed.
 
     residual + gate·(x·Wᵀ + b)
 
@@ -57,7 +57,7 @@ def _epilogues() -> tuple[Any, Any] | None:
 def gate_residual(
     x: Tensor, weight: Tensor, bias: Tensor, gate: Gate | None, residual: Tensor
 ) -> Tensor | None:
-    """residual + gate·(x·Wᵀ + b) [B, N, O]; None where quack is not installed or has no such type."""
+    """residual + gate·(x·Wᵀ + b) [B, N, O]; None where quack cannot: use ours."""
     if x.dtype not in (torch.float16, torch.bfloat16) or residual.dtype != x.dtype:
         return None
     epilogues = _epilogues()

@@ -207,7 +207,7 @@ def gate_residual_triton(
     pointers, row, R = _gate_pointers(gate)
     B, N, D = x.shape
     out = torch.empty_like(x)
-    tuned = config("gate_residual", x, (B * N,), elementwise_tile(B * N))
+    tuned = config("gate_residual", x, (B * N,), elementwise_tile(x))
     launch(
         _gate_residual_kernel, (ceil_div(D, COLUMNS), ceil_div(N, tuned["ROWS"]), B),
         x, branch, pointers, N, row, out, D=D, R=R, BLOCK_D=COLUMNS, ROUND=lossless, **tuned,
@@ -223,7 +223,7 @@ def gate_residual_backward_triton(
     pointers, row, R = _gate_pointers(gate)
     B, N, D = branch.shape
     dbranch = torch.empty_like(branch)
-    tuned = config("gate_residual", dout, (B * N,), elementwise_tile(B * N))
+    tuned = config("gate_residual_backward", dout, (B * N,), elementwise_tile(dout))
     programs = ceil_div(N, tuned["ROWS"])
     partial = branch.new_empty((B, programs, D), dtype=torch.float32)
     launch(
@@ -252,7 +252,7 @@ def gate_residual_ln_modulate_triton(
     B, N, D = x.shape
     out, y = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
     moments = x.new_empty((B, N, 2), dtype=torch.float32) if stats else None
-    tuned = config("gate_residual_ln_modulate", x, (B * N,), forward_tile(B * N))
+    tuned = config("gate_residual_ln_modulate", x, (B * N,), forward_tile(x))
     launch(
         _gate_residual_ln_modulate_kernel, (ceil_div(N, tuned["ROWS"]), B),
         x, branch, gate, (table.contiguous(), shared.contiguous()), N, gate_row, row,
@@ -544,9 +544,7 @@ def _residual_example(device: torch.device, dtype: torch.dtype, seed: int) -> tu
     return _example(device, dtype, seed)[:5]
 
 
-def _production(
-    device: torch.device, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[Any, ...]]:
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
     """XL's width with tokens that end inside a tile, with a gate and without."""
     random = torch.Generator().manual_seed(seed)
     for tokens, gated in ((5, True), (67, False), (67, True)):
@@ -585,7 +583,7 @@ def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
 OPERATORS = (
     Operator(
         "gate_residual", SM70, gate_residual, gate_residual_ref, _residual_example,
-        production=_residual_production,
+        production=_residual_production, tables=("gate_residual", "gate_residual_backward"),
     ),
     Operator(
         "gate_residual_ln_modulate", SM70, gate_residual_ln_modulate,

@@ -44,15 +44,40 @@ E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 
 _EPS = tl.constexpr(EPS)
 
-BACKWARD = {"ROWS": 32, "TILE": 2, "num_warps": 8}
+# Defaults, from the compiler's report and counts of instructions (docs/kernels.md), not from timings.
+# Tokens that a program handles: enough programs for the 132 multiprocessors of the largest GPU.
+LARGE = 4096  # tokens; an image of 512 px with guidance has 2048
 
 
-def forward_tile(tokens: int) -> dict[str, int]:
-    return {"ROWS": 4, "num_warps": 8}
+def forward_tile(x: Tensor) -> dict[str, int]:
+    """The default tile of a forward with LayerNorm: one warp, which needs no barrier.
+
+    More warps would also idle: tiles are 2048 wide, and of XL's 1152 columns one warp goes through
+    1280, four or eight through 2048. Two tokens of 16 bits share the loads of the modulation; with
+    fewer tokens, or wider ones, which take more registers, a program has one.
+    """
+    pair = x.numel() >= LARGE * x.shape[-1] and x.element_size() == 2
+    return {"ROWS": 2 if pair else 1, "num_warps": 1}
 
 
-def elementwise_tile(tokens: int) -> dict[str, int]:
-    return {"ROWS": 16, "num_warps": 4}
+def backward_tile(dy: Tensor) -> dict[str, int]:
+    """The default of the backward: about 256 programs that each go through ROWS rows, TILE at once.
+
+    A program's sums are as large as 4 to 6 of its rows, which bounds ROWS from below. With 8 warps
+    sm_70's assembler spills; with two rows of float32 throughout sm_80's does.
+    """
+    rows = power_of_2(dy.numel() // dy.shape[-1] // 256 + 1) // 2
+    return {
+        "ROWS": min(max(rows, 4), 32),
+        "TILE": 2 if dy.element_size() == 2 else 1,
+        "num_warps": 8 if capability(dy) >= SM80 else 4,
+    }
+
+
+def elementwise_tile(x: Tensor) -> dict[str, int]:
+    """The default tile of kernels without sums over a row: 4 warps, 1 to 4 loads of 16 bytes."""
+    tokens = x.numel() // x.shape[-1]
+    return {"ROWS": 32 if tokens >= LARGE else 8, "num_warps": 4}
 
 
 def ln_modulate_ref(
@@ -215,7 +240,7 @@ def _ln_modulate_backward_kernel(
             D, DTYPE, False,
         )  # fmt: skip
         dgate_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for i in range(0, ROWS, TILE):
+    for i in tl.range(0, ROWS, TILE, num_stages=2):  # the next tile is on its way
         first = tl.program_id(0) * ROWS + i
         start = image * num_tokens + first
         rows = tl.arange(0, TILE)
@@ -266,7 +291,7 @@ def ln_modulate_triton(
     y = torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else out_dtype)
     row_scale = x.new_empty((B, N), dtype=torch.float32) if fp8 else None
     moments = x.new_empty((B, N, 2), dtype=torch.float32) if stats else None
-    tuned = config("ln_modulate", x, (B * N,), forward_tile(B * N))
+    tuned = config("ln_modulate", x, (B * N,), forward_tile(x))
     launch(
         _ln_modulate_kernel, (ceil_div(N, tuned["ROWS"]), B),
         x, table.contiguous(), shared.contiguous(), N, row, y, row_scale, moments,
@@ -292,8 +317,7 @@ def ln_modulate_backward_triton(
     has x's dtype too.
     """
     B, N, D = x.shape
-    default = BACKWARD if capability(x) >= SM80 else {**BACKWARD, "num_warps": 4}
-    tuned = config("ln_modulate_backward", x, (B * N,), default)
+    tuned = config("ln_modulate_backward", x, (B * N,), backward_tile(dy))
     programs = ceil_div(N, tuned["ROWS"])
     dx, dbranch, through = torch.empty_like(x), None, None
     if branch is not None and (gate is not None or branch.dtype != x.dtype):
@@ -454,9 +478,7 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return x.to(device, dtype), table.to(device, dtype), shared.to(device), 3
 
 
-def _production(
-    device: torch.device, dtype: torch.dtype, seed: int
-) -> Iterator[tuple[Any, ...]]:
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
     """XL's width with tokens that end inside a tile."""
     random = torch.Generator().manual_seed(seed)
     for tokens in (5, 67):

@@ -63,9 +63,10 @@ def _norm(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Callable[
 
 def _norm_backward(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
     x, rows = _normal(device, dtype, B, N, WIDTH), _modulated(device, dtype, B)
-    _, _, mean, rstd = ln_modulate_triton(x, *rows, 0)
+    stats = ln_modulate_triton(x, *rows, 0, stats=True)[2]
+    assert stats is not None
     dy = _normal(device, dtype, B, N, WIDTH)
-    return lambda: ln_modulate_backward_triton(dy, x, mean, rstd, *rows, 0)
+    return lambda: ln_modulate_backward_triton(dy, x, stats, *rows, 0)[::2]
 
 
 def _gate(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:

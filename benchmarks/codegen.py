@@ -29,7 +29,7 @@ from benchmarks.provenance import ROOT, provenance, write_result
 from pixart_rt.config import XL_2_1024_MS, Kernels
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.catalog import FILES
-from pixart_rt.kernels.codegen import Resources, compile_launch
+from pixart_rt.kernels.codegen import Resources, ast_source, compile_launch
 from pixart_rt.model.transformer import Block, CrossText
 from pixart_rt.ops import operators
 
@@ -64,9 +64,9 @@ def compile_all() -> list[dict[str, Any]]:
                     continue
                 recorded = launches(file, arch, dtype)
                 for each in recorded:
-                    key = (arch, str(dtype), each.kernel.__name__, str(sorted(
-                        (k, str(v)) for k, v in each.kwargs.items()
-                    )))  # fmt: skip
+                    source, options = ast_source(each)
+                    key = (arch, str(dtype), each.kernel.__name__, str(source.signature),
+                           str(source.constants), str(options))  # fmt: skip
                     if key in done:
                         continue
                     done.add(key)

@@ -86,7 +86,7 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
     return Resources(
         kernel=name,
         arch=f"sm_{number}",
-        constexprs={k: str(v) if isinstance(v, torch.dtype) else v for k, v in constexprs.items()},
+        constexprs={k: _named(v) for k, v in constexprs.items()},
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         registers=int(found["REG"]),
@@ -95,6 +95,13 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
         instructions=_instructions(sass),
         advisories=advisories,
     )
+
+
+def _named(value: Any) -> Any:
+    """A constant as JSON can hold it: dtypes and functions, as epilogues are, by their names."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return value.__name__ if callable(value) else value
 
 
 def ast_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:

@@ -78,6 +78,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         _OURS.linear_gelu.default: _linear_gelu,
         _OURS.quantize_rows.default: ln_modulate.quantize_rows_ref,
         _OURS.fp8_linear.default: _fp8_linear,
+        _OURS.fp8_linear_gelu_quantized.default: fp8_linear.fp8_linear_gelu_quantized_ref,
         _OURS.fp8_linear_residual.default: fp8_linear.fp8_linear_residual_ref,
         _OURS.cfg_dpmpp_step.default: cfg_dpmpp_step_ref,
         _OURS.group_norm_silu.default: group_norm_silu_ref,

@@ -1,20 +1,29 @@
-"""Linears in fp8 (e4m3) with a scale for each row: y = (x8·W8ᵀ)·x_scale·w_scale + b, and epilogues.
+"""Linears in fp8 (e4m3) with scales for rows, or for parts of rows, and what follows in the kernel.
 
-    fp8_linear                y
-    fp8_linear_gelu           gelu(y), tanh form
-    fp8_linear_residual       residual + gate·y
+    fp8_linear                  y = (x8·W8ᵀ)·x_scale·w_scale + b
+    fp8_linear_gelu             gelu(y), tanh form
+    fp8_linear_gelu_quantized   the same in e4m3 with scales of groups, as the next linear takes it
+    fp8_linear_residual         residual + gate·y
 
-x8 [B, N, I] and W8 [O, I] are float8_e4m3fn, x_scale [B, N] and w_scale [O] float32, with value =
-e4m3·scale and scale = largest magnitude / 448 of the row (ViDiT-Q, arXiv:2406.02540, finds rows for
-tokens and outputs enough for PixArt-alpha). The scales multiply the float32 sum in the epilogue of
-linear.py's kernel. From sm_89 on; inference only.
+x8 [B, N, I] and W8 [O, I] are float8_e4m3fn, w_scale [O] and x_scale float32, with value =
+e4m3·scale and scale = largest magnitude / 448 of what shares it. x_scale [B, N] is of rows
+(ViDiT-Q, arXiv:2406.02540, finds rows for tokens and outputs enough for PixArt-alpha); x_scale
+[B, I/128, N] is of 128 columns of a row (as in DeepSeek-V3, arXiv:2412.19437, Section 3.3):
 
-Traffic: half of the 16-bit linear's for x and W. ln_modulate.py writes its output quantized;
-`quantize_rows` does it for what another operator made.
+    y[t, o] = w_scale[o] · Σ_g x_scale[g, t] · (Σ_(i in g) x8[t, i]·W8[o, i]) + b[o]
+
+A tile of GELU's output sees 128 columns and not the whole row, so it can write those scales, and
+the tensor core's sum over a group, of limited precision on Hopper, is added in float32 in any case.
+Tokens are x_scale's last index, so that a tile reads neighbours.
+
+From sm_89 on; inference only. Traffic: half of the 16-bit linear's for x and W. ln_modulate.py
+writes its output quantized, GELU too; `quantize_rows` does it for what another operator made.
+`launch.choice` may name PyTorch's `_scaled_mm` with fast accumulation ("scaled_mm") for fp8_linear.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,9 +33,26 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.gate_residual import gate_residual_ref
-from pixart_rt.kernels.launch import SM89, Operator, capability, launch, runs_triton
-from pixart_rt.kernels.linear import linear_triton
+from pixart_rt.kernels.launch import SM89, Operator, capability, choice, launch, runs_triton
+from pixart_rt.kernels.linear import SCALE_GROUP, linear_triton
 from pixart_rt.kernels.ln_modulate import quantize_rows_ref
+
+
+def dequantized(x: Tensor, scale: Tensor) -> Tensor:
+    """e4m3 [B, N, I] times its scales of rows [B, N] or of groups [B, I/128, N], in their dtype."""
+    if scale.dim() == 2:
+        return x.to(scale.dtype) * scale[..., None]
+    columns = scale.transpose(1, 2).repeat_interleave(SCALE_GROUP, -1)
+    return x.to(scale.dtype) * columns[..., : x.shape[-1]]
+
+
+def quantize_groups_ref(y: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, O] to e4m3 [B, N, O] and its scales of 128 columns [B, O/128, N] in y's dtype."""
+    O = y.shape[-1]
+    groups = -(-O // SCALE_GROUP)
+    padded = F.pad(y, (0, groups * SCALE_GROUP - O)).unflatten(-1, (groups, SCALE_GROUP))
+    values, scale = quantize_rows_ref(padded)
+    return values.flatten(2)[..., :O].contiguous(), scale.transpose(1, 2).contiguous()
 
 
 def fp8_linear_ref(
@@ -36,7 +62,7 @@ def fp8_linear_ref(
     """The formula in plain PyTorch, in the scales' dtype, float32 in a model; y in `dtype`."""
     wide = x_scale.dtype
     factor = weight.to(wide) * weight_scale[:, None]
-    return F.linear(x.to(wide) * x_scale[..., None], factor, bias.to(wide)).to(dtype)
+    return F.linear(dequantized(x, x_scale), factor, bias.to(wide)).to(dtype)
 
 
 def fp8_linear_gelu_ref(
@@ -46,6 +72,14 @@ def fp8_linear_gelu_ref(
     """gelu of the unrounded y."""
     y = fp8_linear_ref(x, x_scale, weight, weight_scale, bias, torch.float32)
     return F.gelu(y, approximate="tanh").to(dtype)
+
+
+def fp8_linear_gelu_quantized_ref(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gelu of the unrounded y, quantized by groups: (e4m3 [B, N, O], scales [B, O/128, N])."""
+    y = fp8_linear_ref(x, x_scale, weight, weight_scale, bias, x_scale.dtype)
+    return quantize_groups_ref(F.gelu(y, approximate="tanh"))
 
 
 def fp8_linear_residual_ref(
@@ -96,6 +130,31 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _scaled_mm_fits(x: Tensor, x_scale: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a table names PyTorch's product for these shapes, and it takes them: scales of rows,
+    bfloat16 out, and widths of whole 16 bytes."""
+    shape = (x.shape[0] * x.shape[1], x.shape[2], weight.shape[0])
+    return (
+        choice("fp8_linear", x, shape, "own") == "scaled_mm"
+        and x_scale.dim() == 2
+        and dtype == torch.bfloat16
+        and shape[1] % 16 == 0
+        and shape[2] % 16 == 0
+    )
+
+
+def _scaled_mm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y by cuBLASLt or CUTLASS, which add up in the tensor core's precision ("fast")."""
+    y = torch._scaled_mm(
+        x.reshape(-1, x.shape[-1]), weight.t(), scale_a=x_scale.reshape(-1, 1),
+        scale_b=weight_scale[None], bias=bias.to(dtype), out_dtype=dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], -1)
+
+
 @torch.library.custom_op("pixart_rt::fp8_linear", mutates_args=())
 def fp8_linear_op(
     x: Tensor,
@@ -107,6 +166,8 @@ def fp8_linear_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """y [B, N, O], or its GELU, in `dtype`."""
+    if not gelu and _scaled_mm_fits(x, x_scale, weight, dtype):
+        return _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype)
     if runs_triton("fp8_linear_gelu" if gelu else "fp8_linear", x, SM89):
         scales = (x_scale, weight_scale)
         return linear_triton(
@@ -127,6 +188,27 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("pixart_rt::fp8_linear_gelu_quantized", mutates_args=())
+def fp8_linear_gelu_quantized(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gelu(y), tanh form, in float8_e4m3fn [B, N, O] with scales of groups [B, O/128, N]."""
+    if runs_triton("fp8_linear_gelu_quantized", x, SM89):
+        return linear_triton(
+            x, weight, bias, gelu=True, scales=(x_scale, weight_scale), dtype=x.dtype,
+            op="fp8_linear_gelu_quantized",
+        )  # fmt: skip
+    return fp8_linear_gelu_quantized_ref(x, x_scale, weight, weight_scale, bias)
+
+
+@fp8_linear_gelu_quantized.register_fake
+def _(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    B, N, O = x.shape[0], x.shape[1], weight.shape[0]
+    return x.new_empty((B, N, O)), x_scale.new_empty((B, -(-O // SCALE_GROUP), N))
 
 
 @torch.library.custom_op("pixart_rt::fp8_linear_residual", mutates_args=())
@@ -202,41 +284,112 @@ def _residual_example(device: torch.device, dtype: torch.dtype, seed: int) -> tu
     return *inputs, table.to(device, dtype), shared.to(device), 5, residual
 
 
+def _quantized_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    return _example(device, dtype, seed)[:-1]
+
+
 def _rows_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     random = torch.Generator().manual_seed(seed)
     return (torch.randn(3, 37, 200, generator=random).to(device, dtype),)
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`; none before sm_89."""
-    x_scale = torch.empty(2, 4096)
+def _wide(
+    device: torch.device, dtype: torch.dtype, seed: int, I: int, O: int
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """x of XL's width I in the form that a block gives it, the weight [O, I], and the bias."""
+    random = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(2, 37, I, generator=random), torch.randn(O, I, generator=random)
+    parts = quantize_rows_ref if I == 1152 else quantize_groups_ref
+    quantized = (*parts(x), *quantize_rows_ref(weight / I**0.5))
+    bias = torch.randn(O, generator=random).to(device, dtype)
+    return tuple(each.to(device) for each in quantized), bias
+
+
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterable[tuple[Any, ...]]:
+    for out in (1152, 3456):  # the query of cross-attention; packed queries, keys and values
+        inputs, bias = _wide(device, dtype, seed, 1152, out)
+        yield *inputs, bias, dtype
+
+
+def _gelu_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Any, ...]]:
+    inputs, bias = _wide(device, dtype, seed, 1152, 4608)
+    yield *inputs, bias, dtype
+
+
+def _quantized_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Any, ...]]:
+    inputs, bias = _wide(device, dtype, seed, 1152, 4608)
+    yield *inputs, bias
+
+
+def _residual_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Any, ...]]:
+    for inner in (1152, 4608):  # scales of rows; of groups, as GELU writes them
+        inputs, bias = _wide(device, dtype, seed, inner, 1152)
+        random = torch.Generator().manual_seed(seed + 1)
+        table, residual = (
+            torch.randn(6, 1152, generator=random), torch.randn(2, 37, 1152, generator=random)
+        )  # fmt: skip
+        shared = torch.randn(2, 6, 1152, generator=random).to(device)
+        yield *inputs, bias, table.to(device, dtype), shared, 5, residual.to(device, dtype)
+
+
+def _rows_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Any, ...]]:
+    for width in (1152, 4608):
+        random = torch.Generator().manual_seed(seed)
+        yield (torch.randn(2, 37, width, generator=random).to(device, dtype),)
+
+
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """Every launch of this file for B rows of N tokens at XL's widths, for `launch.record`.
+
+    None before sm_89.
+    """
+    x_scale = torch.empty(B, N)
     if capability(x_scale) < SM89:
         return
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float8_e4m3fn)
 
-    table, shared = torch.empty(6, 1152, dtype=dtype), torch.empty(2, 6, 1152)
-    residual = torch.empty(2, 4096, 1152, dtype=dtype)
-    for inner in (1152, 4608):
-        scales = (x_scale, torch.empty(1152))
-        bias = torch.empty(1152, dtype=dtype)
-        linear_triton(empty(2, 4096, inner), empty(1152, inner), bias, gate=(table, shared, 5),
-                      residual=residual, scales=scales, dtype=dtype, op="fp8_linear")  # fmt: skip
-    for gelu, out in ((False, 3456), (True, 4608)):
+    gate = (torch.empty(6, 1152, dtype=dtype), torch.empty(B, 6, 1152), 5)
+    residual = torch.empty(B, N, 1152, dtype=dtype)
+    bias = torch.empty(1152, dtype=dtype)
+    for inner, scale in ((1152, x_scale), (4608, torch.empty(B, 4608 // SCALE_GROUP, N))):
+        for form in (gate, None):
+            linear_triton(
+                empty(B, N, inner), empty(1152, inner), bias, gate=form, residual=residual,
+                scales=(scale, torch.empty(1152)), op="fp8_linear",
+            )  # fmt: skip
+    for gelu, out in ((False, 1152), (False, 3456), (True, 4608)):
         scales, bias = (x_scale, torch.empty(out)), torch.empty(out, dtype=dtype)
-        linear_triton(empty(2, 4096, 1152), empty(out, 1152), bias, gelu=gelu, scales=scales,
+        linear_triton(empty(B, N, 1152), empty(out, 1152), bias, gelu=gelu, scales=scales,
                       dtype=dtype, op="fp8_linear")  # fmt: skip
+    linear_triton(
+        empty(B, N, 1152), empty(4608, 1152), bias, gelu=True, scales=scales,
+        dtype=torch.float8_e4m3fn, op="fp8_linear_gelu_quantized",
+    )  # fmt: skip
     for width in (1152, 4608):
-        quantize_rows_triton(torch.empty(2, 4096, width, dtype=dtype))
+        quantize_rows_triton(torch.empty(B, N, width, dtype=dtype))
 
 
-OPERATORS = tuple(
-    Operator(name, SM89, run, reference, example, trains=False)
-    for name, run, reference, example in (
-        ("quantize_rows", quantize_rows, quantize_rows_ref, _rows_example),
-        ("fp8_linear", fp8_linear, fp8_linear_ref, _example),
-        ("fp8_linear_gelu", fp8_linear_gelu, fp8_linear_gelu_ref, _example),
-        ("fp8_linear_residual", fp8_linear_residual, fp8_linear_residual_ref, _residual_example),
-    )
-)
+_FP8 = ("fp8_linear",)
+OPERATORS = (
+    Operator("quantize_rows", SM89, quantize_rows, quantize_rows_ref, _rows_example, trains=False,
+             production=_rows_production),
+    Operator("fp8_linear", SM89, fp8_linear, fp8_linear_ref, _example, trains=False,
+             production=_production),
+    Operator("fp8_linear_gelu", SM89, fp8_linear_gelu, fp8_linear_gelu_ref, _example, trains=False,
+             production=_gelu_production, tables=_FP8),
+    Operator("fp8_linear_gelu_quantized", SM89, fp8_linear_gelu_quantized,
+             fp8_linear_gelu_quantized_ref, _quantized_example, trains=False,
+             production=_quantized_production),
+    Operator("fp8_linear_residual", SM89, fp8_linear_residual, fp8_linear_residual_ref,
+             _residual_example, trains=False, production=_residual_production, tables=_FP8),
+)  # fmt: skip

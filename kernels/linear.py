@@ -6,19 +6,25 @@
 
 PixArt-alpha (arXiv:2310.00426), Section 2.3 and Figure 4. B images, N tokens, I inputs, O outputs,
 R rows of a table. x is [B, N, I], weight [O, I], bias [O], residual and out [B, N, O]; gate =
-table[row] + shared[:, row] with table [R, O] and shared [B, R, O] (float32), an image its own.
+table[row] + shared[:, row] with table [R, O] and shared [B, R, O] (float32), an image its own. out
+has the residual's dtype, which under autocast is wider than x's.
 
 Traffic of the first: reads x, W and residual, writes out, where the operators apart also write the
-product, read it, and write it gated: 4·B·N·O elements more. In training the product (for the gate's
-gradient) or the value before GELU is written too. The epilogue works on the float32 accumulator;
-`lossless` rounds where the operators apart do: the product, the gate, gate·product.
+product and read it again: 2·B·N·O elements more. In training the product (for the gate's gradient)
+or the value before GELU is written too. The epilogue works on the float32 accumulator; `lossless`
+rounds where the operators apart do: the product, the gate, gate·product.
 
-In inference GELU is cuBLASLt's own epilogue. The backward is one elementwise kernel, with sums over
-the rows of a program that a second step adds in a fixed order, and two plain matrix products.
+What follows the product is a function that the kernel is compiled with (`EPILOGUE`). In inference
+GELU is cuBLASLt's own epilogue, and `launch.choice` may name quack's GEMM (quack_linear.py) for the
+first. The backward is one elementwise kernel, with sums over the rows of a program that a second
+step adds in a fixed order, and two plain matrix products.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,12 +34,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pixart_rt.kernels import quack_linear
 from pixart_rt.kernels.gate_residual import Gate, gate_of, gate_residual_ref
 from pixart_rt.kernels.launch import (
     SM80,
     SM90,
     Operator,
     capability,
+    choice,
     config,
     interpreting,
     launch,
@@ -45,15 +53,15 @@ from pixart_rt.kernels.ln_modulate import modulation, rounded, spread
 # GROUP_M rows of tiles share their columns of W in the L2 cache.
 _SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8}
 TILES: dict[tuple[int, int], dict[str, int]] = {
-    (8, 0): {**_SQUARE, "num_stages": 3},
-    (9, 0): {**_SQUARE, "num_stages": 3},
-    (12, 0): {**_SQUARE, "num_stages": 3},  # 64 of its 99 KB of shared memory
+    (8, 0): {**_SQUARE, "num_stages": 4},  # 96 KB: registers leave room for one program
+    (9, 0): {**_SQUARE, "num_stages": 4},  # 128 KB
+    (12, 0): {**_SQUARE, "num_stages": 4},  # 96 of its 99 KB
 }
 FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4,
            "num_stages": 2}  # fmt: skip
 FP8 = {"BLOCK_K": 128}  # 128 bytes a row, as in 16 bits: the widest swizzle of shared memory
+SCALE_GROUP = 128  # columns that share a scale where a linear writes its output in fp8
 BACKWARD = {"ROWS": 32, "BLOCK_D": 1024, "num_warps": 4}
-GATE, GELU, PLAIN = 0, 1, 2  # what follows the product
 SQRT_2_OVER_PI, CUBIC = 0.7978845608028654, 0.044715
 
 
@@ -96,16 +104,60 @@ def _tile(
     return group * GROUP_M + within % size, within // size
 
 
+# Epilogues: the product's tile, the epilogue's arguments, a gate's row, and where the tile is:
+# (image, first row of all images, first column, offsets in y, their mask, columns, their mask).
+
+
 @triton.jit
+def _plain(
+    acc, extra, row, place, O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr
+):  # fmt: skip
+    """The product itself."""
+    return acc
+
+
+@triton.jit
+def _gelu(
+    acc, extra, row, place, O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr
+):  # fmt: skip
+    """gelu(product), tanh form."""
+    return acc * gelu_sigmoid(acc)
+
+
+@triton.jit
+def _gate_residual(
+    acc, extra, row, place, O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr
+):  # fmt: skip
+    """residual + gate·product. The residual comes by pointer or by descriptor; no table, no gate.
+
+    extra: residual pointer, residual descriptor, table, shared, elements of an image in shared.
+    """
+    image, start, col, at, mask, cols, col_mask = place
+    pointer, descriptor, table_ptr, shared_ptr, stride = extra
+    if table_ptr is not None:
+        mine = shared_ptr + image * stride
+        gate = modulation(table_ptr, mine, row, cols, col_mask, O, DTYPE, ROUND)
+        acc = rounded(acc * gate[None, :], DTYPE, ROUND)
+    if descriptor is not None:
+        residual = descriptor.load([start.to(tl.int32), col])
+    else:
+        residual = tl.load(pointer + start * O + at, mask=mask, other=0.0)
+    return acc + residual.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "row"])
 def _linear_kernel(
-    x_ptr, weight_ptr, x_scale_ptr, weight_scale_ptr, bias_ptr, table_ptr, shared_ptr,
-    residual_ptr, num_tokens, row,
-    y_ptr, product_ptr,
-    I: tl.constexpr, O: tl.constexpr, R: tl.constexpr, EPILOGUE: tl.constexpr,
-    GATED: tl.constexpr, ROUND: tl.constexpr, STORE: tl.constexpr, SCALED: tl.constexpr,
-    UPCAST: tl.constexpr, DESCRIPTORS: tl.constexpr, TMA_RESIDUAL: tl.constexpr,
+    sources, scales, bias_ptr, extra, num_tokens, row,
+    outputs,
+    I: tl.constexpr, O: tl.constexpr, EPILOGUE: tl.constexpr, ROUND: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """sources: x, weight; scales: of x's rows or of its groups of 128 columns, of weight's rows;
+    outputs: y, the product, the scales of y's groups. What there is none of is None."""
+    x_ptr, weight_ptr = sources
+    x_scale_ptr, group_scale_ptr, weight_scale_ptr = scales
+    y_ptr, product_ptr, y_scale_ptr = outputs
     image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
     tile_m, tile_n = _tile(num_tokens, O, BLOCK_M, BLOCK_N, GROUP_M)
     # One int64 offset for the tile, int32 inside it: GELU takes 106 registers, not 136, on sm_90.
@@ -114,6 +166,7 @@ def _linear_kernel(
     cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = rows < num_tokens - tile_m * BLOCK_M, cols < O
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    PRODUCT: tl.constexpr = bias_ptr.dtype.element_ty  # what the linear alone would give
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     first = start.to(tl.int32)
     inner = tl.arange(0, BLOCK_K)
@@ -132,59 +185,65 @@ def _linear_kernel(
             inside = ((k + inner) < I)[None, :]
             x = tl.load(x_rows + (k + inner)[None, :], mask=inside, other=0.0)
             w = tl.load(w_rows + (k + inner)[None, :], mask=inside, other=0.0)
-        if UPCAST:
-            x, w = x.to(tl.float32), w.to(tl.float32)
-        # fp8 products of Hopper lose digits over a long sum: add up in float32 at every step.
-        acc = tl.dot(x, w.T, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K)
-    if SCALED:
+        if weight_scale_ptr is None:
+            acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        elif group_scale_ptr is None:
+            # fp8 products of Hopper lose digits over a long sum: every step has a sum of its own,
+            # which is added in float32. max_num_imprecise_acc would do so too, but ptxas then waits
+            # for the product inside the loop (C7517) and the kernel takes 12 to 27 registers more.
+            acc += tl.dot(x, w.T)
+        else:
+            at = (image * tl.cdiv(I, 128) + k // 128) * num_tokens + tile_m * BLOCK_M
+            scale = tl.load(group_scale_ptr + at + rows, mask=row_mask, other=0.0)
+            acc += tl.dot(x, w.T) * scale[:, None]
+    if x_scale_ptr is not None:
         acc *= tl.load(x_scale_ptr + start + rows, mask=row_mask, other=0.0)[:, None]
+    if weight_scale_ptr is not None:
         acc *= tl.load(weight_scale_ptr + cols, mask=col_mask, other=0.0)[None, :]
     acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    acc = rounded(acc, DTYPE, ROUND)
+    acc = rounded(acc, PRODUCT, ROUND)
     at = rows[:, None] * O + cols[None, :]
     mask = row_mask[:, None] & col_mask[None, :]
-    if STORE:
-        tl.store(product_ptr + start * O + at, acc.to(DTYPE), mask=mask)
-    if EPILOGUE == 0:
-        if GATED:
-            gate = modulation(
-                table_ptr, shared_ptr + image * R * O, row, cols, col_mask, O, DTYPE, ROUND
-            )
-            acc = rounded(acc * gate[None, :], DTYPE, ROUND)
-        if TMA_RESIDUAL:
-            acc += residual_ptr.load([first, tile_n * BLOCK_N]).to(tl.float32)
-        else:
-            acc += tl.load(residual_ptr + start * O + at, mask=mask, other=0.0).to(tl.float32)
-    elif EPILOGUE == 1:
-        acc *= gelu_sigmoid(acc)
+    if product_ptr is not None:
+        tl.store(product_ptr + start * O + at, acc.to(PRODUCT), mask=mask)
+    place = (image, start, tile_n * BLOCK_N, at, mask, cols, col_mask)
+    acc = EPILOGUE(acc, extra, row, place, O, DTYPE, ROUND)
+    if y_scale_ptr is not None:  # the tile's columns are one group: BLOCK_N is 128
+        largest = tl.max(tl.where(col_mask[None, :], tl.abs(acc), 0.0), axis=1)
+        scale = tl.maximum(largest, 1e-12) / 448.0
+        acc *= (1.0 / scale)[:, None]
+        group = (image * tl.cdiv(O, BLOCK_N) + tile_n) * num_tokens + tile_m * BLOCK_M
+        tl.store(y_scale_ptr + group + rows, scale, mask=row_mask)
     tl.store(y_ptr + start * O + at, acc.to(DTYPE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "row"])
 def _linear_backward_kernel(
-    dy_ptr, product_ptr, table_ptr, shared_ptr, num_tokens, row,
+    dy_ptr, product_ptr, gate, num_tokens, row,
     dproduct_ptr, partial_ptr,
-    D: tl.constexpr, R: tl.constexpr, EPILOGUE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The product's gradient on ROWS rows, and over them the sums of dbias and, GATE, dgate."""
+    """The product's gradient on ROWS rows, and over them the sums of dbias and of dgate.
+
+    gate: table, shared, elements of an image in shared; None where GELU follows the product.
+    """
     image = tl.program_id(2).to(tl.int64)
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = cols < D
     DTYPE: tl.constexpr = product_ptr.dtype.element_ty
     dbias = tl.zeros([BLOCK_D], dtype=tl.float32)
     dgate = tl.zeros([BLOCK_D], dtype=tl.float32)
-    if EPILOGUE == 0:
-        gate = modulation(table_ptr, shared_ptr + image * R * D, row, cols, mask, D, DTYPE, False)
+    if gate is not None:
+        vector = modulation(gate[0], gate[1] + image * gate[2], row, cols, mask, D, DTYPE, False)
     for i in range(ROWS):
         number = tl.program_id(1) * ROWS + i
         at = (image * num_tokens + number) * D + cols
         here = mask & (number < num_tokens)
         dy = tl.load(dy_ptr + at, mask=here, other=0.0).to(tl.float32)
         product = tl.load(product_ptr + at, mask=here, other=0.0).to(tl.float32)
-        if EPILOGUE == 0:
+        if gate is not None:
             dgate += dy * product
-            dproduct = dy * gate
+            dproduct = dy * vector
         else:
             s = gelu_sigmoid(product)
             slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * product * product)
@@ -196,10 +255,38 @@ def _linear_backward_kernel(
     tl.store(out + D, dgate, mask=mask)
 
 
+@functools.cache
+def default_tiles(arch: tuple[int, int], dtype: torch.dtype) -> dict[str, int]:
+    """The configuration on a GPU that no table knows the shape for."""
+    if dtype == torch.float32:
+        return FLOAT32
+    tiles = TILES[max(least for least in TILES if least <= max(arch, SM80))]
+    return {**tiles, **FP8} if dtype == torch.float8_e4m3fn else tiles
+
+
 def _describable(matrix: Tensor) -> bool:
     """Whether a contiguous tensor's rows begin where a tensor descriptor can: at 16 bytes."""
     row = matrix.shape[-1] * matrix.element_size()
     return row % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int, block: list[int]) -> TensorDescriptor:
+    """TensorDescriptor(matrix as [rows, columns], ...) without its checks, a third of the time.
+
+    They ask what `_describable` has asked; the innermost stride of a contiguous tensor is 1.
+    """
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.__dict__.update(_DESCRIPTOR)
+    made.base, made.shape, made.strides = matrix, [rows, columns], [columns, 1]
+    made.block_shape = block
+    return made
+
+
+_DESCRIPTOR = {  # of its fields, those that have a default: later versions of Triton may add some
+    field.name: field.default
+    for field in dataclasses.fields(TensorDescriptor)
+    if field.default is not dataclasses.MISSING
+}
 
 
 def linear_triton(
@@ -219,50 +306,60 @@ def linear_triton(
     """(y, product [B, N, O] before what follows it; empty unless `store`).
 
     What follows is a residual, with or without a gate, GELU, or nothing. `scales` are those of fp8
-    rows of x [B, N] and weight [O]; `dtype` is then y's.
+    x, by rows [B, N] or by groups of 128 columns [B, I/128, N], and of fp8 weight's rows [O].
+    `dtype` is y's, by default the residual's or x's. In fp8 (e4m3) y gets scales of groups, which
+    are returned in place of the product: float32 [B, O/128, N].
     """
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     (B, N, I), O = x.shape, weight.shape[0]
-    y = x.new_empty(B, N, O, dtype=dtype or x.dtype)
-    product = torch.empty_like(y) if store else y.new_empty(0)
-    default = TILES[max(least for least in TILES if least <= max(capability(x), SM80))]
-    if scales is not None:
-        default = {**default, **FP8}
-    tuned = config(op, x, (B * N, I, O), FLOAT32 if x.dtype == torch.float32 else default)
-    blocks = {name: tuned[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    if dtype is None:
+        dtype = x.dtype if residual is None else residual.dtype
+    y = x.new_empty(B, N, O, dtype=dtype)
+    quantizes = dtype == torch.float8_e4m3fn
+    aside: Tensor | None = None
+    if quantizes:
+        aside = x.new_empty(B, -(-O // SCALE_GROUP), N, dtype=torch.float32)
+    elif store:
+        aside = x.new_empty(B, N, O, dtype=bias.dtype)
+    arch = capability(x)
+    tuned = config(op, x, (B * N, I, O), default_tiles(arch, x.dtype))
+    block_m, block_n, block_k = tuned["BLOCK_M"], tuned["BLOCK_N"], tuned["BLOCK_K"]
+    assert not quantizes or block_n == SCALE_GROUP, (block_n, "columns share a scale")
     # In float32, without tensor cores, tiles that come by descriptor make the product spill.
-    descriptors = (
-        capability(x) >= SM90
-        and x.dtype != torch.float32
-        and _describable(x)
-        and _describable(weight)
+    described = (
+        arch >= SM90 and x.dtype != torch.float32 and _describable(x) and _describable(weight)
     )
     sources: tuple[Any, Any] = (x, weight)
-    if descriptors:
-        sources = tuple(
-            TensorDescriptor(matrix, list(matrix.shape), [I, 1], [blocks[side], blocks["BLOCK_K"]])
-            for matrix, side in ((x.view(B * N, I), "BLOCK_M"), (weight, "BLOCK_N"))
+    row_scale = group_scale = weight_scale = None
+    if scales is not None:
+        x_scale, weight_scale = scales[0].contiguous(), scales[1].contiguous()
+        row_scale, group_scale = (x_scale, None) if x_scale.dim() == 2 else (None, x_scale)
+        assert group_scale is None or SCALE_GROUP % block_k == 0, (block_k, "in a group of 128")
+        if interpreting():  # the interpreter multiplies no fp8
+            sources = (x.float(), weight.float())
+    if described:
+        sources = (
+            _descriptor(sources[0], B * N, I, [block_m, block_k]),
+            _descriptor(sources[1], O, I, [block_n, block_k]),
         )
-    added: Any = y if residual is None else residual.contiguous()
-    tma_residual = descriptors and residual is not None and _describable(added)
-    if tma_residual:
-        added = TensorDescriptor(
-            added.view(B * N, O), [B * N, O], [O, 1], [blocks["BLOCK_M"], blocks["BLOCK_N"]]
-        )
-    table, shared, row = gate or (bias, bias, 0)
-    x_scale, weight_scale = scales or (bias, bias)
-    grid = (triton.cdiv(N, blocks["BLOCK_M"]) * triton.cdiv(O, blocks["BLOCK_N"]), B)
+    row, extra, epilogue = 0, None, _gelu if gelu else _plain
+    if residual is not None:
+        residual = residual.contiguous()
+        table = shared = None
+        if gate is not None:
+            table, shared, row = gate[0].contiguous(), gate[1].contiguous(), gate[2]
+        added: tuple[Any, Any] = (residual, None)
+        if described and _describable(residual):
+            added = (None, _descriptor(residual, B * N, O, [block_m, block_n]))
+        stride = None if shared is None else shared.stride(0)
+        extra, epilogue = (*added, table, shared, stride), _gate_residual
     launch(
-        _linear_kernel, grid,
-        *sources, x_scale.contiguous(), weight_scale.contiguous(), bias.contiguous(),
-        table.contiguous(), shared.contiguous(), added,
-        N, row, y, product,
-        I=I, O=O, R=table.shape[0], EPILOGUE=GELU if gelu else PLAIN if residual is None else GATE,
-        GATED=gate is not None, ROUND=lossless, STORE=store, SCALED=scales is not None,
-        UPCAST=scales is not None and interpreting(),  # the interpreter multiplies no fp8
-        DESCRIPTORS=descriptors, TMA_RESIDUAL=tma_residual, **tuned,
+        _linear_kernel, (-(-N // block_m) * -(-O // block_n), B),
+        sources, (row_scale, group_scale, weight_scale), bias, extra, N, row,
+        (y, None, aside) if quantizes else (y, aside, None),
+        I=I, O=O, EPILOGUE=epilogue, ROUND=lossless, DESCRIPTORS=described, **tuned,
     )  # fmt: skip
-    return y, product
+    return y, y.new_empty(0) if aside is None else aside
 
 
 def linear_backward_triton(dy: Tensor, product: Tensor, gate: Gate | None) -> tuple[Tensor, Tensor]:
@@ -272,11 +369,13 @@ def linear_backward_triton(dy: Tensor, product: Tensor, gate: Gate | None) -> tu
     dproduct = torch.empty_like(product)
     programs = triton.cdiv(N, BACKWARD["ROWS"])
     partial = product.new_empty(B, programs, 2, O, dtype=torch.float32)
-    table, shared, row = gate or (product, product, 0)
+    arguments, row = None, 0
+    if gate is not None:
+        table, shared, row = gate[0].contiguous(), gate[1].contiguous(), gate[2]
+        arguments = (table, shared, shared.stride(0))
     launch(
         _linear_backward_kernel, (triton.cdiv(O, BACKWARD["BLOCK_D"]), programs, B),
-        dy, product, table.contiguous(), shared.contiguous(), N, row, dproduct, partial,
-        D=O, R=table.shape[0], EPILOGUE=GELU if gate is None else GATE, **BACKWARD,
+        dy, product, arguments, N, row, dproduct, partial, D=O, **BACKWARD,
     )  # fmt: skip
     return dproduct, partial.sum(1)
 
@@ -303,6 +402,12 @@ def gelu_backward_ref(dy: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
     return dproduct.to(product.dtype), torch.stack([sums, torch.zeros_like(sums)], 1)
 
 
+def _named(x: Tensor, weight: Tensor) -> str:
+    """The GEMM that a table names for linear_gate_residual of these shapes."""
+    shape = (x.shape[0] * x.shape[1], x.shape[2], weight.shape[0])
+    return choice("linear_gate_residual", x, shape, "own")
+
+
 @torch.library.custom_op("pixart_rt::linear_gate_residual", mutates_args=())
 def linear_gate_residual_op(
     x: Tensor,
@@ -316,8 +421,12 @@ def linear_gate_residual_op(
     store: bool,
 ) -> tuple[Tensor, Tensor]:
     """(out, product [B, N, O] for the backward; empty unless `store`)."""
+    gate = gate_of(table, shared, row)
+    if not (store or lossless) and _named(x, weight) == "quack":
+        out = quack_linear.gate_residual(x, weight, bias, gate, residual)
+        if out is not None:
+            return out, x.new_empty(0)
     if runs_triton("linear_gate_residual", x, SM80) and x.dtype != torch.float64:
-        gate = gate_of(table, shared, row)
         return linear_triton(
             x, weight, bias, gate=gate, residual=residual, lossless=lossless, store=store,
             op="linear_gate_residual",
@@ -407,9 +516,10 @@ def _gate_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _gate_backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x, weight, product, table, shared = ctx.saved_tensors
-    if table is None:
-        dx, dweight = _products(ctx, dy, x, weight)
-        return dx, dweight, dy.sum((0, 1)), None, None, None, dy, None, None
+    if table is None:  # x may be narrower than the residual, and so than dy
+        dx, dweight = _products(ctx, dy.to(x.dtype), x, weight)
+        dbias = dy.sum((0, 1)).to(weight.dtype)
+        return dx, dweight, dbias, None, None, None, dy, None, None
     dproduct, sums = linear_backward_op(dy, product, table, shared, ctx.row)
     dx, dweight = _products(ctx, dproduct, x, weight)
     whole = spread(sums[:, 1:], shared, ctx.row)
@@ -449,7 +559,7 @@ def linear_gate_residual(
     residual: Tensor,
     lossless: bool = False,
 ) -> Tensor:
-    """residual + gate·(x·Wᵀ + b), [B, N, O]. Differentiable in every tensor."""
+    """residual + gate·(x·Wᵀ + b), [B, N, O] in residual's dtype. Differentiable in all tensors."""
     store = _trains(x, weight, bias, table, shared, residual)
     out: Tensor = linear_gate_residual_op(
         x, weight, bias, table, shared, row, residual, lossless, store
@@ -460,7 +570,7 @@ def linear_gate_residual(
 def linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, lossless: bool = False
 ) -> Tensor:
-    """residual + x·Wᵀ + b, [B, N, O]. Differentiable in every tensor."""
+    """residual + x·Wᵀ + b, [B, N, O], in residual's dtype. Differentiable in every tensor."""
     out: Tensor = linear_gate_residual_op(
         x, weight, bias, None, None, 0, residual, lossless, False
     )[0]
@@ -494,28 +604,61 @@ def _gelu_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[
     return _example(device, dtype, seed)[:3]
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`."""
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterable[tuple[Any, ...]]:
+    """XL's attention projection and second linear of the MLP, of ragged images."""
+    for inner in (1152, 4608):
+        random = torch.Generator().manual_seed(seed)
+        x, residual = (torch.randn(2, 37, n, generator=random) for n in (inner, 1152))
+        weight = torch.randn(1152, inner, generator=random) / inner**0.5
+        bias, table = torch.randn(1152, generator=random), torch.randn(6, 1152, generator=random)
+        shared = torch.randn(2, 6, 1152, generator=random).to(device)
+        half = [each.to(device, dtype) for each in (x, weight, bias, table)]
+        yield *half, shared, 5, residual.to(device, dtype)
+
+
+def _gelu_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Any, ...]]:
+    random = torch.Generator().manual_seed(seed)
+    x, bias = torch.randn(2, 37, 1152, generator=random), torch.randn(4608, generator=random)
+    weight = torch.randn(4608, 1152, generator=random) / 34
+    yield tuple(each.to(device, dtype) for each in (x, weight, bias))
+
+
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """Every launch of this file for B rows of N tokens at XL's widths, for `launch.record`."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    table, shared = empty(6, 1152), torch.empty(2, 6, 1152)
-    x, y, hidden = empty(2, 4096, 1152), empty(2, 4096, 1152), empty(2, 4096, 4608)
+    gate = (empty(6, 1152), torch.empty(B, 6, 1152), 5)
+    x, y, hidden = empty(B, N, 1152), empty(B, N, 1152), empty(B, N, 4608)
+    bias = empty(1152)
     for inner, source in ((1152, x), (4608, hidden)):
         weight = empty(1152, inner)
         for store in (False, True):
-            linear_triton(source, weight, empty(1152), gate=(table, shared, 5), residual=y,
-                          store=store, op="linear_gate_residual")  # fmt: skip
-    linear_triton(x, empty(1152, 1152), empty(1152), residual=y, op="linear_gate_residual")
-    linear_triton(x, empty(4608, 1152), empty(4608), gelu=True, store=True, op="linear_gelu")
-    linear_backward_triton(y, y, (table, shared, 5))
+            linear_triton(source, weight, bias, gate=gate, residual=y, store=store,
+                          op="linear_gate_residual")  # fmt: skip
+        linear_triton(source, weight, bias, residual=y, op="linear_gate_residual")
+        if dtype != torch.float32:  # autocast's training: the residual stream is float32
+            wide = torch.empty(B, N, 1152)
+            linear_triton(source, weight, bias, gate=gate, residual=wide, store=True,
+                          op="linear_gate_residual")  # fmt: skip
+            linear_triton(source, weight, bias, residual=wide, op="linear_gate_residual")
+            linear_backward_triton(wide, y, gate)
+    for store in (False, True):
+        linear_triton(x, empty(4608, 1152), empty(4608), gelu=True, store=store, op="linear_gelu")
+    linear_backward_triton(y, y, gate)
     linear_backward_triton(hidden, hidden, None)
 
 
 OPERATORS = (
     Operator(
-        "linear_gate_residual", SM80, linear_gate_residual, linear_gate_residual_ref, _example
+        "linear_gate_residual", SM80, linear_gate_residual, linear_gate_residual_ref, _example,
+        production=_production,
     ),
-    Operator("linear_gelu", SM80, linear_gelu, linear_gelu_ref, _gelu_example),
-)
+    Operator(
+        "linear_gelu", SM80, linear_gelu, linear_gelu_ref, _gelu_example,
+        production=_gelu_production,
+    ),
+)  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from pixart_rt.config import Kernels, Quality, Weights
 from pixart_rt.errors import ConfigError
@@ -23,16 +24,20 @@ from pixart_rt.kernels.catalog import self_test
 from pixart_rt.kernels.cross_attention import cross_attention
 from pixart_rt.kernels.fp8_linear import (
     fp8_linear,
-    fp8_linear_gelu,
+    fp8_linear_gelu_quantized,
     fp8_linear_residual,
     quantize_rows,
 )
-from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate, gate_residual_ref
-from pixart_rt.kernels.launch import SM80
+from pixart_rt.kernels.gate_residual import (
+    gate_residual,
+    gate_residual_ln_modulate,
+    gate_residual_ref,
+)
+from pixart_rt.kernels.launch import SM80, choice
 from pixart_rt.kernels.linear import linear_gate_residual, linear_gelu, linear_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate, ln_modulate_fp8, ln_modulate_ref
 
-Normed = Any  # what `norm` gives and `linear` takes: [B, N, D], or its fp8 values and row scales
+Normed = Any  # what `norm` gives and `linear` takes: [B, N, D], or its fp8 values and scales
 
 
 class Rows(NamedTuple):
@@ -63,7 +68,7 @@ class Operators:
     def linear(self, y: Normed, layer: nn.Linear) -> Tensor:
         return layer(y)
 
-    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Normed:
         return F.gelu(self.linear(y, layer), approximate="tanh")
 
     def self_attention(self, qkv: Tensor) -> Tensor:
@@ -77,14 +82,14 @@ class Operators:
         return _attend(q.transpose(1, 2), k, v, key_mask).transpose(1, 2).flatten(2)
 
     def linear_residual(
-        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
+        self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None
     ) -> Tensor:
         """residual + gate·layer(x); without a gate, residual + layer(x)."""
         branch = self.linear(x, layer)
         return gate_residual_ref(residual, branch, *_gate(gate), self.lossless)
 
     def linear_residual_norm(
-        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
+        self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
     ) -> tuple[Tensor, Normed]:
         """linear_residual, and `norm` of it."""
         x = self.linear_residual(x, layer, residual, gate)
@@ -99,8 +104,14 @@ class Operators:
 class FusedOperators(Operators):
     """The operators of kernels/: forward and backward, eager, compiled and exported.
 
-    Under autocast the residual stream stays float32 and the linears' inputs are cast, as
-    nn.Linear's are; the residual is then added by the kernel that normalizes.
+    Under autocast the residual stream stays float32 and the linears' inputs are in autocast's
+    dtype: the kernels that normalize write it, and those that add to the residual read it.
+
+    A linear with gate and residual has two forms, equal in launches where a LayerNorm follows: our
+    GEMM with them in its epilogue (a table may name another GEMM for it), or cuBLAS, and then one
+    kernel for the rest. The table of the GPU chooses by (tokens, inputs, outputs). Untimed, it is
+    cuBLAS where a LayerNorm follows, for ours would have to reach 97 % of its speed to be the
+    faster one (docs/kernels.md), and ours where none does.
 
     What is not exactly an nn.Linear runs as the module it is, and the kernels do the rest: of a
     linear that carries an adapter (peft's LoRA) they would read the base weight alone.
@@ -108,7 +119,7 @@ class FusedOperators(Operators):
 
     def __init__(self, lossless: bool = False) -> None:
         super().__init__(lossless)
-        self.gemm_epilogue = True  # gate and residual in the GEMM, from sm_80 on
+        self.gemm_epilogue = True  # gate and residual in the GEMM can be, from sm_80 on
 
     def prepare(self, blocks: nn.Module) -> None:
         """On a GPU, compare every kernel with its reference there first (kernels/catalog.py)."""
@@ -121,7 +132,10 @@ class FusedOperators(Operators):
     def ln_modulate(self, x: Tensor, rows: Rows) -> Tensor:
         return ln_modulate(x, *rows, self.lossless)
 
-    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+    def norm(self, x: Tensor, rows: Rows) -> Normed:
+        return ln_modulate(x, *rows, self.lossless, _autocast_dtype(x))
+
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Normed:
         if not is_plain(layer):
             return super().linear_gelu(y, layer)
         return linear_gelu(*_autocast(y, layer), self.lossless)
@@ -133,34 +147,52 @@ class FusedOperators(Operators):
         return cross_attention(q, kv, key_mask)
 
     def linear_residual(
-        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
+        self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None
     ) -> Tensor:
-        if not is_plain(layer):
-            return super().linear_residual(x, layer, residual, gate)
-        x, weight, bias = _autocast(x, layer)
-        if not self.gemm_epilogue or x.dtype != residual.dtype:
-            branch = F.linear(x, weight, bias)
-            return gate_residual_ref(residual, branch, *_gate(gate), self.lossless)
-        if gate is None:
-            return linear_residual(x, weight, bias, residual, self.lossless)
-        return linear_gate_residual(x, weight, bias, *gate, residual, self.lossless)
+        if not self._epilogue(x, layer, "own"):
+            branch = self._product(x, layer)
+            return gate_residual(residual, branch, *_gate(gate), self.lossless)
+        return self._gemm_residual(x, layer, residual, gate)
 
     def linear_residual_norm(
-        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
+        self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
     ) -> tuple[Tensor, Normed]:
-        if is_plain(layer):
-            x, weight, bias = _autocast(x, layer)
-            if self.gemm_epilogue and x.dtype == residual.dtype:
-                return super().linear_residual_norm(x, layer, residual, gate, rows)
-            branch = F.linear(x, weight, bias)
-        else:
-            branch = self.linear(x, layer)
-        return gate_residual_ln_modulate(residual, branch, *_gate(gate), *rows, self.lossless)
+        if torch.compiler.is_exporting():  # as in residual_norm
+            return super().linear_residual_norm(x, layer, residual, gate, rows)
+        if self._epilogue(x, layer, "cublas"):
+            x = self._gemm_residual(x, layer, residual, gate)
+            return x, self.norm(x, rows)
+        return self._sum_norm(self._product(x, layer), residual, gate, rows)
 
     def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
         if torch.compiler.is_exporting():  # ln_modulate may stay one node there, a plugin
             return super().residual_norm(branch, residual, rows)
-        return gate_residual_ln_modulate(residual, branch, *_gate(None), *rows, self.lossless)
+        return self._sum_norm(branch, residual, None, rows)
+
+    def _sum_norm(
+        self, branch: Tensor, residual: Tensor, gate: Rows | None, rows: Rows
+    ) -> tuple[Tensor, Normed]:
+        """residual + gate·branch and `norm` of it, by one kernel."""
+        return gate_residual_ln_modulate(
+            residual, branch, *_gate(gate), *rows, self.lossless, _autocast_dtype(residual)
+        )
+
+    def _epilogue(self, x: Tensor, layer: nn.Linear, default: str) -> bool:
+        """Whether gate and residual are part of this linear's GEMM."""
+        if not (self.gemm_epilogue and is_plain(layer)):
+            return False
+        return implementation(x, layer.out_features, default) != "cublas"
+
+    def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        return F.linear(*_autocast(x, layer)) if is_plain(layer) else self.linear(x, layer)
+
+    def _gemm_residual(
+        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
+    ) -> Tensor:
+        x, weight, bias = _autocast(x, layer)
+        if gate is None:
+            return linear_residual(x, weight, bias, residual, self.lossless)
+        return linear_gate_residual(x, weight, bias, *gate, residual, self.lossless)
 
 
 class WeightOnlyOperators(FusedOperators):
@@ -170,14 +202,15 @@ class WeightOnlyOperators(FusedOperators):
         super().prepare(blocks)
         self.gemm_epilogue = False  # the epilogue's kernels read a plain weight
 
-    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Normed:
         return F.gelu(self.linear(y, layer), approximate="tanh")
 
 
 class Fp8Operators(FusedOperators):
     """The blocks' linears in fp8, but the text's keys and values; inference only.
 
-    Weights have a scale for each output, activations one for each token, chosen as they are made.
+    Weights have a scale for each output, activations one for each token, chosen as they are made;
+    what GELU makes has one for each token and 128 channels, for no tile sees a token's all.
     """
 
     def prepare(self, blocks: nn.Module) -> None:
@@ -196,17 +229,18 @@ class Fp8Operators(FusedOperators):
     def linear(self, y: Normed, layer: nn.Linear) -> Tensor:
         return fp8_linear(*_quantized(y, layer))
 
-    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Tensor:
-        return fp8_linear_gelu(*_quantized(y, layer))
+    def linear_gelu(self, y: Normed, layer: nn.Linear) -> Normed:
+        *inputs, dtype = _quantized(y, layer)
+        return (*fp8_linear_gelu_quantized(*inputs), dtype)
 
     def linear_residual(
-        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None
+        self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None
     ) -> Tensor:
         inputs = _quantized(x, layer)[:-1]
         return fp8_linear_residual(*inputs, *_gate(gate), residual)
 
     def linear_residual_norm(
-        self, x: Tensor, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
+        self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
     ) -> tuple[Tensor, Normed]:
         x = self.linear_residual(x, layer, residual, gate)
         return x, self.norm(x, rows)
@@ -250,13 +284,41 @@ def _quantized(
     return x, scale, weight, weight_scale, layer.bias, dtype
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast's linears take, on x's device; None if autocast is off."""
+    kind = "cuda" if x.is_cuda else "cpu"
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     """A linear's input, weight and bias in autocast's dtype, if autocast is on."""
-    kind = "cuda" if x.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         return x, layer.weight, layer.bias
-    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)
+
+
+def implementation(x: Tensor, out: int, default: str) -> str:
+    """Which form a linear of x [B, N, I] with gate and residual has: "own", "cublas" or "quack".
+
+    While a model is traced with any number of tokens it is `default`: a choice by their number
+    would make one program for every number.
+    """
+    shape = (x.shape[0] * x.shape[1], x.shape[2], out)
+    if not torch.compiler.is_compiling():
+        return choice("linear_gate_residual", x, shape, default)
+    if not has_static_value(shape[0]):
+        return default
+    return _traced_choice(x.device, x.dtype, shape, default)
+
+
+@torch.compiler.assume_constant_result
+def _traced_choice(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], default: str
+) -> str:
+    """`choice` for a tracer, which shall not look at files."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    return choice("linear_gate_residual", like, shape, default)
 
 
 def operators(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -86,6 +90,56 @@ def test_backward(name, shape, dtypes, device, error):
             assert error(gradient, exact) < 2 * LOOSE[dtype]
         again = torch.autograd.grad(call(ours, leaves), leaves, dout.to(device))
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))  # no atomics
+
+
+@pytest.mark.parametrize("name", ["gate", "residual"])
+def test_a_wider_residual(name, device, error):
+    """Autocast: x, weight and bias have 16 bits, residual, out and the gate 32."""
+    half = torch.bfloat16 if device.type == "cuda" else torch.float16
+    call, ours, reference = CASES[name]
+    tensors = tensors_of(name, (3, 37, 144, 200), torch.float32)
+    tensors[:3] = [each.to(half) for each in tensors[:3]]
+    leaves = [each.to(device).requires_grad_() for each in tensors]
+    out = call(ours, leaves)
+    assert out.dtype == torch.float32
+    wide = [each.double().requires_grad_() for each in tensors]
+    expected = call(reference, wide)
+    assert error(out.detach(), expected.detach()) < LOOSE[torch.float32]  # no rounding to 16 bits
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    actual = torch.autograd.grad(out, leaves, dout.to(device))
+    exact = torch.autograd.grad(expected, wide, dout.double())
+    for gradient, right, leaf in zip(actual, exact, leaves, strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert error(gradient, right) < 2 * LOOSE[half]
+
+
+SAME_CODE = """
+import torch
+from pixart_rt.kernels import fp8_linear, launch, linear
+from pixart_rt.kernels.codegen import ast_source
+
+def compiled(tokens):
+    with torch.device("meta"), launch.record((9, 0)) as launches:
+        for file in (linear, fp8_linear):
+            file.compile_example(torch.bfloat16, 2, tokens)
+    sources = [ast_source(each)[0] for each in launches]
+    assert all(len(each.kernel.params) <= 16 for each in launches)
+    return {(s.fn.__name__, str(s.signature), str(s.constants), str(s.attrs)) for s in sources}
+
+assert len(compiled(1024)) > 15
+assert compiled(1012) == compiled(1024)  # 22x46 tokens, in no kernel's way
+linear._linear_kernel.params[4].__dict__["do_not_specialize"] = False
+assert compiled(1012) != compiled(1024)
+"""
+
+
+def test_a_number_of_tokens_compiles_nothing_new():
+    """Nor do tensors without data, and no kernel has more than 16 parameters."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SAME_CODE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_image_has_its_own_gate(device, error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -13,11 +14,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from pixart_rt import ops
 from pixart_rt.buckets import buckets
 from pixart_rt.config import Kernels, ModelConfig, Quality
 from pixart_rt.errors import ConfigError
-from pixart_rt.kernels import checkpointing
+from pixart_rt.kernels import checkpointing, launch
 from pixart_rt.kernels.decompositions import decompositions
+from pixart_rt.kernels.fp8_linear import fp8_linear_gelu
 from pixart_rt.model import keys
 from pixart_rt.model.conditioning import patchify, position_table
 from pixart_rt.model.transformer import PixArtTransformer
@@ -89,6 +92,55 @@ def test_forward_and_every_gradient_of_four_blocks(device):
         assert relative(gradient, wanted[name]) < 5e-5, name
 
 
+def products(model, inputs):
+    """How often a forward calls our GEMM with gate and residual in it."""
+    with Counter() as counter, torch.no_grad():
+        model(*inputs)
+    return counter.calls.get(torch.ops.pixart_rt.linear_gate_residual.default, 0)
+
+
+# A block: attention's projection, cross-attention's and the MLP's second; a last block's MLP has no
+# LayerNorm after it.
+FORMS = {None: 1 + 2, "own": 3 * 2, "cublas": 0}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_of_gate_and_residual(form, device):
+    """Ours in the GEMM's epilogue and after cuBLAS's product, forward and every gradient."""
+    config = replace(CONFIG, num_layers=2)
+    model = random_model(config).to(device)
+    inputs = [each.to(device) for each in inputs_of(config, 7)]
+    expected, wanted = gradients(model, inputs)
+    model.zero_grad()
+    with launch.choosing("linear_gate_residual", form) if form else nullcontext():
+        assert products(model.use(Kernels.FUSED), inputs) == FORMS[form]
+        actual, found = gradients(model, inputs)
+    assert relative(actual, expected) < 1e-5
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        assert relative(gradient, wanted[name]) < 5e-5, name
+
+
+@pytest.mark.parametrize("form", ["own", "cublas"])
+def test_a_compiled_model_has_the_form_of_its_shapes(form, no_kernels):
+    """Where the number of tokens is fixed; where it is any, the default."""
+    config = replace(CONFIG, num_layers=2)
+    model = random_model(config).use(Kernels.FUSED)
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        inputs = inputs_of(config, 37, B=2)
+        if dynamic:
+            torch._dynamo.mark_dynamic(inputs[0], 1)
+            torch._dynamo.mark_dynamic(inputs[1], 1)
+        with launch.choosing("linear_gate_residual", form), torch.no_grad():
+            compiled(*inputs)
+        (graph,) = counter.graphs
+        nodes = [n for n in graph.graph.nodes if "linear_gate_residual" in str(n.target)]
+        assert len(nodes) == FORMS[None if dynamic else form]
+
+
 @pytest.mark.parametrize("quality", [Quality.HIGH, Quality.LOSSLESS])
 def test_half_precision_is_as_near_as_the_reference(quality, device):
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
@@ -110,6 +162,25 @@ def test_fp8_is_near(no_kernels):
         expected = model(*inputs)
         actual = model.use(Kernels.FUSED, Quality.FAST)(*inputs)
     assert 1e-3 < relative(actual, expected) < 0.1  # not the same, so fp8 did run
+
+
+def test_fp8_scales_of_groups_are_as_near_over_depth_as_scales_of_rows(no_kernels, monkeypatch):
+    """GELU's output with a scale for 128 columns, against one for its whole row."""
+    config = replace(CONFIG, num_layers=8)
+    model = random_model(config)
+    inputs = inputs_of(config, 37)
+    with torch.no_grad():
+        expected = model(*inputs)
+        model.use(Kernels.FUSED, Quality.FAST)
+        groups = relative(model(*inputs), expected)
+        monkeypatch.setattr(ops.Fp8Operators, "linear_gelu", plain_gelu)
+        rows = relative(model(*inputs), expected)
+    assert groups != rows and groups < 1.05 * rows
+
+
+def plain_gelu(self, y, layer):
+    """As it was: GELU in 16 bits or more, which the next linear quantizes by rows."""
+    return fp8_linear_gelu(*ops._quantized(y, layer))
 
 
 def test_fp8_needs_the_kernels():
@@ -191,17 +262,21 @@ def test_compiled_training_step(no_kernels):
 # Weights of keys past the image may overflow float16; they reach only rows that are not stored.
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-def test_autocast_keeps_the_residual_stream_in_float32(device):
-    """Under autocast, as in training: near the reference under the same autocast."""
+@pytest.mark.parametrize("form", [None, "own"])
+def test_autocast_keeps_the_residual_stream_in_float32(form, device):
+    """Under autocast, as in training: as near float64 as the reference under the same autocast."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     model = random_model().to(device)
     inputs = [each.to(device) for each in inputs_of(CONFIG, 37)]
     small = 1e-3  # sums over tokens pass float16's range otherwise
-    _, wanted = gradients(model, inputs, small)
+    exact = random_model().double().to(device)
+    wide = [each.double() if each.is_floating_point() else each for each in inputs]
+    _, wanted = gradients(exact, wide, small)
     errors = {}
     for kernels in Kernels:
         model.zero_grad()
-        with torch.autocast(device.type, dtype):
+        chosen = launch.choosing("linear_gate_residual", form) if form else nullcontext()
+        with torch.autocast(device.type, dtype), chosen:
             _, found = gradients(model.use(kernels), inputs, small)
         errors[kernels] = {n: relative(g, wanted[n]) for n, g in found.items()}
         assert all(g.dtype == torch.float32 for g in found.values())
@@ -222,7 +297,8 @@ class Counter(TorchDispatchMode):
 def test_selective_checkpointing_recomputes_elementwise_only(no_kernels):
     model = random_model().use(Kernels.FUSED)
     inputs = inputs_of(CONFIG, 37)
-    _, wanted = gradients(model, inputs)
+    with launch.choosing("linear_gate_residual", "own"):
+        _, wanted = gradients(model, inputs)
     model.zero_grad()
     for block in model.blocks:
         block.forward = partial(
@@ -231,7 +307,7 @@ def test_selective_checkpointing_recomputes_elementwise_only(no_kernels):
             use_reentrant=False,
             context_fn=partial(create_selective_checkpoint_contexts, checkpointing.policy),
         )
-    with Counter() as counter:
+    with Counter() as counter, launch.choosing("linear_gate_residual", "own"):
         _, found = gradients(model, inputs)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name])

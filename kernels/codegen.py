@@ -132,6 +132,8 @@ def ast_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
             if value % 16 == 0 and not plain:
                 attributes[path] = [["tt.divisibility", 16]]
             return "i32" if abs(value) < 2**31 else "i64"
+        if len(path) > 1:
+            raise TypeError(f"argument {path}: Triton's launcher unpacks no descriptor in a tuple")
         shape = ",".join(str(size) for size in value.block_shape)  # a tensor descriptor
         element = _POINTERS[value.base.dtype].removeprefix("*")
         return f"tensordesc<{element}[{shape}]>"

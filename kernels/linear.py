@@ -50,18 +50,18 @@ from pixart_rt.kernels.launch import (
 from pixart_rt.kernels.ln_modulate import modulation, rounded, spread
 
 # By compute capability; chosen from the compiler's report (docs/kernels.md), not from timings.
-# GROUP_M rows of tiles share their columns of W in the L2 cache.
-_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8}
+_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}
 TILES: dict[tuple[int, int], dict[str, int]] = {
     (8, 0): {**_SQUARE, "num_stages": 4},  # 96 KB: registers leave room for one program
     (9, 0): {**_SQUARE, "num_stages": 4},  # 128 KB
     (12, 0): {**_SQUARE, "num_stages": 4},  # 96 of its 99 KB
 }
-FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4,
+FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4,
            "num_stages": 2}  # fmt: skip
 FP8 = {"BLOCK_K": 128}  # 128 bytes a row, as in 16 bits: the widest swizzle of shared memory
 SCALE_GROUP = 128  # columns that share a scale where a linear writes its output in fp8
 BACKWARD = {"ROWS": 32, "BLOCK_D": 1024, "num_warps": 4}
+GROUP_M = tl.constexpr(8)  # rows of tiles that share their columns of W in the L2 cache
 SQRT_2_OVER_PI, CUBIC = 0.7978845608028654, 0.044715
 
 
@@ -92,10 +92,7 @@ def gelu_sigmoid(z):
 
 
 @triton.jit
-def _tile(
-    num_tokens,
-    O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+def _tile(num_tokens, O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's tile of rows and of columns: GROUP_M row tiles go through all columns."""
     tiles_m, tiles_n = tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(O, BLOCK_N)
     group = tl.program_id(0) // (GROUP_M * tiles_n)
@@ -104,13 +101,15 @@ def _tile(
     return group * GROUP_M + within % size, within // size
 
 
-# Epilogues: the product's tile, the epilogue's arguments, a gate's row, and where the tile is:
+# Epilogues: the product's tile, the epilogue's arguments, its tensor descriptor (not among them:
+# Triton's launcher does not unpack descriptors in tuples), a gate's row, and where the tile is:
 # (image, first row of all images, first column, offsets in y, their mask, columns, their mask).
 
 
 @triton.jit
 def _plain(
-    acc, extra, row, place, O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr
+    acc, extra, described, row, place,
+    O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """The product itself."""
     return acc
@@ -118,7 +117,8 @@ def _plain(
 
 @triton.jit
 def _gelu(
-    acc, extra, row, place, O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr
+    acc, extra, described, row, place,
+    O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """gelu(product), tanh form."""
     return acc * gelu_sigmoid(acc)
@@ -126,40 +126,42 @@ def _gelu(
 
 @triton.jit
 def _gate_residual(
-    acc, extra, row, place, O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr
+    acc, extra, described, row, place,
+    O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """residual + gate·product. The residual comes by pointer or by descriptor; no table, no gate.
+    """residual + gate·product. The residual comes by descriptor or by pointer; no table, no gate.
 
-    extra: residual pointer, residual descriptor, table, shared, elements of an image in shared.
+    extra: residual pointer, table, shared, elements of an image in shared.
     """
     image, start, col, at, mask, cols, col_mask = place
-    pointer, descriptor, table_ptr, shared_ptr, stride = extra
+    pointer, table_ptr, shared_ptr, stride = extra
     if table_ptr is not None:
         mine = shared_ptr + image * stride
         gate = modulation(table_ptr, mine, row, cols, col_mask, O, DTYPE, ROUND)
         acc = rounded(acc * gate[None, :], DTYPE, ROUND)
-    if descriptor is not None:
-        residual = descriptor.load([start.to(tl.int32), col])
+    if described is not None:
+        residual = described.load([start.to(tl.int32), col])
     else:
         residual = tl.load(pointer + start * O + at, mask=mask, other=0.0)
     return acc + residual.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "row"])
+@triton.jit(do_not_specialize=["sizes"])
 def _linear_kernel(
-    sources, scales, bias_ptr, extra, num_tokens, row,
+    x_ptr, weight_ptr, described, scales, bias_ptr, extra, sizes,
     outputs,
     I: tl.constexpr, O: tl.constexpr, EPILOGUE: tl.constexpr, ROUND: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sources: x, weight; scales: of x's rows or of its groups of 128 columns, of weight's rows;
-    outputs: y, the product, the scales of y's groups. What there is none of is None."""
-    x_ptr, weight_ptr = sources
+    """x and weight by pointers or by DESCRIPTORS. scales: of x's rows or of its groups of 128
+    columns, of weight's rows; sizes: tokens, row of the gate; outputs: y, the product, the scales
+    of y's groups. What there is none of is None."""
+    num_tokens, row = sizes
     x_scale_ptr, group_scale_ptr, weight_scale_ptr = scales
     y_ptr, product_ptr, y_scale_ptr = outputs
     image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
-    tile_m, tile_n = _tile(num_tokens, O, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = _tile(num_tokens, O, BLOCK_M, BLOCK_N)
     # One int64 offset for the tile, int32 inside it: GELU takes 106 registers, not 136, on sm_90.
     start = image * num_tokens + tile_m * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -207,7 +209,7 @@ def _linear_kernel(
     if product_ptr is not None:
         tl.store(product_ptr + start * O + at, acc.to(PRODUCT), mask=mask)
     place = (image, start, tile_n * BLOCK_N, at, mask, cols, col_mask)
-    acc = EPILOGUE(acc, extra, row, place, O, DTYPE, ROUND)
+    acc = EPILOGUE(acc, extra, described, row, place, O, DTYPE, ROUND)
     if y_scale_ptr is not None:  # the tile's columns are one group: BLOCK_N is 128
         largest = tl.max(tl.where(col_mask[None, :], tl.abs(acc), 0.0), axis=1)
         scale = tl.maximum(largest, 1e-12) / 448.0
@@ -342,20 +344,20 @@ def linear_triton(
             _descriptor(sources[0], B * N, I, [block_m, block_k]),
             _descriptor(sources[1], O, I, [block_n, block_k]),
         )
-    row, extra, epilogue = 0, None, _gelu if gelu else _plain
+    row, extra, tile, epilogue = 0, None, None, _gelu if gelu else _plain
     if residual is not None:
         residual = residual.contiguous()
         table = shared = None
         if gate is not None:
             table, shared, row = gate[0].contiguous(), gate[1].contiguous(), gate[2]
-        added: tuple[Any, Any] = (residual, None)
         if described and _describable(residual):
-            added = (None, _descriptor(residual, B * N, O, [block_m, block_n]))
+            tile = _descriptor(residual, B * N, O, [block_m, block_n])
         stride = None if shared is None else shared.stride(0)
-        extra, epilogue = (*added, table, shared, stride), _gate_residual
+        extra = (residual if tile is None else None, table, shared, stride)
+        epilogue = _gate_residual
     launch(
         _linear_kernel, (-(-N // block_m) * -(-O // block_n), B),
-        sources, (row_scale, group_scale, weight_scale), bias, extra, N, row,
+        *sources, tile, (row_scale, group_scale, weight_scale), bias, extra, (N, row),
         (y, None, aside) if quantizes else (y, aside, None),
         I=I, O=O, EPILOGUE=epilogue, ROUND=lossless, DESCRIPTORS=described, **tuned,
     )  # fmt: skip

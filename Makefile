@@ -3,21 +3,24 @@
 #   TORCH       what pip installs first, alone, so that nothing later replaces it
 #   TORCH_ARGS  extra pip arguments for that step. A machine without a GPU saves gigabytes with
 #               make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+#   LOWEST_TORCH  the same for `make test-lowest`; PyPI's is the CUDA build, 3 GB
 
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+LOWEST_TORCH ?= torch==2.11.0
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
 CHECKED := pixart_rt examples
-NO_BENCH := provenance timing turns weights xl_folder profile_kernels
+NO_BENCH := host_time standin_driver provenance timing turns weights xl_folder profile_kernels
 BENCHES := $(filter-out $(NO_BENCH), $(basename $(notdir $(wildcard benchmarks/*.py))))
 ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test test-fast test-gpu check bench dist clean
+.PHONY: help demo test test-fast test-all test-lowest test-gpu check bench dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -29,10 +32,17 @@ demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
 	@echo "The images are in $(CURDIR)/demo/contact-sheet.png"
 
 test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow and not exhaustive" $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## what `make test` only samples, exhaustively
+	$(BIN)/python -m pytest -m "exhaustive and not gpu" $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)/.installed ## kernels, model and benches with the lowest versions (3 GB)
+	$(LOWEST)/bin/python -m pytest -m "not gpu and not exhaustive" $(PYTEST_ARGS) \
+	  tests/kernels tests/model tests/benchmarks
 
 test-gpu: $(STAMP) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
@@ -60,4 +70,17 @@ $(STAMP): constraints.txt pyproject.toml setup.py
 	[ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
 	$(PIP) $(TORCH_ARGS) "$(TORCH)"
 	$(PIP) -e ".[dev]"
+	@touch $@
+
+# The card's Python first: 3.12. Wheels of these versions exist for 3.11 too.
+$(LOWEST)/.installed: constraints-lowest.txt pyproject.toml setup.py
+	@python=; for each in python3.12 python3.11; do \
+	  if $$each -c '$(ENOUGH)' 2>/dev/null; then python=$$each; break; fi; done; \
+	if [ -z "$$python" ]; then echo "error: no Python 3.12 or 3.11 with its venv module was" \
+	  "found; the lowest versions have wheels for these" >&2; exit 2; fi; \
+	[ -x $(LOWEST)/bin/python ] || "$$python" -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
+	  -c constraints-lowest.txt $(TORCH_ARGS) "$(LOWEST_TORCH)"
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
+	  -c constraints-lowest.txt -e ".[train,data,tensorboard]" pytest
 	@touch $@

@@ -84,13 +84,19 @@ def _spec(op: str, inputs: tuple[Tensor, ...], *sizes: int) -> KernelSpec:
 
 
 def _ln_modulate_node(
-    x: Tensor, table: Tensor, shared: Tensor, row: int, lossless: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int,
+    lossless: bool,
+    out_dtype: torch.dtype | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor]:
     """y, and nothing for the statistics, which only a backward reads."""
-    assert not lossless, "engines have quality high"
-    inputs, nothing = (x, table, shared), x.new_empty(0)
+    assert not lossless and out_dtype in (None, x.dtype), "engines have quality high, one dtype"
+    inputs = (x, table, shared)
     spec = _spec("ln_modulate", inputs, x.shape[-1], table.shape[0])
-    return _node(spec, inputs, row, x.shape), nothing, nothing
+    return _node(spec, inputs, row, x.shape), x.new_empty(0)
 
 
 def _attention_node(qkv: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.kernels import attention, cross_attention, fp8_linear, linear, ln_modulate
-from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate_ref
+from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate_ref, gate_residual_ref
 from pixart_rt.kernels.group_norm_silu import group_norm_silu_ref
 from pixart_rt.kernels.solver import cfg_dpmpp_step_ref
 
@@ -27,12 +27,12 @@ def _unused(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _ln_modulate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return ln_modulate.ln_modulate_ref(x, *arguments), _unused(x), _unused(x)
+def _ln_modulate(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return ln_modulate.ln_modulate_ref(x, *arguments[:-1]), _unused(x)
 
 
 def _gate_residual_ln_modulate(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return *gate_residual_ln_modulate_ref(x, *arguments), _unused(x), _unused(x)
+    return *gate_residual_ln_modulate_ref(x, *arguments[:-1]), _unused(x)
 
 
 def _attention(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +69,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return {
         _OURS.ln_modulate.default: _ln_modulate,
         _OURS.ln_modulate_fp8.default: ln_modulate.ln_modulate_fp8_ref,
+        _OURS.gate_residual.default: gate_residual_ref,
         _OURS.gate_residual_ln_modulate.default: _gate_residual_ln_modulate,
         _OURS.attention_qkv_packed.default: _attention,
         _OURS.cross_attention.default: _cross_attention,

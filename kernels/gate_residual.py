@@ -1,22 +1,29 @@
-"""Gated residual, then LayerNorm and adaLN-single modulation of the result, in one pass.
+"""Gated residual, alone or with LayerNorm and adaLN-single modulation of the result, in one pass.
 
     x' = x + gate·branch                       the end of one half of a block (gate 1 after
     y  = layer_norm(x')·(1 + scale) + shift    cross-attention), and the beginning of the next
+
+`gate_residual` is the first formula, for self-attention, after which no LayerNorm follows;
+`gate_residual_ln_modulate` is both.
 
 PixArt-alpha (arXiv:2310.00426), Section 2.3 and Figure 4. B images, N tokens, D width, R rows of a
 table. x, branch, x' and y are [B, N, D]. gate = gate_table[gate_row] + gate_shared[:, gate_row];
 shift and scale come from rows row and row + 1 of table [R, D] and shared [B, R, D], as in
 ln_modulate.py; the gate has its own, for the next half may belong to the next block.
 
+x' has x's dtype; branch and y may have another: under autocast x is float32, they have 16 bits.
+
 Traffic: reads x and branch, writes x' and y: 4·B·N·D elements where the two operators apart move
 5·B·N·D. The backward is ln_modulate's kernel, which adds the gradient of x' and goes on through the
-gate: reads dy, dx', x' and branch, writes dx and dbranch, no atomics.
+gate: reads dy, dx', x' and branch, writes dx and dbranch, no atomics. Of `gate_residual` alone dx
+is dx' itself: its backward reads dx' and branch and writes dbranch.
 
 y is computed from x' as it is stored. `lossless` also rounds the gate and gate·branch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,19 +31,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixart_rt.kernels.launch import SM70, Operator, config, launch, runs_triton
+from pixart_rt.kernels.launch import SM70, Operator, config, direct, launch, runs_triton
 from pixart_rt.kernels.ln_modulate import (
-    EPS,
+    ceil_div,
+    elementwise_tile,
+    forward_tile,
     ln_modulate_backward_ref,
     ln_modulate_backward_triton,
     ln_modulate_ref,
+    modulated,
     modulation,
+    normalized,
+    power_of_2,
     rounded,
+    row_stats,
     spread,
+    stats_like,
+    trains,
 )
 
-FORWARD = {"ROWS": 4, "num_warps": 8}  # as in ln_modulate.py
-
+# A tile of the elementwise kernels: few columns, so that a program reads the gate once for many
+# rows, and no lane is idle at XL's width of 9·128.
+COLUMNS = 128
 
 Gate = tuple[Tensor, Tensor, int]  # table [R, D], shared [B, R, D], row
 
@@ -72,52 +88,149 @@ def gate_residual_ln_modulate_ref(
     shared: Tensor,
     row: int,
     lossless: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both formulas in plain PyTorch: (x', y)."""
     x = gate_residual_ref(x, branch, gate_table, gate_shared, gate_row, lossless)
-    return x, ln_modulate_ref(x, table, shared, row, lossless)
+    return x, ln_modulate_ref(x, table, shared, row, lossless, out_dtype)
 
 
 @triton.jit
-def _gate_residual_ln_modulate_kernel(
-    x_ptr, branch_ptr, gate_table_ptr, gate_shared_ptr, table_ptr, shared_ptr,
-    num_tokens, gate_row, row, eps,
-    out_ptr, y_ptr, mean_ptr, rstd_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, GATE_R: tl.constexpr,
-    ROWS: tl.constexpr, ROUND: tl.constexpr, GATED: tl.constexpr,
+def residual_sum(
+    x, branch, gate, gate_row, image, cols, mask,
+    D: tl.constexpr, R: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
+    """x + gate·branch of a tile, rounded as it is stored; gate is (table, shared) or None."""
+    if gate is not None:
+        gate_table_ptr, gate_shared_ptr = gate
+        vector = modulation(
+            gate_table_ptr, gate_shared_ptr + image * R * D, gate_row, cols, mask, D, DTYPE, ROUND
+        )
+        branch = rounded(vector[None, :] * branch, DTYPE, ROUND)
+    return rounded(x + branch, DTYPE, True)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "gate_row"])
+def _gate_residual_kernel(
+    x_ptr, branch_ptr, gate, num_tokens, gate_row,
+    out_ptr,
+    D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * ROWS
+    start = (image * num_tokens + first) * D
+    rows, cols = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = cols < D
+    here = (rows < num_tokens - first)[:, None] & mask[None, :]
+    at = rows[:, None] * D + cols[None, :]
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + start + at, mask=here, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + start + at, mask=here, other=0.0).to(tl.float32)
+    x = residual_sum(x, branch, gate, gate_row, image, cols, mask, D, R, DTYPE, ROUND)
+    tl.store(out_ptr + start + at, x.to(DTYPE), mask=here)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "gate_row"])
+def _gate_residual_backward_kernel(
+    dout_ptr, branch_ptr, gate, num_tokens, gate_row,
+    dbranch_ptr, partial_ptr,
+    D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dbranch of one tile, and dgate summed over its rows; gate is (table, shared)."""
+    gate_table_ptr, gate_shared_ptr = gate
+    image = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * ROWS
+    start = (image * num_tokens + first) * D
+    rows, cols = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = cols < D
+    here = (rows < num_tokens - first)[:, None] & mask[None, :]
+    at = rows[:, None] * D + cols[None, :]
+    DTYPE: tl.constexpr = dout_ptr.dtype.element_ty
+    dout = tl.load(dout_ptr + start + at, mask=here, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + start + at, mask=here, other=0.0).to(tl.float32)
+    vector = modulation(
+        gate_table_ptr, gate_shared_ptr + image * R * D, gate_row, cols, mask, D, DTYPE, False
+    )
+    dbranch = dout * vector[None, :]
+    tl.store(dbranch_ptr + start + at, dbranch.to(dbranch_ptr.dtype.element_ty), mask=here)
+    out = partial_ptr + (image * tl.num_programs(1) + tl.program_id(1)) * D + cols
+    tl.store(out, tl.sum(dout * branch, 0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "gate_row", "row"])
+def _gate_residual_ln_modulate_kernel(
+    x_ptr, branch_ptr, gate, norm, num_tokens, gate_row, row,
+    out_ptr, y_ptr, stats_ptr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, GATE_R: tl.constexpr,
+    ROWS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """x' and y of ROWS tokens. `gate` is (table, shared) or None, `norm` (table, shared)."""
+    table_ptr, shared_ptr = norm
     image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
     first = tl.program_id(0) * ROWS
-    cols = tl.arange(0, BLOCK_D)
+    start = image * num_tokens + first
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    inside = rows < num_tokens - first
     mask = cols < D
+    here = inside[:, None] & mask[None, :]
+    at = rows[:, None] * D + cols[None, :]
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + start * D + at, mask=here, other=0.0).to(tl.float32)
+    branch = tl.load(branch_ptr + start * D + at, mask=here, other=0.0).to(tl.float32)
+    # Rounded: y and the backward see x' as stored.
+    x = residual_sum(x, branch, gate, gate_row, image, cols, mask, D, GATE_R, DTYPE, ROUND)
+    tl.store(out_ptr + start * D + at, x.to(DTYPE), mask=here)
+    normed, mean, rstd = normalized(x, mask[None, :], D)
+    if stats_ptr is not None:
+        pair = (start + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(stats_ptr + pair, tl.join(mean, rstd), mask=inside[:, None])
     mine = shared_ptr + image * R * D
     shift = modulation(table_ptr, mine, row, cols, mask, D, DTYPE, ROUND)
     scale = modulation(table_ptr, mine, row + 1, cols, mask, D, DTYPE, ROUND)
-    scale = rounded(1.0 + scale, DTYPE, ROUND)
-    if GATED:
-        gate = modulation(
-            gate_table_ptr, gate_shared_ptr + image * GATE_R * D, gate_row, cols, mask,
-            D, DTYPE, ROUND,
-        )  # fmt: skip
-    for i in range(ROWS):
-        inside = first + i < num_tokens
-        token = image * num_tokens + first + i
-        at = token * D + cols
-        here = mask & inside
-        branch = tl.load(branch_ptr + at, mask=here, other=0.0).to(tl.float32)
-        if GATED:
-            branch = rounded(gate * branch, DTYPE, ROUND)
-        x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32) + branch
-        x = rounded(x, DTYPE, True)  # the backward sees x' as stored
-        tl.store(out_ptr + at, x.to(DTYPE), mask=here)
-        mean = tl.sum(x) / D
-        centered = tl.where(mask, x - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(centered * centered) / D + eps)
-        y = rounded(rounded(centered * rstd, DTYPE, ROUND) * scale, DTYPE, ROUND) + shift
-        tl.store(y_ptr + at, y.to(DTYPE), mask=here)
-        tl.store(mean_ptr + token, mean, mask=inside)
-        tl.store(rstd_ptr + token, rstd, mask=inside)
+    y = modulated(normed, shift, scale, DTYPE, ROUND)
+    tl.store(y_ptr + start * D + at, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+def _gate_pointers(gate: Gate | None) -> tuple[tuple[Tensor, Tensor] | None, int, int]:
+    """The gate as the kernels take it: (table, shared) or None, its row, and R."""
+    if gate is None:
+        return None, 0, 0
+    return (gate[0].contiguous(), gate[1].contiguous()), gate[2], gate[0].shape[0]
+
+
+def gate_residual_triton(
+    x: Tensor, branch: Tensor, gate: Gate | None, lossless: bool = False
+) -> Tensor:
+    """x + gate·branch, in x's dtype."""
+    x, branch = x.contiguous(), branch.contiguous()
+    pointers, row, R = _gate_pointers(gate)
+    B, N, D = x.shape
+    out = torch.empty_like(x)
+    tuned = config("gate_residual", x, (B * N,), elementwise_tile(x))
+    launch(
+        _gate_residual_kernel, (ceil_div(D, COLUMNS), ceil_div(N, tuned["ROWS"]), B),
+        x, branch, pointers, N, row, out, D=D, R=R, BLOCK_D=COLUMNS, ROUND=lossless, **tuned,
+    )  # fmt: skip
+    return out
+
+
+def gate_residual_backward_triton(
+    dout: Tensor, branch: Tensor, gate: Gate
+) -> tuple[Tensor, Tensor]:
+    """(dbranch, dgate [B, 1, D])."""
+    dout = dout.contiguous()
+    pointers, row, R = _gate_pointers(gate)
+    B, N, D = branch.shape
+    dbranch = torch.empty_like(branch)
+    tuned = config("gate_residual_backward", dout, (B * N,), elementwise_tile(dout))
+    programs = ceil_div(N, tuned["ROWS"])
+    partial = branch.new_empty((B, programs, D), dtype=torch.float32)
+    launch(
+        _gate_residual_backward_kernel, (ceil_div(D, COLUMNS), programs, B),
+        dout, branch, pointers, N, row, dbranch, partial, D=D, R=R, BLOCK_D=COLUMNS, **tuned,
+    )  # fmt: skip
+    return dbranch, partial.sum(1, keepdim=True)
 
 
 def gate_residual_ln_modulate_triton(
@@ -130,23 +243,120 @@ def gate_residual_ln_modulate_triton(
     shared: Tensor,
     row: int,
     lossless: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x', y, mean [B, N], 1/std [B, N])."""
-    x, branch, table, shared = (each.contiguous() for each in (x, branch, table, shared))
-    gate = gate_of(gate_table, gate_shared, gate_row)
-    gates = (table, shared) if gate is None else (gate[0].contiguous(), gate[1].contiguous())
+    out_dtype: torch.dtype | None = None,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x', y, mean and 1/std [B, N, 2] with stats)."""
+    x, branch = x.contiguous(), branch.contiguous()
+    gate, gate_row, gate_R = _gate_pointers(gate_of(gate_table, gate_shared, gate_row))
     B, N, D = x.shape
-    out, y = torch.empty_like(x), torch.empty_like(x)
-    mean = x.new_empty(B, N, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    tuned = config("gate_residual_ln_modulate", x, (B * N,), FORWARD)
+    out, y = torch.empty_like(x), torch.empty_like(x, dtype=out_dtype)
+    moments = x.new_empty((B, N, 2), dtype=torch.float32) if stats else None
+    tuned = config("gate_residual_ln_modulate", x, (B * N,), forward_tile(x))
     launch(
-        _gate_residual_ln_modulate_kernel, (triton.cdiv(N, tuned["ROWS"]), B),
-        x, branch, *gates, table, shared, N, gate_row, row, EPS, out, y, mean, rstd,
-        D=D, BLOCK_D=triton.next_power_of_2(D), R=table.shape[0], GATE_R=gates[0].shape[0],
-        ROUND=lossless, GATED=gate is not None, **tuned,
+        _gate_residual_ln_modulate_kernel, (ceil_div(N, tuned["ROWS"]), B),
+        x, branch, gate, (table.contiguous(), shared.contiguous()), N, gate_row, row,
+        out, y, moments,
+        D=D, BLOCK_D=power_of_2(D), R=table.shape[0], GATE_R=gate_R, ROUND=lossless, **tuned,
     )  # fmt: skip
-    return out, y, mean, rstd
+    return out, y, moments
+
+
+@torch.library.custom_op("pixart_rt::gate_residual", mutates_args=())
+def gate_residual_op(
+    x: Tensor,
+    branch: Tensor,
+    gate_table: Tensor | None,
+    gate_shared: Tensor | None,
+    gate_row: int,
+    lossless: bool,
+) -> Tensor:
+    """x' [B, N, D] in x's dtype."""
+    if runs_triton("gate_residual", x, SM70):
+        gate = gate_of(gate_table, gate_shared, gate_row)
+        return gate_residual_triton(x, branch, gate, lossless)
+    out = gate_residual_ref(x, branch, gate_table, gate_shared, gate_row, lossless)
+    return out.contiguous()
+
+
+@gate_residual_op.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor,
+    gate_table: Tensor | None,
+    gate_shared: Tensor | None,
+    gate_row: int,
+    lossless: bool,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def gate_residual_backward_ref(
+    dout: Tensor, branch: Tensor, gate_table: Tensor, gate_shared: Tensor, gate_row: int
+) -> tuple[Tensor, Tensor]:
+    """(dbranch, dgate [B, 1, D] in float32 or wider)."""
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    dout = dout.to(wide)
+    gate = gate_table[gate_row].to(wide) + gate_shared[:, gate_row, None].to(wide)
+    dgate = (dout * branch.to(wide)).sum(1, keepdim=True)
+    return (dout * gate).to(branch.dtype), dgate
+
+
+@torch.library.custom_op("pixart_rt::gate_residual_backward", mutates_args=())
+def gate_residual_backward_op(
+    dout: Tensor, branch: Tensor, gate_table: Tensor, gate_shared: Tensor, gate_row: int
+) -> tuple[Tensor, Tensor]:
+    """(dbranch, dgate [B, 1, D] in float32 or wider)."""
+    if runs_triton("gate_residual", dout, SM70):
+        return gate_residual_backward_triton(dout, branch, (gate_table, gate_shared, gate_row))
+    return gate_residual_backward_ref(dout, branch, gate_table, gate_shared, gate_row)
+
+
+@gate_residual_backward_op.register_fake
+def _(
+    dout: Tensor, branch: Tensor, gate_table: Tensor, gate_shared: Tensor, gate_row: int
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    B, _, D = branch.shape
+    return branch.new_empty(branch.shape), branch.new_empty((B, 1, D), dtype=wide)
+
+
+def _residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, branch, gate_table, gate_shared, ctx.row, _ = inputs
+    ctx.dtype = branch.dtype
+    if gate_table is not None:
+        ctx.save_for_backward(branch.contiguous(), gate_table, gate_shared)
+
+
+def _residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.saved_tensors:
+        return dout, dout.to(ctx.dtype), None, None, None, None
+    branch, gate_table, gate_shared = ctx.saved_tensors
+    dbranch, dgate = gate_residual_backward_op(dout, branch, gate_table, gate_shared, ctx.row)
+    whole = spread(dgate, gate_shared, ctx.row)
+    dtable = whole.sum(0).to(gate_table.dtype)
+    return dout, dbranch, dtable, whole.to(gate_shared.dtype), None, None
+
+
+gate_residual_op.register_autograd(_residual_backward, setup_context=_residual_setup)
+
+
+def gate_residual(
+    x: Tensor,
+    branch: Tensor,
+    gate_table: Tensor | None,
+    gate_shared: Tensor | None,
+    gate_row: int,
+    lossless: bool = False,
+) -> Tensor:
+    """x + gate·branch in x's dtype; branch may have another. Differentiable in every tensor.
+
+    Without gate_table and gate_shared the gate is 1.
+    """
+    if direct(x, branch, gate_table, gate_shared) and runs_triton("gate_residual", x, SM70):
+        return gate_residual_triton(x, branch, gate_of(gate_table, gate_shared, gate_row), lossless)
+    out: Tensor = gate_residual_op(x, branch, gate_table, gate_shared, gate_row, lossless)
+    return out
 
 
 @torch.library.custom_op("pixart_rt::gate_residual_ln_modulate", mutates_args=())
@@ -160,16 +370,19 @@ def gate_residual_ln_modulate_op(
     shared: Tensor,
     row: int,
     lossless: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x', y, mean [B, N], 1/std [B, N])."""
+    out_dtype: torch.dtype | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x', y, mean and 1/std [B, N, 2] for the backward; empty unless `stats`)."""
     gate = (gate_table, gate_shared, gate_row)
     if runs_triton("gate_residual_ln_modulate", x, SM70):
-        return gate_residual_ln_modulate_triton(x, branch, *gate, table, shared, row, lossless)
+        out, y, moments = gate_residual_ln_modulate_triton(
+            x, branch, *gate, table, shared, row, lossless, out_dtype, stats
+        )
+        return out, y, stats_like(x, False) if moments is None else moments
     out = gate_residual_ref(x, branch, *gate, lossless).contiguous()
-    y = ln_modulate_ref(out, table, shared, row, lossless)
-    wide = out.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(wide, -1, correction=0)
-    return out, y, mean, torch.rsqrt(var + EPS)
+    y = ln_modulate_ref(out, table, shared, row, lossless, out_dtype)
+    return out, y, row_stats(out) if stats else stats_like(x, False)
 
 
 @gate_residual_ln_modulate_op.register_fake
@@ -183,9 +396,10 @@ def _(
     shared: Tensor,
     row: int,
     lossless: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape), x.new_empty(x.shape), mean, torch.empty_like(mean)
+    out_dtype: torch.dtype | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats_like(x, stats)
 
 
 def gate_residual_ln_modulate_backward_ref(
@@ -193,8 +407,7 @@ def gate_residual_ln_modulate_backward_ref(
     dy: Tensor,
     out: Tensor,
     branch: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     gate_table: Tensor | None,
     gate_shared: Tensor | None,
     gate_row: int,
@@ -203,13 +416,13 @@ def gate_residual_ln_modulate_backward_ref(
     row: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dbranch (empty without a gate: it is dx), dgate [B, 1, D], dshared [B, R, D])."""
-    wide = mean.dtype
-    dnorm, dshared = ln_modulate_backward_ref(
-        dy.to(wide), out.to(wide), mean, rstd, table, shared, row
-    )
+    wide = stats.dtype
+    dnorm, dshared = ln_modulate_backward_ref(dy.to(wide), out.to(wide), stats, table, shared, row)
     dx = dout.to(wide) + dnorm
     if gate_table is None or gate_shared is None:
-        return dx.to(out.dtype), out.new_empty(0), mean.new_empty(0), dshared
+        mixed = branch.dtype != out.dtype
+        dbranch = dx.to(branch.dtype) if mixed else branch.new_empty(0)
+        return dx.to(out.dtype), dbranch, stats.new_empty(0), dshared
     gate = gate_table[gate_row].to(wide) + gate_shared[:, gate_row, None].to(wide)
     dgate = (dx * branch.to(wide)).sum(1, keepdim=True)
     return dx.to(out.dtype), (dx * gate).to(branch.dtype), dgate, dshared
@@ -221,8 +434,7 @@ def gate_residual_ln_modulate_backward_op(
     dy: Tensor,
     out: Tensor,
     branch: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     gate_table: Tensor | None,
     gate_shared: Tensor | None,
     gate_row: int,
@@ -230,17 +442,21 @@ def gate_residual_ln_modulate_backward_op(
     shared: Tensor,
     row: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dbranch (empty without a gate: it is dx), dgate [B, 1, D], dshared [B, R, D])."""
+    """(dx, dbranch, dgate [B, 1, D], dshared [B, R, D]).
+
+    Without a gate dgate is empty, and so is dbranch, which is dx, unless its dtype is another.
+    """
     if not runs_triton("gate_residual_ln_modulate", out, SM70):
         return gate_residual_ln_modulate_backward_ref(
-            dout, dy, out, branch, mean, rstd, gate_table, gate_shared, gate_row, table, shared, row
+            dout, dy, out, branch, stats, gate_table, gate_shared, gate_row, table, shared, row
         )
     gate = gate_of(gate_table, gate_shared, gate_row)
-    through = None if gate is None else (branch, *gate)
     dx, dbranch, sums = ln_modulate_backward_triton(
-        dy, out, mean, rstd, table, shared, row, dout, through
+        dy, out, stats, table, shared, row, dout, branch, gate
     )
-    dgate = mean.new_empty(0) if gate is None else sums[:, 2:].clone()
+    if dbranch is None:
+        dbranch = branch.new_empty(0)
+    dgate = stats.new_empty(0) if gate is None else sums[:, 2:].clone()
     return dx, dbranch, dgate, spread(sums[:, :2], shared, row)
 
 
@@ -250,8 +466,7 @@ def _(
     dy: Tensor,
     out: Tensor,
     branch: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     gate_table: Tensor | None,
     gate_shared: Tensor | None,
     gate_row: int,
@@ -260,35 +475,34 @@ def _(
     row: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gated = gate_table is not None
-    dbranch = branch.new_empty(branch.shape if gated else (0,))
-    dgate = mean.new_empty((out.shape[0], 1, out.shape[2]) if gated else (0,))
-    return out.new_empty(out.shape), dbranch, dgate, mean.new_empty(shared.shape)
+    dbranch = branch.new_empty(branch.shape if gated or branch.dtype != out.dtype else (0,))
+    dgate = stats.new_empty((out.shape[0], 1, out.shape[2]) if gated else (0,))
+    return out.new_empty(out.shape), dbranch, dgate, stats.new_empty(shared.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate_table, gate_shared, gate_row, table, shared, row, _ = inputs
-    out, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(
-        out, branch.contiguous(), mean, rstd, gate_table, gate_shared, table, shared
-    )
+    _, branch, gate_table, gate_shared, gate_row, table, shared, row, _, _, ctx.stats = inputs
+    out, _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(out, branch.contiguous(), stats, gate_table, gate_shared, table, shared)
     ctx.rows = gate_row, row
 
 
-def _backward(ctx: Any, dout: Tensor, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    out, branch, mean, rstd, gate_table, gate_shared, table, shared = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    assert ctx.stats, "the forward ran without the statistics that its backward reads"
+    out, branch, stats, gate_table, gate_shared, table, shared = ctx.saved_tensors
     gate_row, row = ctx.rows
     dx, dbranch, dgate, dshared = gate_residual_ln_modulate_backward_op(
-        dout, dy, out, branch, mean, rstd, gate_table, gate_shared, gate_row, table, shared, row
+        dout, dy, out, branch, stats, gate_table, gate_shared, gate_row, table, shared, row
     )
-    dtable = dshared.sum(0).to(table.dtype)
-    if gate_table is None:
-        return dx, dx, None, None, None, dtable, dshared.to(shared.dtype), None, None
-    whole = spread(dgate, gate_shared, gate_row)
-    return (
-        dx, dbranch, whole.sum(0).to(gate_table.dtype), whole.to(gate_shared.dtype), None,
-        dtable, dshared.to(shared.dtype), None, None,
-    )  # fmt: skip
+    dtable, dshared = dshared.sum(0).to(table.dtype), dshared.to(shared.dtype)
+    dgates: tuple[Tensor | None, ...] = None, None
+    if gate_table is not None:
+        whole = spread(dgate, gate_shared, gate_row)
+        dgates = whole.sum(0).to(gate_table.dtype), whole.to(gate_shared.dtype)
+    elif branch.dtype == out.dtype:
+        dbranch = dx
+    return dx, dbranch, *dgates, None, dtable, dshared, None, None, None, None
 
 
 gate_residual_ln_modulate_op.register_autograd(_backward, setup_context=_setup)
@@ -304,13 +518,21 @@ def gate_residual_ln_modulate(
     shared: Tensor,
     row: int,
     lossless: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', y) of the formulas above, in x's dtype. Differentiable in every tensor.
+    """(x', y) of the formulas above: x' in x's dtype, y too or in `out_dtype`.
 
-    Without gate_table and gate_shared the gate is 1: the residual of cross-attention.
+    Differentiable in every tensor. Without gate_table and gate_shared the gate is 1: the residual
+    of cross-attention. branch may have another dtype than x.
     """
-    out, y, _, _ = gate_residual_ln_modulate_op(
-        x, branch, gate_table, gate_shared, gate_row, table, shared, row, lossless
+    inputs = x, branch, gate_table, gate_shared, table, shared
+    if direct(*inputs) and runs_triton("gate_residual_ln_modulate", x, SM70):
+        return gate_residual_ln_modulate_triton(
+            x, branch, gate_table, gate_shared, gate_row, table, shared, row, lossless, out_dtype
+        )[:2]
+    stats = trains(*inputs)
+    out, y, _ = gate_residual_ln_modulate_op(
+        x, branch, gate_table, gate_shared, gate_row, table, shared, row, lossless, out_dtype, stats
     )
     return out, y
 
@@ -325,23 +547,54 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return x, branch, tables[0], shared[0], 5, tables[1], shared[1], 3
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`."""
-    x = torch.empty(2, 4096, 1152, dtype=dtype)
-    table, shared = torch.empty(6, 1152, dtype=dtype), torch.empty(2, 6, 1152)
-    stats = torch.empty(2, 4096)
-    gate_residual_ln_modulate_triton(x, x, table, shared, 5, table, shared, 0)
-    gate_residual_ln_modulate_triton(x, x, None, None, 0, table, shared, 0)
-    for through in ((x, table, shared, 5), None):
-        ln_modulate_backward_triton(x, x, stats, stats, table, shared, 0, x, through)
+def _residual_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
+    return _example(device, dtype, seed)[:5]
+
+
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
+    """XL's width with tokens that end inside a tile, with a gate and without."""
+    random = torch.Generator().manual_seed(seed)
+    for tokens, gated in ((5, True), (67, False), (67, True)):
+        x, branch = torch.randn(2, 2, tokens, 1152, generator=random).to(device, dtype).unbind()
+        tables = torch.randn(2, 6, 1152, generator=random).to(device, dtype)
+        shared = torch.randn(2, 2, 6, 1152, generator=random).to(device)
+        gate = (tables[0], shared[0], 5) if gated else (None, None, 0)
+        yield x, branch, *gate, tables[1], shared[1], 3
+
+
+def _residual_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterator[tuple[Any, ...]]:
+    return (inputs[:5] for inputs in _production(device, dtype, seed))
+
+
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """Every launch of this file for B rows of N tokens at XL's width, for `launch.record`."""
+    branch = torch.empty(B, N, 1152, dtype=dtype, device="meta")
+    shared = branch.new_empty(B, 6, 1152, dtype=torch.float32)
+    stats = branch.new_empty(B, N, 2, dtype=torch.float32)
+    # Under autocast x and the parameters are float32, the branch and y are not.
+    for wide in (dtype,) if dtype == torch.float32 else (dtype, torch.float32):
+        x, table = branch.to(wide), branch.new_empty(6, 1152, dtype=wide)
+        for gate in ((table, shared, 5), None):
+            gate_residual_triton(x, branch, gate)
+            for store in (False, True):
+                gate_residual_ln_modulate_triton(
+                    x, branch, *(gate or (None, None, 0)), table, shared, 0,
+                    out_dtype=dtype, stats=store,
+                )  # fmt: skip
+            ln_modulate_backward_triton(branch, x, stats, table, shared, 0, x, branch, gate)
+        gate_residual_backward_triton(x, branch, (table, shared, 5))
 
 
 OPERATORS = (
     Operator(
-        "gate_residual_ln_modulate",
-        SM70,
-        gate_residual_ln_modulate,
-        gate_residual_ln_modulate_ref,
-        _example,
+        "gate_residual", SM70, gate_residual, gate_residual_ref, _residual_example,
+        production=_residual_production, tables=("gate_residual", "gate_residual_backward"),
     ),
-)
+    Operator(
+        "gate_residual_ln_modulate", SM70, gate_residual_ln_modulate,
+        gate_residual_ln_modulate_ref, _example, production=_production,
+        tables=("gate_residual_ln_modulate", "ln_modulate_backward"),
+    ),
+)  # fmt: skip

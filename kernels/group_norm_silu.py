@@ -18,6 +18,7 @@ mean far from zero costs no digits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.launch import SM70, Operator, config, launch, runs_triton
+from pixart_rt.kernels.ln_modulate import ceil_div, power_of_2
 
 # Elements that a program holds at once. Chosen from the compiler's resource report
 # (docs/kernels.md), not from timings.
@@ -46,6 +48,19 @@ def group_norm_silu_ref(
 
 
 @triton.jit
+def _aligned(num_pixels, ALIGNED: tl.constexpr):
+    """num_pixels in a form of which the compiler sees, if so, that 16 divides it.
+
+    Contiguous channels begin at multiples of it, so wide loads depend on that. Triton would also
+    see it by specializing, and compile anew within a request of another size; channels-last needs
+    neither.
+    """
+    if ALIGNED:
+        num_pixels = num_pixels // 16 * 16
+    return num_pixels
+
+
+@triton.jit
 def _offsets(
     image, pixels, channels, num_pixels, C: tl.constexpr, CHANNELS_LAST: tl.constexpr
 ):  # fmt: skip
@@ -59,18 +74,21 @@ def _offsets(
     return base + offsets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels", "per_part"])
 def _group_norm_statistics_kernel(
     x_ptr, num_pixels, per_part,
     mean_ptr, squares_ptr,
     C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
+    num_pixels = _aligned(num_pixels, ALIGNED)
+    per_part = per_part // ROWS * ROWS  # it is a multiple: no tile reaches the next part
     part, image = tl.program_id(0), tl.program_id(2)
     channels = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = channels < C
     mean = tl.zeros([COLS], tl.float32)
     squares = tl.zeros([COLS], tl.float32)
-    first = part * per_part  # per_part is a multiple of ROWS: no tile reaches the next part
+    first = part * per_part
     for start in range(first, tl.minimum(first + per_part, num_pixels), ROWS):
         pixels = start + tl.arange(0, ROWS)
         inside = (pixels < num_pixels)[:, None] & known[None, :]
@@ -89,7 +107,7 @@ def _group_norm_statistics_kernel(
     tl.store(squares_ptr + to, squares, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels", "per_part", "num_parts"])
 def _group_norm_groups_kernel(
     part_mean_ptr, part_squares_ptr, num_pixels, per_part, num_parts, eps,
     mean_ptr, rstd_ptr,
@@ -121,13 +139,14 @@ def _group_norm_groups_kernel(
     tl.store(rstd_ptr + image * G + group, tl.rsqrt(squares / total + eps))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pixels"])
 def _group_norm_silu_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, num_pixels,
     y_ptr,
     C: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, SILU: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGNED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
+    num_pixels = _aligned(num_pixels, ALIGNED)
     image = tl.program_id(2)
     channels = tl.program_id(1) * COLS + tl.arange(0, COLS)
     known = channels < C
@@ -156,29 +175,32 @@ def group_norm_silu_triton(
     tile = tuned.pop("TILE")
     channels_last = not x.is_contiguous()
     if channels_last:
-        cols = min(triton.next_power_of_2(C), MAX_COLS)
-        rows = min(tile // cols, triton.next_power_of_2(num_pixels))
+        cols = min(power_of_2(C), MAX_COLS)
+        rows = min(tile // cols, power_of_2(num_pixels))
     else:  # pixels side by side; several channels only where they are small
-        rows = min(tile, triton.next_power_of_2(num_pixels))
-        cols = min(tile // rows, triton.next_power_of_2(C))
-    tiles = {"ROWS": rows, "COLS": cols, "CHANNELS_LAST": channels_last, **tuned}
-    per_part = rows * triton.cdiv(triton.cdiv(num_pixels, rows), MAX_PARTS)
-    parts = triton.cdiv(num_pixels, per_part)
-    part_mean, part_squares = x.new_empty(2, B, parts, C, dtype=torch.float32).unbind()
+        rows = min(tile, power_of_2(num_pixels))
+        cols = min(tile // rows, power_of_2(C))
+    tiles = {
+        "ROWS": rows, "COLS": cols, "CHANNELS_LAST": channels_last,
+        "ALIGNED": not channels_last and num_pixels % 16 == 0, **tuned,
+    }  # fmt: skip
+    per_part = rows * ceil_div(ceil_div(num_pixels, rows), MAX_PARTS)
+    parts = ceil_div(num_pixels, per_part)
+    part_mean, part_squares = x.new_empty((2, B, parts, C), dtype=torch.float32).unbind()
     launch(
-        _group_norm_statistics_kernel, (parts, triton.cdiv(C, cols), B),
+        _group_norm_statistics_kernel, (parts, ceil_div(C, cols), B),
         x, num_pixels, per_part, part_mean, part_squares, C=C, **tiles,
     )  # fmt: skip
     size = C // num_groups
-    block = triton.next_power_of_2(size)
-    mean, rstd = x.new_empty(2, B, num_groups, dtype=torch.float32).unbind()
+    block = power_of_2(size)
+    mean, rstd = x.new_empty((2, B, num_groups), dtype=torch.float32).unbind()
     launch(
         _group_norm_groups_kernel, (num_groups, B),
         part_mean, part_squares, num_pixels, per_part, parts, eps, mean, rstd,
         C=C, G=num_groups, SIZE=size, BLOCK=block, PARTS=max(1, GROUP_TILE // block), num_warps=4,
     )  # fmt: skip
     launch(
-        _group_norm_silu_kernel, (triton.cdiv(num_pixels, rows), triton.cdiv(C, cols), B),
+        _group_norm_silu_kernel, (ceil_div(num_pixels, rows), ceil_div(C, cols), B),
         x, weight.contiguous(), bias.contiguous(), mean, rstd, num_pixels, y,
         C=C, G=num_groups, SIZE=size, SILU=silu, **tiles,
     )  # fmt: skip
@@ -224,17 +246,35 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return x, weight, bias, 32, 1e-6
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """An SD VAE's narrowest and widest layers and its attention's norm, for `launch.record`."""
-    layers = ((512, 128, True, True), (512, 128, True, False), (128, 1024, True, True),
-              (128, 1024, False, True))  # fmt: skip
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
+    """An SD VAE's widest and narrowest layers in both layouts, with few pixels."""
+    random = torch.Generator().manual_seed(seed)
+    for channels, layout in ((512, torch.channels_last), (128, torch.contiguous_format)):
+        x = torch.randn(1, channels, 16, 24, generator=random) + 1
+        weight, bias = torch.randn(2, channels, generator=random).to(device, dtype).unbind()
+        yield x.to(device, dtype).contiguous(memory_format=layout), weight, bias, 32, 1e-6
+
+
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """An SD VAE's narrowest and widest layers and its attention's norm, for `launch.record`.
+
+    Of one image of N patch tokens, twice as many latent pixels a side: B does not matter.
+    """
+    latent = 2 * round(N**0.5)
+    layers = (
+        (512, latent, True, True), (512, latent, True, False), (128, 8 * latent, True, True),
+        (128, 8 * latent, False, True),
+    )  # fmt: skip
     for channels, side, channels_last, silu in layers:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         x = torch.empty(1, channels, side, side, dtype=dtype, device="meta", memory_format=layout)
-        weight = torch.empty(channels, dtype=dtype)
+        weight = x.new_empty(channels)
         group_norm_silu_triton(x, weight, weight, 32, 1e-6, silu)
 
 
 OPERATORS = (
-    Operator("group_norm_silu", SM70, group_norm_silu, group_norm_silu_ref, _example, trains=False),
-)
+    Operator(
+        "group_norm_silu", SM70, group_norm_silu, group_norm_silu_ref, _example, trains=False,
+        production=_production,
+    ),
+)  # fmt: skip

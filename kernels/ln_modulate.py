@@ -19,6 +19,7 @@ product are each rounded to x's dtype. Otherwise only y is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from pixart_rt.kernels.launch import (
     Operator,
     capability,
     config,
+    direct,
     launch,
     runs_triton,
 )
@@ -41,24 +43,59 @@ from pixart_rt.kernels.launch import (
 EPS = 1e-6
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn
 
-# Rows a program handles one after the other, and warps. Chosen from the compiler's resource report
-# (docs/kernels.md), not from timings.
-FORWARD = {"ROWS": 4, "num_warps": 8}
-BACKWARD = {"ROWS": 32, "num_warps": 8}  # with 8 warps sm_70's assembler spills 20 bytes
+_EPS = tl.constexpr(EPS)
+
+# The defaults below come from counts of instructions and registers (docs/kernels.md), not from
+# timings. Few tokens must still give programs to all of an H100's 132 multiprocessors.
+LARGE = 4096  # tokens; an image of 512 px with guidance has 2048
+
+
+def forward_tile(x: Tensor) -> dict[str, int]:
+    """The default tile of a forward with LayerNorm: one warp, which needs no barrier.
+
+    More warps would also idle: tiles are 2048 wide, and of XL's 1152 columns one warp goes through
+    1280, four or eight through 2048. Two tokens of 16 bits share the loads of the modulation; with
+    fewer tokens, or wider ones, which take more registers, a program has one.
+    """
+    pair = x.numel() >= LARGE * x.shape[-1] and x.element_size() == 2
+    return {"ROWS": 2 if pair else 1, "num_warps": 1}
+
+
+def backward_tile(dy: Tensor) -> dict[str, int]:
+    """The default of the backward: about 256 programs that each go through ROWS rows, TILE at once.
+
+    A program's sums are as large as 4 to 6 of its rows, which bounds ROWS from below. With 8 warps
+    sm_70's assembler spills; with two rows of float32 throughout sm_80's does.
+    """
+    rows = power_of_2(dy.numel() // dy.shape[-1] // 256 + 1) // 2
+    return {
+        "ROWS": min(max(rows, 4), 32),
+        "TILE": 2 if dy.element_size() == 2 else 1,
+        "num_warps": 8 if capability(dy) >= SM80 else 4,
+    }
+
+
+def elementwise_tile(x: Tensor) -> dict[str, int]:
+    """The default tile of kernels without sums over a row: 4 warps, 1 to 4 loads of 16 bytes."""
+    tokens = x.numel() // x.shape[-1]
+    return {"ROWS": 32 if tokens >= LARGE else 8, "num_warps": 4}
 
 
 def ln_modulate_ref(
-    x: Tensor, table: Tensor, shared: Tensor, row: int = 0, lossless: bool = False
+    x: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int = 0,
+    lossless: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The formula in plain PyTorch, in float32 or wider; y has x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if lossless:  # the operators of the unfused model, each rounding to its dtype
-        rows = table.to(x.dtype) + shared.to(x.dtype)
-        shift, scale = rows[:, row, None], rows[:, row + 1, None]
-        return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    """The formula in plain PyTorch, in float32 or wider; y has x's dtype, or `out_dtype`."""
+    # lossless: the operators of the unfused model, each rounding to its dtype
+    wide = x.dtype if lossless else torch.promote_types(x.dtype, torch.float32)
     rows = table.to(wide) + shared.to(wide)
     normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS)
-    return (normed * (1 + rows[:, row + 1, None]) + rows[:, row, None]).to(x.dtype)
+    y = normed * (1 + rows[:, row + 1, None]) + rows[:, row, None]
+    return y.to(out_dtype or x.dtype)
 
 
 def ln_modulate_fp8_ref(
@@ -76,11 +113,18 @@ def quantize_rows_ref(y: Tensor) -> tuple[Tensor, Tensor]:
     return (y / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
+def row_stats(x: Tensor) -> Tensor:
+    """Mean and 1/std of the rows of x [B, N, D]: [B, N, 2], in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, -1, correction=0)
+    return torch.stack([mean, torch.rsqrt(var + EPS)], -1)
+
+
 def ln_modulate_backward_ref(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, shared: Tensor, row: int
+    dy: Tensor, x: Tensor, stats: Tensor, table: Tensor, shared: Tensor, row: int
 ) -> tuple[Tensor, Tensor]:
-    """(dx in x's dtype, dshared [B, R, D] in mean's dtype); a table's gradient is their sum."""
-    wide = mean.dtype
+    """(dx in x's dtype, dshared [B, R, D] in stats' dtype); a table's gradient is their sum."""
+    wide, mean, rstd = stats.dtype, *stats.unbind(-1)
     normed = (x.to(wide) - mean[..., None]) * rstd[..., None]
     dy = dy.to(wide)
     dnormed = dy * (1 + table[row + 1].to(wide) + shared[:, row + 1, None].to(wide))
@@ -110,148 +154,197 @@ def modulation(
 
 
 @triton.jit
-def _ln_modulate_kernel(
-    x_ptr, table_ptr, shared_ptr, num_tokens, row, eps,
-    y_ptr, row_scale_ptr, mean_ptr, rstd_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
-    ROUND: tl.constexpr, FP8: tl.constexpr,
-):  # fmt: skip
-    image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
-    first = tl.program_id(0) * ROWS
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < D
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    mine = shared_ptr + image * R * D
-    shift = modulation(table_ptr, mine, row, cols, mask, D, DTYPE, ROUND)
-    scale = modulation(table_ptr, mine, row + 1, cols, mask, D, DTYPE, ROUND)
-    scale = rounded(1.0 + scale, DTYPE, ROUND)
-    for i in range(ROWS):
-        inside = first + i < num_tokens
-        token = image * num_tokens + first + i
-        x = tl.load(x_ptr + token * D + cols, mask=mask & inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x) / D
-        centered = tl.where(mask, x - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(centered * centered) / D + eps)
-        y = rounded(rounded(centered * rstd, DTYPE, ROUND) * scale, DTYPE, ROUND) + shift
-        if FP8:
-            row_scale = tl.maximum(tl.max(tl.where(mask, tl.abs(y), 0.0)), 1e-12) / 448.0
-            y = y / row_scale
-            tl.store(row_scale_ptr + token, row_scale, mask=inside)
-        tl.store(y_ptr + token * D + cols, y.to(y_ptr.dtype.element_ty), mask=mask & inside)
-        tl.store(mean_ptr + token, mean, mask=inside)
-        tl.store(rstd_ptr + token, rstd, mask=inside)
+def normalized(x, mask, D: tl.constexpr):
+    """LayerNorm of the rows of a tile [ROWS, BLOCK_D], float32: (normed, mean, 1/std [ROWS]).
+
+    All rows of the tile are summed together: two exchanges between the warps, not two a row.
+    """
+    mean = tl.sum(x, 1) / D
+    centered = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / D + _EPS)
+    return centered * rstd[:, None], mean, rstd
 
 
 @triton.jit
-def _ln_modulate_backward_kernel(
-    dy_ptr, x_ptr, mean_ptr, rstd_ptr, table_ptr, shared_ptr,
-    dresidual_ptr, branch_ptr, gate_table_ptr, gate_shared_ptr,
-    num_tokens, row, gate_row,
-    dx_ptr, dbranch_ptr, partial_ptr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, GATE_R: tl.constexpr,
-    ROWS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """dx of one program's rows and its sums over them: dshift, dscale and, GATED, dgate.
+def modulated(normed, shift, scale, DTYPE: tl.constexpr, ROUND: tl.constexpr):
+    """normed·(1 + scale) + shift of a tile; shift and scale are [BLOCK_D]."""
+    scale = rounded(1.0 + scale, DTYPE, ROUND)[None, :]
+    return rounded(rounded(normed, DTYPE, ROUND) * scale, DTYPE, ROUND) + shift[None, :]
 
-    RESIDUAL adds the gradient that reaches x past the normalization; GATED continues through
-    x = residual + gate·branch, the operator of gate_residual.py.
+
+@triton.jit(do_not_specialize=["num_tokens", "row"])
+def _ln_modulate_kernel(
+    x_ptr, table_ptr, shared_ptr, num_tokens, row,
+    y_ptr, row_scale_ptr, stats_ptr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+    ROUND: tl.constexpr,
+):  # fmt: skip
+    """y of ROWS tokens; with row_scale_ptr quantized by row, with stats_ptr their mean and 1/std.
+
+    The parameters are flat: a TensorRT plugin launches this kernel too.
     """
-    image = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
     first = tl.program_id(0) * ROWS
+    start = image * num_tokens + first
+    rows, cols = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    inside = rows < num_tokens - first
+    mask = cols < D
+    here = inside[:, None] & mask[None, :]
+    at = rows[:, None] * D + cols[None, :]
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + start * D + at, mask=here, other=0.0).to(tl.float32)
+    mine = shared_ptr + image * R * D
+    shift = modulation(table_ptr, mine, row, cols, mask, D, DTYPE, ROUND)
+    scale = modulation(table_ptr, mine, row + 1, cols, mask, D, DTYPE, ROUND)
+    normed, mean, rstd = normalized(x, mask[None, :], D)
+    if stats_ptr is not None:
+        pair = (start + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(stats_ptr + pair, tl.join(mean, rstd), mask=inside[:, None])
+    y = modulated(normed, shift, scale, DTYPE, ROUND)
+    if row_scale_ptr is not None:
+        largest = tl.max(tl.where(mask[None, :], tl.abs(y), 0.0), 1)
+        row_scale = tl.maximum(largest, 1e-12) / 448.0
+        y = y / row_scale[:, None]
+        tl.store(row_scale_ptr + start + rows, row_scale, mask=inside)
+    tl.store(y_ptr + start * D + at, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "row", "gate_row"])
+def _ln_modulate_backward_kernel(
+    gradients, x_ptr, stats_ptr, norm, gate, num_tokens, row, gate_row,
+    outputs, partial_ptr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, R: tl.constexpr, GATE_R: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dx of one program's ROWS tokens, TILE at a time, and sums over them: dshift, dscale, dgate.
+
+    `gradients` is (dy, dresidual or None), the gradient that reaches x past the normalization;
+    `norm` (table, shared). `gate` is None or (branch, table, shared): it continues through
+    x = residual + gate·branch, the operator of gate_residual.py. `outputs` is (dx, dbranch or
+    None); without a gate dbranch is dx in another dtype.
+    """
+    dy_ptr, dresidual_ptr = gradients
+    table_ptr, shared_ptr = norm
+    dx_ptr, dbranch_ptr = outputs
+    image = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     mine = shared_ptr + image * R * D
     scale = 1.0 + modulation(table_ptr, mine, row + 1, cols, mask, D, DTYPE, False)
-    SUMS: tl.constexpr = 3 if GATED else 2
-    if GATED:
-        gate = modulation(
+    dshift_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+    dscale_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+    if gate is not None:
+        branch_ptr, gate_table_ptr, gate_shared_ptr = gate
+        gate_vector = modulation(
             gate_table_ptr, gate_shared_ptr + image * GATE_R * D, gate_row, cols, mask,
             D, DTYPE, False,
         )  # fmt: skip
         dgate_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dshift_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-    dscale_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for i in range(ROWS):
-        inside = first + i < num_tokens
-        token = image * num_tokens + first + i
-        at = token * D + cols
-        here = mask & inside
+    for i in tl.range(0, ROWS, TILE, num_stages=2):  # the next tile is on its way
+        first = tl.program_id(0) * ROWS + i
+        start = image * num_tokens + first
+        rows = tl.arange(0, TILE)
+        inside = rows < num_tokens - first
+        here = inside[:, None] & mask[None, :]
+        at = start * D + (rows[:, None] * D + cols[None, :])
         dy = tl.load(dy_ptr + at, mask=here, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + token, mask=inside, other=0.0)
-        rstd = tl.load(rstd_ptr + token, mask=inside, other=0.0)
+        mean = tl.load(stats_ptr + (start + rows) * 2, mask=inside, other=0.0)[:, None]
+        rstd = tl.load(stats_ptr + (start + rows) * 2 + 1, mask=inside, other=0.0)[:, None]
         normed = tl.where(here, (x - mean) * rstd, 0.0)
-        dshift_sum += dy
-        dscale_sum += dy * normed
-        dnormed = dy * scale
-        dx = (dnormed - tl.sum(dnormed) / D - normed * (tl.sum(dnormed * normed) / D)) * rstd
-        if RESIDUAL:
+        dshift_sum += tl.sum(dy, 0)
+        dscale_sum += tl.sum(dy * normed, 0)
+        dnormed = dy * scale[None, :]
+        along = tl.sum(dnormed * normed, 1)[:, None] / D
+        dx = (dnormed - tl.sum(dnormed, 1)[:, None] / D - normed * along) * rstd
+        if dresidual_ptr is not None:
             dx += tl.load(dresidual_ptr + at, mask=here, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
-        if GATED:
+        if gate is not None:
             branch = tl.load(branch_ptr + at, mask=here, other=0.0).to(tl.float32)
-            dgate_sum += dx * branch
-            tl.store(dbranch_ptr + at, (dx * gate).to(dbranch_ptr.dtype.element_ty), mask=here)
+            dgate_sum += tl.sum(dx * branch, 0)
+            dx *= gate_vector[None, :]
+        if dbranch_ptr is not None:
+            tl.store(dbranch_ptr + at, dx.to(dbranch_ptr.dtype.element_ty), mask=here)
+    SUMS: tl.constexpr = 2 if gate is None else 3
     out = partial_ptr + (image * tl.num_programs(0) + tl.program_id(0)) * SUMS * D + cols
     tl.store(out, dshift_sum, mask=mask)
     tl.store(out + D, dscale_sum, mask=mask)
-    if GATED:
+    if gate is not None:
         tl.store(out + 2 * D, dgate_sum, mask=mask)
 
 
 def ln_modulate_triton(
-    x: Tensor, table: Tensor, shared: Tensor, row: int, *, lossless: bool = False, fp8: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, row scales [B, N] (empty without fp8), mean [B, N], 1/std [B, N])."""
-    x, table, shared = x.contiguous(), table.contiguous(), shared.contiguous()
+    x: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int,
+    *,
+    lossless: bool = False,
+    fp8: bool = False,
+    out_dtype: torch.dtype | None = None,
+    stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, row scales [B, N] with fp8, mean and 1/std [B, N, 2] with stats)."""
+    x = x.contiguous()
     B, N, D = x.shape
-    y = torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
-    row_scale = x.new_empty((B, N) if fp8 else 0, dtype=torch.float32)
-    mean = x.new_empty(B, N, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    tuned = config("ln_modulate", x, (B * N,), FORWARD)
+    y = torch.empty_like(x, dtype=torch.float8_e4m3fn if fp8 else out_dtype)
+    row_scale = x.new_empty((B, N), dtype=torch.float32) if fp8 else None
+    moments = x.new_empty((B, N, 2), dtype=torch.float32) if stats else None
+    tuned = config("ln_modulate", x, (B * N,), forward_tile(x))
     launch(
-        _ln_modulate_kernel, (triton.cdiv(N, tuned["ROWS"]), B),
-        x, table, shared, N, row, EPS, y, row_scale, mean, rstd,
-        D=D, BLOCK_D=triton.next_power_of_2(D), R=table.shape[0], ROUND=lossless, FP8=fp8, **tuned,
+        _ln_modulate_kernel, (ceil_div(N, tuned["ROWS"]), B),
+        x, table.contiguous(), shared.contiguous(), N, row, y, row_scale, moments,
+        D=D, BLOCK_D=power_of_2(D), R=table.shape[0], ROUND=lossless, **tuned,
     )  # fmt: skip
-    return y, row_scale, mean, rstd
+    return y, row_scale, moments
 
 
 def ln_modulate_backward_triton(
     dy: Tensor,
     x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    stats: Tensor,
     table: Tensor,
     shared: Tensor,
     row: int,
     dresidual: Tensor | None = None,
-    branch: tuple[Tensor, Tensor, Tensor, int] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dbranch (empty without a branch), sums [B, 2 or 3, D]: dshift, dscale, dgate).
+    branch: Tensor | None = None,
+    gate: tuple[Tensor, Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(dx, dbranch, sums [B, 2 or 3, D]: dshift, dscale, dgate). x and branch are contiguous.
 
-    `branch` is (branch [B, N, D], its gate's table, shared and row).
+    `gate` is the branch's: table, shared and row; without one dbranch is dx, None where the branch
+    has x's dtype too.
     """
-    dy, table, shared = dy.contiguous(), table.contiguous(), shared.contiguous()
     B, N, D = x.shape
-    default = BACKWARD if capability(x) >= SM80 else {**BACKWARD, "num_warps": 4}
-    tuned = config("ln_modulate_backward", x, (B * N,), default)
-    programs = triton.cdiv(N, tuned["ROWS"])
-    dx = torch.empty_like(x)
-    dbranch = x.new_empty(0) if branch is None else torch.empty_like(branch[0])
-    partial = x.new_empty(B, programs, 2 if branch is None else 3, D, dtype=torch.float32)
-    y, gate_table, gate_shared, gate_row = branch or (x, table, shared, 0)
+    tuned = config("ln_modulate_backward", x, (B * N,), backward_tile(dy))
+    programs = ceil_div(N, tuned["ROWS"])
+    dx, dbranch, through = torch.empty_like(x), None, None
+    if branch is not None and (gate is not None or branch.dtype != x.dtype):
+        dbranch = torch.empty_like(branch)
+    if branch is not None and gate is not None:
+        through = branch, gate[0].contiguous(), gate[1].contiguous()
+    partial = x.new_empty((B, programs, 2 if gate is None else 3, D), dtype=torch.float32)
     launch(
         _ln_modulate_backward_kernel, (programs, B),
-        dy, x, mean, rstd, table, shared, dy if dresidual is None else dresidual.contiguous(),
-        y.contiguous(), gate_table.contiguous(), gate_shared.contiguous(), N, row, gate_row,
-        dx, dbranch, partial,
-        D=D, BLOCK_D=triton.next_power_of_2(D), R=table.shape[0], GATE_R=gate_table.shape[0],
-        RESIDUAL=dresidual is not None, GATED=branch is not None, **tuned,
+        (dy.contiguous(), None if dresidual is None else dresidual.contiguous()), x, stats,
+        (table.contiguous(), shared.contiguous()), through, N, row, 0 if gate is None else gate[2],
+        (dx, dbranch), partial,
+        D=D, BLOCK_D=power_of_2(D), R=table.shape[0],
+        GATE_R=0 if gate is None else gate[0].shape[0], **tuned,
     )  # fmt: skip
     return dx, dbranch, partial.sum(1)
+
+
+def ceil_div(size: int, part: int) -> int:
+    """How many parts cover size. triton.cdiv costs 10 µs of host time, its wrapper."""
+    return -(-size // part)
+
+
+def power_of_2(size: int) -> int:
+    """The next power of two, as triton.next_power_of_2 in less host time."""
+    return 1 << (size - 1).bit_length()
 
 
 def spread(sums: Tensor, like: Tensor, row: int) -> Tensor:
@@ -261,69 +354,104 @@ def spread(sums: Tensor, like: Tensor, row: int) -> Tensor:
     return whole
 
 
+def stats_like(x: Tensor, stats: bool) -> Tensor:
+    """What an operator returns for mean and 1/std of x's rows: [B, N, 2], or nothing."""
+    shape = (*x.shape[:-1], 2) if stats else (0,)
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.library.custom_op("pixart_rt::ln_modulate", mutates_args=())
 def ln_modulate_op(
-    x: Tensor, table: Tensor, shared: Tensor, row: int, lossless: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [B, N, D] in x's dtype, mean [B, N], 1/std [B, N])."""
+    x: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int,
+    lossless: bool,
+    out_dtype: torch.dtype | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y [B, N, D], mean and 1/std [B, N, 2] for the backward; empty unless `stats`)."""
     if runs_triton("ln_modulate", x, SM70):
-        y, _, mean, rstd = ln_modulate_triton(x, table, shared, row, lossless=lossless)
-        return y, mean, rstd
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    var, mean = torch.var_mean(wide, -1, correction=0)
-    y = ln_modulate_ref(x, table, shared, row, lossless).contiguous()
-    return y, mean, torch.rsqrt(var + EPS)
+        y, _, moments = ln_modulate_triton(
+            x, table, shared, row, lossless=lossless, out_dtype=out_dtype, stats=stats
+        )
+        return y, stats_like(x, False) if moments is None else moments
+    y = ln_modulate_ref(x, table, shared, row, lossless, out_dtype).contiguous()
+    return y, row_stats(x) if stats else stats_like(x, False)
 
 
 @ln_modulate_op.register_fake
 def _(
-    x: Tensor, table: Tensor, shared: Tensor, row: int, lossless: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    stats = x.new_empty(x.shape[:-1], dtype=wide)
-    return x.new_empty(x.shape), stats, torch.empty_like(stats)
+    x: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int,
+    lossless: bool,
+    out_dtype: torch.dtype | None,
+    stats: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=out_dtype), stats_like(x, stats)
 
 
 @torch.library.custom_op("pixart_rt::ln_modulate_backward", mutates_args=())
 def ln_modulate_backward_op(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, shared: Tensor, row: int
+    dy: Tensor, x: Tensor, stats: Tensor, table: Tensor, shared: Tensor, row: int
 ) -> tuple[Tensor, Tensor]:
     """(dx, dshared [B, R, D] in float32 or wider)."""
     if runs_triton("ln_modulate", x, SM70):
-        dx, _, sums = ln_modulate_backward_triton(dy, x, mean, rstd, table, shared, row)
+        dx, _, sums = ln_modulate_backward_triton(dy, x, stats, table, shared, row)
         return dx, spread(sums, shared, row)
-    return ln_modulate_backward_ref(dy, x, mean, rstd, table, shared, row)
+    return ln_modulate_backward_ref(dy, x, stats, table, shared, row)
 
 
 @ln_modulate_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, table: Tensor, shared: Tensor, row: int
+    dy: Tensor, x: Tensor, stats: Tensor, table: Tensor, shared: Tensor, row: int
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), mean.new_empty(shared.shape)
+    return x.new_empty(x.shape), stats.new_empty(shared.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, table, shared, row, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x.contiguous(), mean, rstd, table, shared)
-    ctx.row = row
+    x, table, shared, ctx.row, _, _, ctx.stats = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x.contiguous(), output[1], table, shared)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    assert ctx.stats, "ln_modulate ran without the statistics that its backward reads"
     *_, table, shared = saved = ctx.saved_tensors
     dx, dshared = ln_modulate_backward_op(dy, *saved, ctx.row)
-    return dx, dshared.sum(0).to(table.dtype), dshared.to(shared.dtype), None, None
+    dtable = dshared.sum(0).to(table.dtype)
+    return dx, dtable, dshared.to(shared.dtype), None, None, None, None
 
 
 ln_modulate_op.register_autograd(_backward, setup_context=_setup)
 
 
+def trains(*inputs: Tensor | None) -> bool:
+    """Whether a backward may follow, so that the forward must keep what it reads."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(each is not None and each.requires_grad for each in inputs)
+
+
 def ln_modulate(
-    x: Tensor, table: Tensor, shared: Tensor, row: int = 0, lossless: bool = False
+    x: Tensor,
+    table: Tensor,
+    shared: Tensor,
+    row: int = 0,
+    lossless: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y of the formula above: [B, N, D], in x's dtype. Differentiable in x, table and shared."""
-    y: Tensor = ln_modulate_op(x, table, shared, row, lossless)[0]
+    """y of the formula above: [B, N, D], in x's dtype or `out_dtype`.
+
+    Differentiable in x, table and shared. `out_dtype` is for autocast, where x is float32 and y
+    goes into a linear in 16 bits.
+    """
+    if direct(x, table, shared) and runs_triton("ln_modulate", x, SM70):
+        return ln_modulate_triton(x, table, shared, row, lossless=lossless, out_dtype=out_dtype)[0]
+    stats = trains(x, table, shared)
+    y: Tensor = ln_modulate_op(x, table, shared, row, lossless, out_dtype, stats)[0]
     return y
 
 
@@ -331,7 +459,9 @@ def ln_modulate(
 def ln_modulate_fp8(x: Tensor, table: Tensor, shared: Tensor, row: int) -> tuple[Tensor, Tensor]:
     """(y in float8_e4m3fn [B, N, D], its row scales [B, N] float32). Inference only."""
     if runs_triton("ln_modulate_fp8", x, SM89):
-        return ln_modulate_triton(x, table, shared, row, fp8=True)[:2]
+        y, row_scale, _ = ln_modulate_triton(x, table, shared, row, fp8=True)
+        assert row_scale is not None
+        return y, row_scale
     return ln_modulate_fp8_ref(x, table, shared, row)
 
 
@@ -351,18 +481,38 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return x.to(device, dtype), table.to(device, dtype), shared.to(device), 3
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`."""
-    x = torch.empty(2, 4096, 1152, dtype=dtype)
-    table, shared = torch.empty(6, 1152, dtype=dtype), torch.empty(2, 6, 1152)
-    stats = torch.empty(2, 4096)
-    ln_modulate_triton(x, table, shared, 0)
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
+    """XL's width with tokens that end inside a tile."""
+    random = torch.Generator().manual_seed(seed)
+    for tokens in (5, 67):
+        x = torch.randn(2, tokens, 1152, generator=random).to(device, dtype)
+        table = torch.randn(6, 1152, generator=random).to(device, dtype)
+        yield x, table, torch.randn(2, 6, 1152, generator=random).to(device), 3
+
+
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """Every launch of this file for B rows of N tokens at XL's width, for `launch.record`."""
+    x = torch.empty(B, N, 1152, dtype=dtype, device="meta")
+    table, shared = x.new_empty(6, 1152), x.new_empty(B, 6, 1152, dtype=torch.float32)
+    for stats in (False, True):
+        ln_modulate_triton(x, table, shared, 0, stats=stats)
     if capability(x) >= SM89:
         ln_modulate_triton(x, table, shared, 0, fp8=True)
-    ln_modulate_backward_triton(x, x, stats, stats, table, shared, 0)
+    stats = x.new_empty(B, N, 2, dtype=torch.float32)
+    ln_modulate_backward_triton(x, x, stats, table, shared, 0)
+    if dtype != torch.float32:  # autocast: x and the parameters are float32
+        wide = x.float()
+        ln_modulate_triton(wide, table.float(), shared, 0, out_dtype=dtype, stats=True)
+        ln_modulate_backward_triton(x, wide, stats, table.float(), shared, 0)
 
 
 OPERATORS = (
-    Operator("ln_modulate", SM70, ln_modulate, ln_modulate_ref, _example),
-    Operator("ln_modulate_fp8", SM89, ln_modulate_fp8, ln_modulate_fp8_ref, _example, trains=False),
-)
+    Operator(
+        "ln_modulate", SM70, ln_modulate, ln_modulate_ref, _example,
+        production=_production, tables=("ln_modulate", "ln_modulate_backward"),
+    ),
+    Operator(
+        "ln_modulate_fp8", SM89, ln_modulate_fp8, ln_modulate_fp8_ref, _example, trains=False,
+        production=_production, tables=("ln_modulate",),
+    ),
+)  # fmt: skip

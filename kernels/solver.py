@@ -18,6 +18,7 @@ Traffic: reads x, x0_last and the C noise channels of both halves, writes x0 and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,18 +48,19 @@ def cfg_dpmpp_step_ref(
     return a * x + b * x0 + c * x0_last, x0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_images", "num_tokens", "stride"])
 def _cfg_dpmpp_step_kernel(
-    output_ptr, x_ptr, x0_last_ptr, coefficients_ptr, num_images, per_image, stride,
+    output_ptr, x_ptr, x0_last_ptr, coefficients_ptr, num_images, num_tokens, stride,
     x_next_ptr, x0_ptr,
     C: tl.constexpr, P: tl.constexpr, O: tl.constexpr, GUIDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(1).to(tl.int64)
+    per_image = num_tokens * (C * P)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < per_image
     token, channel, pixel = at // (C * P), at // P % C, at % P
     inside = token * (P * O) + pixel * O + channel  # of one image's output
-    output_size = per_image // C * O
+    output_size = num_tokens * (P * O)
     coefficients_ptr += image * stride  # 0 where all images share a row
     if GUIDED:
         null = tl.load(output_ptr + image * output_size + inside, mask=mask).to(tl.float32)
@@ -83,10 +85,9 @@ def cfg_dpmpp_step_triton(
     output, x, x0_last = output.contiguous(), x.contiguous(), x0_last.contiguous()
     pixels = x.shape[2] // channels
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    per_image = x.shape[1] * x.shape[2]
     launch(
-        _cfg_dpmpp_step_kernel, (triton.cdiv(per_image, BLOCK), len(x)),
-        output, x, x0_last, coefficients.contiguous(), len(x), per_image,
+        _cfg_dpmpp_step_kernel, (-(-x.shape[1] * x.shape[2] // BLOCK), len(x)),
+        output, x, x0_last, coefficients.contiguous(), len(x), x.shape[1],
         8 if coefficients.ndim == 2 else 0, x_next, x0,
         C=channels, P=pixels, O=output.shape[2] // pixels, GUIDED=len(output) != len(x),
         BLOCK=BLOCK, num_warps=4,
@@ -124,13 +125,26 @@ def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, 
     return output, x, x0_last, coefficients, 4
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """The launch at 1024 pixels, for `launch.record`."""
-    x = torch.empty(1, 4096, 16)
-    output = torch.empty(2, 4096, 32, dtype=dtype)
-    cfg_dpmpp_step_triton(output, x, x, torch.empty(8), 4)
+def _production(device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[tuple[Any, ...]]:
+    """Without guidance, and guided with a row of coefficients for each image."""
+    random = torch.Generator().manual_seed(seed)
+    for rows in (2, 4):
+        output = torch.randn(rows, 67, 32, generator=random).to(device, dtype)
+        x, x0_last = torch.randn(2, 2, 67, 16, generator=random).to(device).unbind()
+        yield output, x, x0_last, torch.randn(2, 8, generator=random).to(device), 4
+
+
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """The launches for B rows of N tokens, with guidance and without, for `launch.record`."""
+    output = torch.empty(B, N, 32, dtype=dtype, device="meta")
+    for images in {B, max(B // 2, 1)}:
+        x = torch.empty(images, N, 16, device="meta")
+        cfg_dpmpp_step_triton(output, x, x, x.new_empty(8), 4)
 
 
 OPERATORS = (
-    Operator("cfg_dpmpp_step", SM70, cfg_dpmpp_step, cfg_dpmpp_step_ref, _example, trains=False),
-)
+    Operator(
+        "cfg_dpmpp_step", SM70, cfg_dpmpp_step, cfg_dpmpp_step_ref, _example, trains=False,
+        production=_production,
+    ),
+)  # fmt: skip

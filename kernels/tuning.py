@@ -117,9 +117,10 @@ def _norm(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
 def _norm_backward(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     B, N = _images(*shape)
     x, rows = _normal(device, dtype, B, N, WIDTH), _modulated(device, dtype, B)
-    _, _, mean, rstd = ln_modulate_triton(x, *rows, 0)
+    stats = ln_modulate_triton(x, *rows, 0, stats=True)[2]
+    assert stats is not None
     dy = _normal(device, dtype, B, N, WIDTH)
-    return lambda: ln_modulate_backward_triton(dy, x, mean, rstd, *rows, 0)
+    return lambda: ln_modulate_backward_triton(dy, x, stats, *rows, 0)[::2]
 
 
 def _gate(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:

@@ -79,6 +79,7 @@ class Denoiser:
         """Latents [1, C, h, w] of each image. Their token counts are equal, and so are their
         buckets unless `on_tokens(sampling)`. `after` may replace the latents of each step.
         """
+        self.graphs.begin()
         plan = self.planner(_key(items, sampling))
         model = self._model(sampling, plan)
         before(0)
@@ -124,26 +125,35 @@ class Denoiser:
         return self.on_tokens(self.planner(key))
 
     def warm(self, items: Sequence[Item], sampling: SamplingConfig) -> None:
-        """Capture the loop of such a batch where a CUDA graph can hold it, unless it is there;
-        elsewhere run its first step.
+        """Run a step of such a batch, of each form; then capture the loop where a CUDA graph can
+        hold it. Does nothing where it is captured already.
         """
         plan = self.planner(_key(items, sampling))
         if not self.on_tokens(plan):
             return
         inputs = self._inputs(items, sampling, plan)
-        if not self._captures():
-            for guides in {True, False} & set(inputs.guides):
-                self._run(replace(inputs, guides=(guides,)))
+        skips = self._model(sampling, plan).planned if self.captures() else None
+        key = None if skips is None else self._graph_key(inputs, skips)
+        if key is not None and key in self.graphs:
             return
-        skips = self._model(sampling, plan).planned
-        if skips is None:
-            return
-        key = self._graph_key(inputs, skips)
-        if key not in self.graphs:
+        for guides in {True, False} & set(inputs.guides):
+            self._run(replace(inputs, guides=(guides,)))
+        if key is not None and skips is not None:
             self.graphs.capture(key, partial(self._run, skips=skips), inputs)
 
-    def _captures(self) -> bool:
-        return self.device.type == "cuda" and self.transformer.capturable
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold the transformer's launches."""
+        # A caller's own wrapper need not say that it is.
+        capturable = getattr(self.transformer, "capturable", False)
+        return self.device.type == "cuda" and bool(capturable)
+
+    def _recall(self, inputs: LoopInputs, skips: tuple[int, ...]) -> Tensor | None:
+        """The tokens after the last step by a graph, if there is one or it is captured now."""
+        may_capture = self.graphs.automatic and self.captures()
+        if not may_capture and not len(self.graphs):
+            return None  # so most pipelines ask no version of their weights
+        run = partial(self._run, skips=skips) if may_capture else None
+        return self.graphs.recall(self._graph_key(inputs, skips), run, inputs)
 
     def _graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
         weights: Hashable = (self.transformer, self.transformer.version())
@@ -163,8 +173,8 @@ class Denoiser:
     ) -> list[Tensor]:
         inputs = self._inputs(items, sampling, plan)
         x = None
-        if after is None and model.planned is not None and len(self.graphs):
-            x = self.graphs.replay(self._graph_key(inputs, model.planned), inputs)
+        if after is None and model.planned is not None:
+            x = self._recall(inputs, model.planned)
         if x is None:
             steps = _Steps(self, items, plan, before, after)
             x = run_loop(model, inputs, self.config.in_channels, steps)

@@ -31,7 +31,8 @@ def report() -> dict[str, Any]:
     """Everything `pixart-rt doctor` shows, ready for JSON.
 
     machine    pixart_rt, python, system, cores, memory_gib
-    gpus       name, target (such as sm89), memory_gib of each; what PyTorch sees
+    gpus       name, target (such as sm89), memory_gib of each; what PyTorch sees. Also ok, and
+               reason and fix where this PyTorch has no kernels for it
     driver     NVIDIA driver version, or None
     libraries  distribution -> version, or None where it is not installed
     backends   name, ok, reason, fix of each
@@ -73,17 +74,23 @@ def machine() -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The NVIDIA GPUs that PyTorch can use."""
+    """The NVIDIA GPUs that PyTorch sees, and whether it can use them."""
     import torch
+
+    from pixart_rt.backends.architectures import lacking
 
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
+        reason, fix = lacking(index) or ("", "")
         found.append(
             {
                 "name": properties.name,
                 "target": f"sm{properties.major}{properties.minor}",
                 "memory_gib": round(properties.total_memory / 2**30, 1),
+                "ok": not reason,
+                "reason": reason,
+                "fix": fix,
             }
         )
     return found

@@ -116,6 +116,8 @@ class PixArtPipeline:
         components: dict[str, Component],
         device: torch.device,
         prompt_cache: Path | None = None,
+        *,
+        auto_capture: bool = True,
     ) -> None:
         self.manifest, self.folder, self.device = manifest, Path(folder), device
         self.config = manifest.config
@@ -141,6 +143,7 @@ class PixArtPipeline:
             if path.is_file():
                 self.y_embedding = load_file(path)["y_embedding"].float().to(device)
         self.denoiser = self._make_denoiser(components["transformer"])
+        self.auto_capture = auto_capture
         self.controls = Controls(manifest, self.folder, device)
         self._previewer: Previewer | None = None  # the bundle's own, read when first asked
         self._interrupted = False
@@ -163,12 +166,33 @@ class PixArtPipeline:
 
     @property
     def transformer(self) -> Component:
-        """The denoising transformer; it may be replaced, by a wrapper for instance."""
+        """The denoising transformer; it may be replaced, by a wrapper for instance, whose Python
+        code does not run where a CUDA graph replays the launches.
+        """
         return self.denoiser.transformer
 
     @transformer.setter
     def transformer(self, component: Component) -> None:
         self.denoiser.transformer = component
+
+    @property
+    def auto_capture(self) -> bool:
+        """Whether shapes that are asked for again get CUDA graphs of their own accord (graphs.py):
+        the loop with a second batch, the text encoder with a second call. Their graphs stay when it
+        is switched off.
+        """
+        return self.denoiser.graphs.automatic
+
+    @auto_capture.setter
+    def auto_capture(self, wanted: bool) -> None:
+        self.denoiser.graphs.automatic = wanted
+        if self.prompt_encoder is not None:
+            self.prompt_encoder.graphs.automatic = wanted
+
+    @property
+    def captures(self) -> bool:
+        """Whether a second batch of one shape, without a callback, is captured as a CUDA graph."""
+        return self.auto_capture and self.denoiser.captures()
 
     @classmethod
     def from_bundle(
@@ -180,12 +204,15 @@ class PixArtPipeline:
         prompt_cache: str | Path | None = None,
         text_place: TextPlace | None = None,
         cuda_graphs: bool = False,
+        auto_capture: bool = True,
     ) -> PixArtPipeline:
         """Load a bundle; by default each component on the GPU if its backend can use one.
 
         check: compare every file with its hash first (about a second per GB).
         prompt_cache: a folder that keeps embeddings of prompts for later processes.
         text_place, cuda_graphs: see backends.loading.Loader.
+        auto_capture: see the attribute; only the PyTorch and AOTInductor backends on a GPU have
+            such graphs.
         Raises BundleError for a bundle that is damaged or lacks a component, BackendError where it
         cannot run.
         """
@@ -208,10 +235,13 @@ class PixArtPipeline:
             loaded, places[name] = loader.load(path, manifest, name, device)
             components[name] = _Placed(loaded, places[name])
         cache = None if prompt_cache is None else Path(prompt_cache)
-        return cls(manifest, path, components, places["transformer"], cache)
+        device = places["transformer"]
+        return cls(manifest, path, components, device, cache, auto_capture=auto_capture)
 
     def interrupt(self) -> None:
-        """Stop the image in work: its call raises Cancelled before the next step."""
+        """Stop the image in work: its call raises Cancelled before the next step, or before the
+        next batch where a CUDA graph replays all steps.
+        """
         self._interrupted = True
 
     def preview(self, latents: Tensor, size: int | None = None) -> list[Image]:
@@ -275,7 +305,8 @@ class PixArtPipeline:
             new latents; `denoised` is the step's estimate of the final ones, which `preview`
             shows. Images are made `max_batch` at a time; each batch calls it for every step.
         output_type: "pil", "np", "pt" or "latent".
-        A batch without a callback replays its CUDA graph, if `warmup` captured one.
+        A batch without a callback replays its CUDA graph, if `warmup` or an earlier batch of the
+            same shape captured one (see `auto_capture`).
         control_image: for a bundle with a ControlNet, and only for one: a picture of edges, or one
             for each image, scaled and centre-cropped to the bucket; or control_latents
             [1 or images, C, h, w] of such pictures, times the VAE's scaling factor.
@@ -287,6 +318,7 @@ class PixArtPipeline:
         for an image that is not finite.
         """
         self._interrupted = False
+        self._begin_texts()
         sampling = self._sampling(
             num_inference_steps, guidance_scale, scheduler, guidance_interval, approximate
         )
@@ -387,6 +419,7 @@ class PixArtPipeline:
         ]
         done: list[Any] = [None] * len(requests)
         for first in range(0, len(batches), BATCHES_AHEAD):
+            self._begin_texts()
             ahead = batches[first : first + BATCHES_AHEAD]
             rows = self._rows_of(requests, [index for batch in ahead for index in batch], settings)
             for batch in ahead:
@@ -470,6 +503,11 @@ class PixArtPipeline:
                 self.denoiser.warm([item] * batch_size, sampling)
             report("ready", len(work), len(work))
         return self._num_captures() - before
+
+    def _begin_texts(self) -> None:
+        """The texts of one call are one request: prompt and negative prompt may be of one shape."""
+        if self.prompt_encoder is not None:
+            self.prompt_encoder.graphs.begin()
 
     def _num_captures(self) -> int:
         texts = 0 if self.prompt_encoder is None else self.prompt_encoder.graphs.captures

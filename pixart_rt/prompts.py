@@ -166,17 +166,19 @@ class PromptEncoder:
             tokens = TextTokens(ones, ones)
             key = self._graph_key(tokens)
             if key not in self.graphs:
+                self._run(tokens)
                 self.graphs.capture(key, self._run, tokens)
 
     def embed(self, tokens: TextTokens) -> Tensor:
-        """Embeddings [B, T, C] of tokens on the device: the graph of these shapes, if one was
-        captured, else the text encoder. No cache is asked.
+        """Embeddings [B, T, C] of tokens on the device: by the graph of these shapes, if there is
+        one or it is captured now (graphs.py), else by the text encoder. No cache is asked.
         """
-        if len(self.graphs):
-            embeds = self.graphs.replay(self._graph_key(tokens), tokens)
-            if embeds is not None:
-                return embeds
-        return self._run(tokens)
+        may_capture = self.graphs.automatic and self.text_encoder.capturable
+        embeds = None
+        if may_capture or len(self.graphs):
+            run = self._run if may_capture else None
+            embeds = self.graphs.recall(self._graph_key(tokens), run, tokens)
+        return self._run(tokens) if embeds is None else embeds
 
     def _run(self, tokens: TextTokens) -> Tensor:
         return self.text_encoder(**tokens.tensors())

@@ -12,6 +12,37 @@ import torch
 if not torch.cuda.is_available():  # Triton reads this once, when it is first imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what is wrong with a pair of versions whose interpreter fails deep inside a kernel."""
+    import numpy
+    import triton
+
+    reason = interpreter_refuses(triton.__version__, numpy.__version__)
+    if reason and triton.knobs.runtime.interpret:
+        raise pytest.UsageError(reason)
+
+
+def interpreter_refuses(triton: str, numpy: str) -> str:
+    """Why Triton's interpreter cannot run with these versions; empty if it can.
+
+    Triton 3.6 converts arrays of one element to scalars, which NumPy 2.4 refuses with a TypeError.
+    On a GPU nothing is interpreted, and any NumPy will do.
+    """
+    if release(triton) >= (3, 7) or release(numpy) < (2, 4):
+        return ""
+    return (
+        f"Triton {triton}'s interpreter, which runs the kernels where there is no GPU, does not "
+        f"work with NumPy {numpy}: install numpy<2.4, or triton>=3.7"
+    )
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor of a version."""
+    major, minor, *_ = version.split(".")
+    return int(major), int(minor)
+
+
 CAPTIONS = [
     "a red circle above a blue square",
     "two green triangles on a white background, in a row",

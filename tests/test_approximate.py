@@ -205,7 +205,7 @@ def test_a_captured_graph_is_of_its_skipped_steps(pipe: PixArtPipeline) -> None:
     expected = {t: run(pipe, approximate=StepCache(t)) for t in (0.0, 0.3)}
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(denoiser, "_captures", lambda: True)
+            patch.setattr(denoiser, "captures", lambda: True)
             for threshold in expected:
                 pipe.warmup(["1:1"], num_inference_steps=STEPS, prompts=[PROMPT],
                             approximate=StepCache(threshold), progress=lambda *_: None)  # fmt: skip

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pixart_rt import PixArtPipeline
 from pixart_rt.backends import get_backend
@@ -57,7 +59,8 @@ def test_a_captured_loop_draws_what_the_loop_draws(
     pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str
 ) -> None:
     config = EngineConfig(resolution=256, backend=backend, precision=Precision.FP32)
-    pipe = PixArtPipeline.from_bundle(build(str(pipeline_folder(32)), tmp_path / "b", config).path)
+    bundle = build(str(pipeline_folder(32)), tmp_path / "b", config).path
+    pipe = PixArtPipeline.from_bundle(bundle, auto_capture=False)
     arguments = {"num_inference_steps": 3, "output_type": "latent"}
     expected = [pipe(PROMPT, seed=seed, **arguments).images for seed in (1, 2)]
     assert pipe.prompt_encoder is not None
@@ -84,7 +87,8 @@ def test_a_captured_text_encoder_reads_what_it_reads(
     pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str
 ) -> None:
     config = EngineConfig(resolution=256, backend=backend, precision=Precision.FP32)
-    pipe = PixArtPipeline.from_bundle(build(str(pipeline_folder(32)), tmp_path / "b", config).path)
+    bundle = build(str(pipeline_folder(32)), tmp_path / "b", config).path
+    pipe = PixArtPipeline.from_bundle(bundle, auto_capture=False)
     text = pipe.prompt_encoder
     assert text is not None
     prompts = [" ".join(["harbour"] * count) for count in (1, 14, 30, 60, 119)]
@@ -100,3 +104,82 @@ def test_a_captured_text_encoder_reads_what_it_reads(
         weight.mul_(1.5)
         text(["a star"])
         assert text.graphs.replays == len(prompts), "a stale graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "torch-compile", "aoti"])
+def test_a_second_request_captures_itself_and_draws_the_same(
+    pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str
+) -> None:
+    """The oracle is the same bundle without graphs."""
+    config = EngineConfig(resolution=256, backend=backend, precision=Precision.FP32)
+    bundle = build(str(pipeline_folder(32)), tmp_path / "b", config).path
+    plain = PixArtPipeline.from_bundle(bundle, auto_capture=False)
+    pipe = PixArtPipeline.from_bundle(bundle)
+    arguments = {"num_inference_steps": 3, "output_type": "latent"}
+    prompts = ["a red circle", "a blue circle", "a red square", "a green square"]
+    assert pipe.prompt_encoder is not None
+    for seed, prompt in enumerate(prompts):
+        actual = pipe(prompt, seed=seed, **arguments).images
+        expected = plain(prompt, seed=seed, **arguments).images
+        assert (actual - expected).norm() <= 1e-6 * expected.norm()
+        for graphs in (pipe.denoiser.graphs, pipe.prompt_encoder.graphs):
+            assert (graphs.captures, graphs.replays) == (min(seed, 1), seed)
+    assert plain.denoiser.graphs.captures == 0
+    assert pipe.denoiser.graphs.num_bytes > 0
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_stream_and_the_request(
+    pipeline_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for the device inside the loop, which no capture allows."""
+    config = EngineConfig(resolution=256, backend="torch", precision=Precision.FP32)
+    bundle = build(str(pipeline_folder(32)), tmp_path / "b", config).path
+    pipe = PixArtPipeline.from_bundle(bundle)
+    arguments = {"num_inference_steps": 3, "output_type": "latent"}
+    expected = pipe(PROMPT, **arguments).images
+    run, stream = pipe.denoiser._run, torch.cuda.current_stream()
+
+    def waiting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        result = run(*args, **kwargs)
+        result.sum().item()
+        return result
+
+    monkeypatch.setattr(pipe.denoiser, "_run", waiting)
+    with pytest.warns(RuntimeWarning, match="could not be captured"):
+        actual = pipe(PROMPT, **arguments).images
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+    assert torch.cuda.current_stream() == stream
+    assert len(pipe.denoiser.graphs) == 0
+    monkeypatch.undo()
+    for _ in range(2):  # another shape is captured as ever
+        pipe(PROMPT, aspect_ratio="1:2", **arguments)
+    assert pipe.denoiser.graphs.captures == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "backend", ["torch", "torch-compile", "aoti", "onnxruntime", "tensorrt-rtx"]
+)
+def test_a_pipeline_works_on_a_device_that_is_not_current(
+    pipeline_folder: Callable[..., Path], tmp_path: Path, backend: str
+) -> None:
+    """Kernels, capture and replay follow the tensors; the oracle is the same on the current GPU."""
+    if not get_backend(backend).available().ok:
+        pytest.skip(f"{backend} does not run here")
+    config = EngineConfig(resolution=256, backend=backend, precision=Precision.FP32)
+    bundle = build(str(pipeline_folder(32)), tmp_path / "b", config).path
+    first = PixArtPipeline.from_bundle(bundle, "cuda:0")
+    second = PixArtPipeline.from_bundle(bundle, "cuda:1")
+    arguments = {"num_inference_steps": 3, "output_type": "latent"}
+    with torch.cuda.device(0):
+        for seed in range(3):  # runs, captures, replays
+            expected = first(PROMPT, seed=seed, **arguments).images
+            actual = second(PROMPT, seed=seed, **arguments).images
+            assert actual.device == torch.device("cuda", 1)
+            assert (actual.cpu() - expected.cpu()).norm() <= 1e-4 * expected.cpu().norm()
+            assert torch.cuda.current_device() == 0
+    replays = 2 if backend in ("torch", "torch-compile", "aoti") else 0
+    assert first.denoiser.graphs.replays == second.denoiser.graphs.replays == replays

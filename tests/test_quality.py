@@ -16,8 +16,12 @@ from pixart_rt.export.verify import verify_bundle
 from pixart_rt.kernels import launch
 
 SCRIPT = Path(__file__).parent / "golden" / "make_quality.py"
-# bfloat16 products differ between CPUs in their last digit, and four steps carry that on.
-CPU_SPREAD = 0.04
+# bfloat16 products differ in their last digit between CPUs, numbers of threads and releases of
+# PyTorch, and four steps carry that on: most of all with the lossless quality, which rounds after
+# every operator (up to 0.051 seen, by one thread instead of two; torch 2.11 and 2.13 alike). A
+# quality's latents must still be its own: within this share of the way to the nearest other one's,
+# which is 0.086 away from the lossless (fp8 0.146 from high).
+SPREAD = 0.75
 
 
 def script():
@@ -37,7 +41,9 @@ def test_latents_are_those_of_the_quality(quality, tmp_path, monkeypatch):
     golden = load_file(SCRIPT.with_name("quality.safetensors"))
     latents = script().latents_of(quality, tmp_path)
     errors = {name: distance(latents, expected) for name, expected in golden.items()}
-    assert errors[quality.value] < CPU_SPREAD
+    mine = golden.pop(quality.value)
+    nearest = min(distance(other, mine) for other in golden.values())
+    assert errors[quality.value] < SPREAD * nearest
     assert min(errors, key=errors.get) == quality.value
     bundle = tmp_path / quality
     manifest = Manifest.read(bundle)

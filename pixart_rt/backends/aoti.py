@@ -7,10 +7,12 @@ neither a compiler nor the model's Python code.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pixart_rt.backends.base import Availability, Component
 from pixart_rt.backends.parts import (
@@ -18,6 +20,7 @@ from pixart_rt.backends.parts import (
     FunctionPart,
     capability,
     check_device,
+    current,
     engine_paths,
     one_line,
     part_inputs,
@@ -45,7 +48,8 @@ class AotInductorBackend:
             name,
             [
                 FunctionPart(
-                    load_package(path, device), part_inputs(name, index, controlled=controlled)
+                    on_its_device(load_package(path, device), device),
+                    part_inputs(name, index, controlled=controlled),
                 )
                 for index, path in enumerate(paths)
             ],
@@ -71,6 +75,16 @@ def load_package(path: Path, device: torch.device) -> Any:
         quiet.setLevel(level)
     _check_device(path, built_for, device)
     return package
+
+
+def on_its_device(package: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """The package called with `device` current: it queues its work on the current one's stream."""
+
+    def call(**inputs: Tensor) -> Tensor:
+        with current(device):
+            return package(**inputs)
+
+    return call
 
 
 def _check_device(path: Path, built_for: dict[str, str], device: torch.device) -> None:

@@ -57,7 +57,8 @@ def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -
     """The module of a component on `device`, in the precision it was written with.
 
     Weights that the bundle wants quantized are, on the CPU, before they go to the device. A
-    transformer runs the fused operators on a GPU, and in fp8 anywhere; a VAE decoder on a GPU.
+    transformer runs the fused operators on a GPU, and in fp8 anywhere; a VAE decoder on a GPU. No
+    parameter requires a gradient, so that the self-test of the kernels compiles no backward.
     """
     from pixart_rt.model.load import DenoiserModule, load_module  # diffusers: seconds to import
     from pixart_rt.model.quantize import quantize_weights
@@ -68,7 +69,7 @@ def load_on(bundle: Path, manifest: Manifest, name: str, device: torch.device) -
     weights = manifest.weights_of(name)
     module = load_module(Path(bundle) / name, name)
     quantize_weights(module, weights)
-    module = module.to(device)
+    module = module.to(device).requires_grad_(False)  # before `use`, which tests by it
     if isinstance(module, DenoiserModule):
         quality = manifest.quality
         fused = device.type == "cuda" or quality is Quality.FAST

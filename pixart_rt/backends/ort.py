@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from pixart_rt.backends.base import Availability, Component
-from pixart_rt.backends.parts import Chain, Part, check_device, engine_paths, one_line, ordered_on
+from pixart_rt.backends.parts import (
+    Chain,
+    Part,
+    check_device,
+    current,
+    engine_paths,
+    one_line,
+    ordered_on,
+)
 from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BackendError, BundleError
 
@@ -92,9 +100,10 @@ class OnnxRuntimeBackend:
         # small torch products, two cores shared with other work, November 2026).
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            session = onnxruntime.InferenceSession(
-                path, options, providers=[*providers], provider_options=[*providers.values()]
-            )
+            with current(device):  # its providers make their own device current and leave it so
+                session = onnxruntime.InferenceSession(
+                    path, options, providers=[*providers], provider_options=[*providers.values()]
+                )
         except native.NotImplemented as error:
             raise BackendError(
                 f"ONNX Runtime cannot run {path} on {device}: {one_line(error)}; "

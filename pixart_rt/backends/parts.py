@@ -8,13 +8,14 @@ attention_mask). The last part gives the component's output.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pixart_rt.backends.architectures import check_architecture
 from pixart_rt.backends.base import ABSORBED, CONTROL, INPUTS
 from pixart_rt.bundle import ComponentEntry, Manifest
 from pixart_rt.errors import BackendError, BundleError
@@ -132,18 +133,24 @@ def engine_paths(bundle: Path, manifest: Manifest, name: str) -> list[Path]:
 
 
 def check_device(device: torch.device) -> None:
-    """A BackendError when a CUDA device is asked that PyTorch does not have."""
+    """A BackendError when a CUDA device is asked that PyTorch does not have, or no kernels for."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             f"the device {device} was asked, but PyTorch {torch.__version__} finds no NVIDIA GPU; "
             "use the device cpu, or see `pixart-rt doctor`"
         )
+    check_architecture(device)
 
 
 def one_line(error: object) -> str:
     """The first line of an error that says something, for our own one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one inside the block, whatever the block does to that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def capability(device: torch.device) -> str:

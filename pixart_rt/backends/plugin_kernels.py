@@ -116,17 +116,12 @@ class Operator(NamedTuple):
 
     `launch(image, shape, row, inputs, output, workspace)` takes the first input's shape, the node's
     row and device addresses; `workspace_bytes(shape)` is for results that only a backward reads,
-    which the kernels write in any case.
+    where the kernel writes them in any case.
     """
 
     node: str
     launch: Callable[[KernelImage, Sequence[int], int, Sequence[int], int, int], Launch]
     workspace_bytes: Callable[[Sequence[int]], int]
-
-
-def _aligned(size: int) -> int:
-    """The next multiple of ALIGNMENT."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _ln_modulate(
@@ -137,18 +132,11 @@ def _ln_modulate(
     output: int,
     workspace: int,
 ) -> Launch:
-    """x [B, N, D], table [R, D] and shared [B, R, D] to y; mean and 1/std [B, N] are dropped."""
+    """x [B, N, D], table [R, D] and shared [B, R, D] to y. No statistics: needs no workspace."""
     B, N, _ = shape
     values = dict(zip(("x_ptr", "table_ptr", "shared_ptr"), inputs, strict=True))
     values |= {"num_tokens": N, "row": row, "y_ptr": output}
-    values |= {"row_scale_ptr": 0}  # of fp8, which this kernel does not write
-    values |= {"mean_ptr": workspace, "rstd_ptr": workspace + _aligned(FLOAT32_BYTES * B * N)}
     return Launch((math.ceil(N / image.rows), B, 1), values)
-
-
-def _ln_modulate_workspace(shape: Sequence[int]) -> int:
-    B, N, _ = shape
-    return _aligned(FLOAT32_BYTES * B * N) + FLOAT32_BYTES * B * N
 
 
 def _attention(
@@ -176,7 +164,7 @@ def _attention_workspace(shape: Sequence[int]) -> int:
 
 
 OPERATORS = {
-    "ln_modulate": Operator("LnModulate", _ln_modulate, _ln_modulate_workspace),
+    "ln_modulate": Operator("LnModulate", _ln_modulate, lambda shape: 0),
     "attention_qkv_packed": Operator("AttentionQkvPacked", _attention, _attention_workspace),
 }
 

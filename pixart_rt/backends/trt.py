@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from pixart_rt.backends.architectures import check_architecture
 from pixart_rt.backends.arena import Arena
 from pixart_rt.backends.base import Availability, Component
 from pixart_rt.backends.parts import Chain, capability, engine_paths, entry_of, one_line
@@ -99,6 +100,7 @@ class TensorRTBackend:
                 f"{self.name} engines run on an NVIDIA GPU, {device} was asked; use a CUDA device "
                 "or build the bundle with --backend onnxruntime"
             )
+        check_architecture(device)  # the pipeline around the engines is PyTorch's
         if entry.targets and capability(device) not in entry.targets:
             raise BackendError(
                 f"{name} was built for {', '.join(entry.targets)}, this GPU is "

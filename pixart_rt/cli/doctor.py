@@ -38,13 +38,18 @@ def _machine(found: dict[str, Any]) -> Table:
     table = Table("this machine", "")
     for name, value in found["machine"].items():
         table.add_row(name, escape(str(value)))
-    gpus = [f"{gpu['name']} ({gpu['target']}, {gpu['memory_gib']} GiB)" for gpu in found["gpus"]]
+    gpus = [_gpu(gpu) for gpu in found["gpus"]]
     table.add_row("gpu", escape("\n".join(gpus) or "none that PyTorch can use"))
     table.add_row("driver", escape(found["driver"] or "none found"))
     table.add_row("builds for", ", ".join(found["builds"]) or "this machine only")
     for name, version in found["libraries"].items():
         table.add_row(name, version or "not installed")
     return table
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    line = f"{gpu['name']} ({gpu['target']}, {gpu['memory_gib']} GiB)"
+    return line if gpu["ok"] else f"{line}: not usable, {gpu['reason']}; {gpu['fix']}"
 
 
 def _backends(found: dict[str, Any]) -> Table:

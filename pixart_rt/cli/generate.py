@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +89,10 @@ def generate(
     vae_tiling: Annotated[
         bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory, nearly the same.")
     ] = False,
+    no_auto_capture: Annotated[
+        bool,
+        typer.Option("--no-auto-capture", help="Several batches on a GPU: no CUDA graph of them."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -134,7 +139,11 @@ def generate(
     tiled = fit.vae_tiling if fit else vae_tiling or manifest.vae_tiling
     options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": tiled,
                "control_image": picture}  # fmt: skip
-    loading = {"prompt_cache": prompt_cache, "text_place": fit.text_place if fit else None}
+    loading = {
+        "prompt_cache": prompt_cache,
+        "text_place": fit.text_place if fit else None,
+        "auto_capture": not no_auto_capture and fit is None,  # a graph's memory is not predicted
+    }
     at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
     result, seconds = _run(
         bundle, at_once, loading, prompt, negative, num, seed, sampling, options, writer
@@ -212,7 +221,10 @@ def _run(
     options: dict[str, Any],
     previews: PreviewWriter | None,
 ) -> tuple[PipelineOutput, float]:
-    """The images, `at_once` in a batch, and the seconds they took without loading the bundle."""
+    """The images, `at_once` in a batch, and the seconds they took without loading the bundle.
+
+    Progress is by step, or by batch where a CUDA graph replays the steps from the third on.
+    """
     batches = -(-num // at_once)
     total, done = sampling.num_inference_steps * batches, 0
     with Steps() as progress:
@@ -231,20 +243,38 @@ def _run(
         pipe.max_batch = at_once
         progress("reading the prompt", 0, total)
         started = time.monotonic()
-        result = pipe(
-            prompt,
-            negative,
-            num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
-            guidance_interval=sampling.guidance_interval,
-            scheduler=sampling.scheduler,
-            approximate=sampling.approximate,
-            num_images_per_prompt=num,
-            seed=seed,
-            callback_on_step_end=count,
-            **options,
-        )
+        by_batch = previews is None and num // at_once >= 3 and pipe.captures
+        results = []
+        for first in range(0, num, at_once if by_batch else num):
+            result = pipe(
+                prompt,
+                negative,
+                num_inference_steps=sampling.num_inference_steps,
+                guidance_scale=sampling.guidance_scale,
+                guidance_interval=sampling.guidance_interval,
+                scheduler=sampling.scheduler,
+                approximate=sampling.approximate,
+                num_images_per_prompt=min(at_once, num - first) if by_batch else num,
+                seed=seed + first,
+                callback_on_step_end=None if by_batch else count,
+                **options,
+            )
+            results.append(result)
+            if by_batch:
+                progress("denoising", sampling.num_inference_steps * len(results), total)
+        result = _joined(results)
     return result, time.monotonic() - started
+
+
+def _joined(results: list[PipelineOutput]) -> PipelineOutput:
+    """The images of several calls as if one had made them."""
+    return replace(
+        results[0],
+        images=[image for result in results for image in result.images],
+        prompts=[prompt for result in results for prompt in result.prompts],
+        seeds=[seed for result in results for seed in result.seeds],
+        skipped_steps=[steps for result in results for steps in result.skipped_steps],
+    )
 
 
 def _facts(

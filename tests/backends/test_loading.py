@@ -17,9 +17,11 @@ from pixart_rt.backends.offload import Offloaded
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import TextPlace, Weights
 from pixart_rt.errors import BackendError, BundleError
+from pixart_rt.model import load as loading_of_modules
 from pixart_rt.model.load import save_module
+from pixart_rt.model.transformer import PixArtTransformer
 
-from .conftest import T5, TEXT_TOKENS
+from .conftest import CONFIG, T5, TEXT_TOKENS
 
 Made = tuple[Path, Manifest]
 
@@ -141,3 +143,31 @@ def test_weights_are_quantized_before_they_go_to_the_device(
     monkeypatch.setattr(nn.Module, "to", to)
     Loader().load(folder, manifest, "text_encoder", "cpu")
     assert seen[-1] == {"Int8Tensor"}
+
+
+def test_nothing_requires_a_gradient_when_the_kernels_are_chosen(
+    make_bundle: Callable[..., Made],
+    transformer: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By it the self-test decides whether to compile the backward kernels too."""
+    (tmp_path / "transformer").mkdir()
+    save_module(tmp_path / "transformer", transformer, CONFIG)
+    folder, manifest = make_bundle(
+        "transformer", ("transformer/model.safetensors",), backend="torch"
+    )
+    seen: list[bool] = []
+    real = PixArtTransformer.use
+
+    def use(core: PixArtTransformer, *args: Any) -> PixArtTransformer:
+        seen.append(any(parameter.requires_grad for parameter in core.parameters()))
+        return real(core, *args)
+
+    monkeypatch.setattr(PixArtTransformer, "use", use)
+    real_load = loading_of_modules.load_module
+    monkeypatch.setattr(  # as a loader that forgot it
+        loading_of_modules, "load_module", lambda *args: real_load(*args).requires_grad_(True)
+    )
+    Loader().load(folder, manifest, "transformer", "cpu")
+    assert seen == [False]

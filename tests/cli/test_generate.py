@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import Manifest
 from pixart_rt.images import read_metadata
 from pixart_rt.version import __version__
@@ -193,3 +194,43 @@ def test_previews_of_a_bundle_without_them_are_refused_before_loading(
     assert outcome.code == 1
     assert "has no preview.safetensors" in outcome.error
     assert not folder.exists()
+
+
+def test_several_batches_may_be_captured(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they can be, no callback is in the way, and the images and their seeds are the same."""
+    calls: list[dict[str, Any]] = []
+    loads: list[dict[str, Any]] = []
+    real_call, real_load = PixArtPipeline.__call__, PixArtPipeline.from_bundle
+
+    def call(pipe: PixArtPipeline, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return real_call(pipe, *args, **kwargs)
+
+    def load(*args: Any, **kwargs: Any) -> PixArtPipeline:
+        loads.append(kwargs)
+        return real_load(*args, **kwargs)
+
+    monkeypatch.setattr(PixArtPipeline, "__call__", call)
+    monkeypatch.setattr(PixArtPipeline, "from_bundle", load)
+
+    def images(name: str, *options: object) -> list[tuple[Any, Any]]:
+        out = tmp_path / f"{name}.png"
+        words = ("--bundle", bundle_256, "-o", out, "-n", 7, "--steps", 1, "--seed", 3, *options)
+        assert run("generate", PROMPT, *words).code == 0
+        paths = [tmp_path / f"{name}-{index}.png" for index in range(7)]
+        return [(np.asarray(Image.open(path)), read_metadata(path)["seed"]) for path in paths]
+
+    expected = images("by-step")
+    assert len(calls) == 1 and calls[0]["callback_on_step_end"] is not None
+    monkeypatch.setattr(PixArtPipeline, "captures", True)
+    actual = images("by-batch")
+    assert [call["num_images_per_prompt"] for call in calls[1:]] == [2, 2, 2, 1]
+    assert all(call["callback_on_step_end"] is None for call in calls[1:])
+    for (image, seed), (other, other_seed) in zip(actual, expected, strict=True):
+        assert seed == other_seed
+        assert np.abs(image.astype(int) - other).max() <= 1  # 8-bit rounding
+    assert [load["auto_capture"] for load in loads] == [True, True]
+    images("off", "--no-auto-capture")
+    assert loads[-1]["auto_capture"] is False

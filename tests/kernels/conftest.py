@@ -1,14 +1,38 @@
-"""Kernels run on a GPU if there is one, else in Triton's interpreter, on poisoned memory."""
+"""Kernels run on a GPU if there is one, else in Triton's interpreter, on poisoned memory.
+
+There every launch is also written down (launches.py), for test_launch_compiles.py, which runs last;
+with PIXART_RT_LAUNCHES=FILE also into a file.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from pixart_rt.kernels.launch import interpreting
+from tests.kernels.launches import Launches, written_down
+
+LAST = "test_launch_compiles.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name == LAST)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def launches() -> Iterator[Launches]:
+    """What the tests of this folder have launched so far."""
+    found = Launches()
+    with written_down(found):
+        yield found
+    if file := os.environ.get("PIXART_RT_LAUNCHES"):
+        Path(file).write_text(json.dumps(found.sorted()))
 
 
 @pytest.fixture
@@ -34,8 +58,8 @@ def error() -> Callable[[Tensor, Tensor], float]:
     """error(actual, expected): relative, in the Frobenius norm; NaN if an element is missing."""
 
     def measure(actual: Tensor, expected: Tensor) -> float:
-        difference = actual.double().cpu() - expected.double().cpu()
-        return float(difference.norm() / expected.double().norm())
+        difference = actual.detach().double().cpu() - expected.detach().double().cpu()
+        return float(difference.norm() / expected.detach().double().norm())
 
     return measure
 

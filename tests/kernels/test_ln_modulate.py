@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixart_rt.kernels import launch
 from pixart_rt.kernels import ln_modulate as op
 
 SHAPES = [(1, 1, 72), (3, 37, 1152), (2, 16, 144)]  # smallest; ragged XL/2; aligned
@@ -80,11 +81,8 @@ def test_backward(shape, dtype, device, error, tolerance):
 def test_the_backward_formula_without_a_kernel():
     """What runs where no kernel does, against autograd of the reference in float64."""
     x, table, shared = (each.requires_grad_() for each in inputs((3, 7, 24)))
-    var, mean = torch.var_mean(x, -1, correction=0)
     dy = torch.randn_like(x)
-    dx, dshared = op.ln_modulate_backward_ref(
-        dy, x, mean, torch.rsqrt(var + op.EPS), table, shared, 3
-    )
+    dx, dshared = op.ln_modulate_backward_ref(dy, x, op.row_stats(x), table, shared, 3)
     expected = torch.autograd.grad(op.ln_modulate_ref(x, table, shared, 3), (x, shared), dy)
     torch.testing.assert_close(dx, expected[0])
     torch.testing.assert_close(dshared, expected[1])
@@ -105,13 +103,20 @@ def test_fp8(shape, device, error):
     assert error(y.float() * scale[..., None], expected) < (0.04 if y.is_cuda else 0.09)
 
 
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", ["ln_modulate", "ln_modulate_backward", "ln_modulate_fp8"])
-def test_registration(name, device):
+def test_registration(name, out_dtype, device):
     x, table, shared = (each.float().to(device) for each in inputs((2, 5, 72)))
-    stats = torch.randn(2, 2, 5, device=device).unbind()
     arguments = {
-        "ln_modulate": (x, table, shared, 3, False),
-        "ln_modulate_backward": (x, x.clone(), *stats, table, shared, 3),
+        "ln_modulate": (x, table, shared, 3, False, out_dtype, True),
+        "ln_modulate_backward": (
+            x.to(out_dtype or x.dtype),
+            x.clone(),
+            torch.randn(2, 5, 2, device=device),
+            table,
+            shared,
+            3,
+        ),
         "ln_modulate_fp8": (x, table, shared, 3),
     }[name]
     if name == "ln_modulate":
@@ -121,3 +126,60 @@ def test_registration(name, device):
     if "fp8" not in name:  # opcheck adds up outputs, which e4m3 cannot
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments, test_utils=checks)
+
+
+MIXED = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), MIXED)
+def test_y_in_another_dtype_than_x(dtype, out_dtype, device, error, tolerance):
+    """Autocast: x and the parameters are float32, y and its gradient have 16 bits."""
+    x, table, shared = (each.to(dtype) for each in inputs((2, 5, 144)))
+    leaves = [each.to(device).requires_grad_() for each in (x, table, shared)]
+    y = op.ln_modulate(*leaves, 3, out_dtype=out_dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(out_dtype)
+    gradients = torch.autograd.grad(y, leaves, dy.to(device))
+    wide = [each.double().requires_grad_() for each in (x, table, shared)]
+    expected = op.ln_modulate_ref(*wide, 3)
+    assert y.dtype == out_dtype
+    assert error(y, expected) < tolerance[out_dtype]
+    exact = torch.autograd.grad(expected, wide, dy.double())
+    for actual, oracle in zip(gradients, exact, strict=True):
+        assert actual.dtype == dtype
+        assert error(actual, oracle) < 2 * tolerance[dtype]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_tiles_of_several_rows(rows, device, error, tolerance):
+    """What many tokens select, with a last tile that is not full; statistics are stored too."""
+    x, table, shared = (each.float() for each in inputs((2, 2 * rows + 1, 144)))
+    given = [each.to(device) for each in (x, table, shared)]
+    with launch.forcing("ln_modulate", {"ROWS": rows, "num_warps": 4}):
+        y, _, stats = op.ln_modulate_triton(*given, 3, stats=True)
+    assert error(y, op.ln_modulate_ref(x.double(), table, shared, 3)) < tolerance[torch.float32]
+    assert error(stats, op.row_stats(x.double())) < tolerance[torch.float32]
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    exact = op.ln_modulate_backward_ref(
+        dy.double(), x.double(), op.row_stats(x.double()), table, shared, 3
+    )
+    with launch.forcing("ln_modulate_backward", {"ROWS": 2 * rows, "TILE": rows}):
+        dx, _, sums = op.ln_modulate_backward_triton(dy.to(device), given[0], stats, *given[1:], 3)
+    assert error(dx, exact[0]) < 2 * tolerance[torch.float32]
+    assert error(sums, exact[1][:, 3:5]) < 2 * tolerance[torch.float32]
+
+
+def test_inference_stores_no_statistics(device):
+    x, table, shared = (each.float().to(device) for each in inputs((1, 3, 72)))
+    forward = torch.ops.pixart_rt.ln_modulate.default
+    assert forward(x, table, shared, 3, False, None, False)[1].numel() == 0
+    y = forward(x.requires_grad_(), table, shared, 3, False, None, False)[0]
+    with pytest.raises(AssertionError, match="statistics"):
+        y.sum().backward()
+
+
+def test_small_images_have_enough_programs():
+    """At 256 px with guidance, 512 tokens, every one of 132 multiprocessors has work."""
+    for tokens in (512, 1024, 2048, 8192):
+        with launch.record((9, 0)) as recorded:
+            op.compile_example(torch.bfloat16, 2, tokens // 2)
+        assert all(each.grid[0] * each.grid[1] >= 128 for each in recorded)

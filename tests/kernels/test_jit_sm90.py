@@ -1,0 +1,90 @@
+"""Every launch of XL/2 by the path that a card takes, for sm_90, with a driver that runs nothing.
+
+benchmarks/standin_driver.py says what is real: specialization, compilation, Triton's C launcher and
+what a GPU refuses. jit_on_standin.py makes the launches, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_LIMIT = 232448  # bytes a block may have on sm_90
+SIZES, IMAGES, FORMS = (256, 512, 1024), (1, 2), (0, 16, 32, 64)
+OPERATORS_WITH_ROWS = {  # parts of `rows` in jit_on_standin.py, each launched at five rows
+    "ln_modulate", "linear_gate_residual", "gate_residual_ln_modulate, gate",
+    "gate_residual_ln_modulate",
+}  # fmt: skip
+needs_compiler = pytest.mark.skipif(
+    not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")),
+    reason="Triton's launcher needs a C compiler",
+)
+pytestmark = needs_compiler
+Report = dict[str, Any]
+
+
+def on_standin(*arguments: str) -> Report:
+    """What jit_on_standin.py reports."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.jit_on_standin", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    report: Report = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def check(report: Report, refused: set[str] = frozenset()) -> None:
+    """Everything was launched, fits the GPU, and asks for nothing that is not there."""
+    assert set(report["errors"]) == refused
+    assert all(count > 0 for name, count in report["ran"].items() if name not in refused)
+    assert 0 < report["most_shared"] <= SHARED_LIMIT
+    assert not report["spilled"]
+    assert not report["scratch"]  # would need triton.set_allocator
+    assert not report["waits"]
+
+
+@pytest.fixture(scope="module")
+def bfloat16() -> Report:
+    return on_standin("refused,rows,loops,training", "bfloat16")
+
+
+REFUSED = {"stride 64 of dimension 1", "grid 1 x 70000 x 1"}
+
+
+def test_the_driver_refuses_what_a_gpu_refuses(bfloat16) -> None:
+    for reason in REFUSED:
+        assert reason in bfloat16["errors"][reason]
+
+
+def test_a_step_of_xl_launches_at_every_size(bfloat16) -> None:
+    check(bfloat16, REFUSED)
+    for size in SIZES:
+        for images in IMAGES:
+            for form in FORMS:
+                assert f"high torch.bfloat16 {size} px, {images}, text {form}" in bfloat16["ran"]
+    assert (
+        bfloat16["descriptors"] > bfloat16["ran"]["training torch.bfloat16, weights torch.bfloat16"]
+    )
+
+
+@pytest.mark.xfail(strict=True, reason="rows are specialized: 0, 1 and others are three variants")
+def test_no_row_of_a_table_is_a_variant_of_its_own(bfloat16) -> None:
+    compiled = {name: bfloat16["compiled"][name] for name in OPERATORS_WITH_ROWS}
+    assert max(compiled.values()) <= 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_everything_launches(dtype: str) -> None:
+    """The other dtype, and what benchmarks.codegen compiles."""
+    check(on_standin("rows,loops,ragged,training,examples", dtype))

@@ -118,7 +118,8 @@ def ast_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     def typed(value: Any, path: tuple[int, ...], constant: bool, plain: bool) -> Any:
         """The type of an argument or of an entry of a tuple; constants are noted by their path."""
         if isinstance(value, tuple) and not constant:
-            return tuple(typed(each, (*path, k), False, plain) for k, each in enumerate(value))
+            # do_not_specialize does not reach what a tuple holds.
+            return tuple(typed(each, (*path, k), False, False) for k, each in enumerate(value))
         # Triton makes a constant of None, and of 1 unless the kernel asks it not to specialize.
         if constant or value is None or (type(value) is int and value == 1 and not plain):
             constants[path] = value

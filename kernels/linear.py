@@ -102,13 +102,13 @@ def _tile(num_tokens, O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 # Epilogues: the product's tile, the epilogue's arguments, its tensor descriptor (not among them:
-# Triton's launcher does not unpack descriptors in tuples), a gate's row, and where the tile is:
+# Triton's launcher does not unpack descriptors in tuples), and where the tile is:
 # (image, first row of all images, first column, offsets in y, their mask, columns, their mask).
 
 
 @triton.jit
 def _plain(
-    acc, extra, described, row, place,
+    acc, extra, described, place,
     O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """The product itself."""
@@ -117,7 +117,7 @@ def _plain(
 
 @triton.jit
 def _gelu(
-    acc, extra, described, row, place,
+    acc, extra, described, place,
     O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """gelu(product), tanh form."""
@@ -126,15 +126,15 @@ def _gelu(
 
 @triton.jit
 def _gate_residual(
-    acc, extra, described, row, place,
+    acc, extra, described, place,
     O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """residual + gate·product. The residual comes by descriptor or by pointer; no table, no gate.
 
-    extra: residual pointer, table, shared, elements of an image in shared.
+    extra: residual pointer, table, shared, the gate's row, elements of an image in shared.
     """
     image, start, col, at, mask, cols, col_mask = place
-    pointer, table_ptr, shared_ptr, stride = extra
+    pointer, table_ptr, shared_ptr, row, stride = extra
     if table_ptr is not None:
         mine = shared_ptr + image * stride
         gate = modulation(table_ptr, mine, row, cols, col_mask, O, DTYPE, ROUND)
@@ -146,18 +146,17 @@ def _gate_residual(
     return acc + residual.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=["num_tokens"])  # what a tuple holds is specialized all the same
 def _linear_kernel(
-    x_ptr, weight_ptr, described, scales, bias_ptr, extra, sizes,
+    x_ptr, weight_ptr, described, scales, bias_ptr, extra, num_tokens,
     outputs,
     I: tl.constexpr, O: tl.constexpr, EPILOGUE: tl.constexpr, ROUND: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x and weight by pointers or by DESCRIPTORS. scales: of x's rows or of its groups of 128
-    columns, of weight's rows; sizes: tokens, row of the gate; outputs: y, the product, the scales
-    of y's groups. What there is none of is None."""
-    num_tokens, row = sizes
+    columns, of weight's rows; outputs: y, the product, the scales of y's groups. What there is none
+    of is None."""
     x_scale_ptr, group_scale_ptr, weight_scale_ptr = scales
     y_ptr, product_ptr, y_scale_ptr = outputs
     image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
@@ -209,7 +208,7 @@ def _linear_kernel(
     if product_ptr is not None:
         tl.store(product_ptr + start * O + at, acc.to(PRODUCT), mask=mask)
     place = (image, start, tile_n * BLOCK_N, at, mask, cols, col_mask)
-    acc = EPILOGUE(acc, extra, described, row, place, O, DTYPE, ROUND)
+    acc = EPILOGUE(acc, extra, described, place, O, DTYPE, ROUND)
     if y_scale_ptr is not None:  # the tile's columns are one group: BLOCK_N is 128
         largest = tl.max(tl.where(col_mask[None, :], tl.abs(acc), 0.0), axis=1)
         scale = tl.maximum(largest, 1e-12) / 448.0
@@ -344,20 +343,20 @@ def linear_triton(
             _descriptor(sources[0], B * N, I, [block_m, block_k]),
             _descriptor(sources[1], O, I, [block_n, block_k]),
         )
-    row, extra, tile, epilogue = 0, None, None, _gelu if gelu else _plain
+    extra, tile, epilogue = None, None, _gelu if gelu else _plain
     if residual is not None:
         residual = residual.contiguous()
-        table = shared = None
+        table = shared = row = None
         if gate is not None:
             table, shared, row = gate[0].contiguous(), gate[1].contiguous(), gate[2]
         if described and _describable(residual):
             tile = _descriptor(residual, B * N, O, [block_m, block_n])
         stride = None if shared is None else shared.stride(0)
-        extra = (residual if tile is None else None, table, shared, stride)
+        extra = (residual if tile is None else None, table, shared, row, stride)
         epilogue = _gate_residual
     launch(
         _linear_kernel, (-(-N // block_m) * -(-O // block_n), B),
-        *sources, tile, (row_scale, group_scale, weight_scale), bias, extra, (N, row),
+        *sources, tile, (row_scale, group_scale, weight_scale), bias, extra, N,
         (y, None, aside) if quantizes else (y, aside, None),
         I=I, O=O, EPILOGUE=epilogue, ROUND=lossless, DESCRIPTORS=described, **tuned,
     )  # fmt: skip

@@ -42,7 +42,11 @@ from pixart_rt.kernels.cross_attention import (
     cross_attention_triton,
 )
 from pixart_rt.kernels.fp8_linear import quantize_rows
-from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate_triton
+from pixart_rt.kernels.gate_residual import (
+    gate_residual_backward_triton,
+    gate_residual_ln_modulate_triton,
+    gate_residual_triton,
+)
 from pixart_rt.kernels.linear import linear_triton
 from pixart_rt.kernels.ln_modulate import ln_modulate_backward_triton, ln_modulate_triton
 
@@ -128,6 +132,20 @@ def _gate(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     x, branch = _normal(device, dtype, 2, B, N, WIDTH).unbind()
     rows = _modulated(device, dtype, B)
     return lambda: gate_residual_ln_modulate_triton(x, branch, *rows, 5, *rows, 0)[:2]
+
+
+def _residual(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    B, N = _images(*shape)
+    x, branch = _normal(device, dtype, 2, B, N, WIDTH).unbind()
+    gate = (*_modulated(device, dtype, B), 5)
+    return lambda: gate_residual_triton(x, branch, gate)
+
+
+def _residual_backward(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    B, N = _images(*shape)
+    dout, branch = _normal(device, dtype, 2, B, N, WIDTH).unbind()
+    gate = (*_modulated(device, dtype, B), 5)
+    return lambda: gate_residual_backward_triton(dout, branch, gate)
 
 
 def _qkv(shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -231,7 +249,9 @@ def _products(*sizes: tuple[int, int]) -> Callable[[int, int], list[Shape]]:
     return lambda B, N: [(B * N, I, O) for I, O in sizes]
 
 
-_ELEMENTWISE = grid(ROWS=(1, 2, 4, 8), num_warps=(4, 8))
+_FORWARD = grid(ROWS=(1, 2, 4), num_warps=(1, 2, 4, 8))
+_BACKWARD = grid(ROWS=(4, 8, 16, 32), TILE=(1, 2), num_warps=(4, 8))
+_ELEMENTWISE = grid(ROWS=(2, 4, 8, 16), num_warps=(2, 4, 8))
 _TILES = grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(2, 3, 4))
 _MASKED = grid(BLOCK_M=(64, 128), BLOCK_N=(64, 128), num_warps=(4, 8), num_stages=(2,))
 _SCORES = gemm_tiles(
@@ -249,8 +269,9 @@ FP8_SIZES = (
 SUBJECTS = (
     Subject("attention", _TILES, _heads, _attention),
     Subject("linear_gate_residual", _GEMM, _products(*GATED), _linear),
-    Subject("ln_modulate", _ELEMENTWISE, _rows, _norm),
-    Subject("gate_residual_ln_modulate", _ELEMENTWISE, _rows, _gate),
+    Subject("ln_modulate", _FORWARD, _rows, _norm),
+    Subject("gate_residual_ln_modulate", _FORWARD, _rows, _gate),
+    Subject("gate_residual", _ELEMENTWISE, _rows, _residual),
     Subject("cross_attention", _MASKED, _heads, _cross),
     Subject(
         "cross_attention_absorbed",
@@ -264,9 +285,8 @@ SUBJECTS = (
     Subject("linear_gelu", _GEMM, _products((WIDTH, 4 * WIDTH)), _gelu),
     Subject("cross_attention_backward_kv", _MASKED, _heads, _cross_backward),
     Subject("cross_attention_backward_q", _MASKED, _heads, _cross_backward),
-    Subject(
-        "ln_modulate_backward", grid(ROWS=(8, 16, 32, 64), num_warps=(4, 8)), _rows, _norm_backward
-    ),
+    Subject("ln_modulate_backward", _BACKWARD, _rows, _norm_backward),
+    Subject("gate_residual_backward", _ELEMENTWISE, _rows, _residual_backward),
 )
 
 

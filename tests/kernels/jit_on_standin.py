@@ -29,7 +29,7 @@ from pixart_rt.kernels.catalog import FILES
 from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate
 from pixart_rt.kernels.linear import linear_gate_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate
-from pixart_rt.loop import run_loop
+from pixart_rt.loop import LoopInputs, run_loop
 from pixart_rt.model.transformer import PixArtTransformer
 from tests.capture_clean import WAITS
 from tests.kernels.launches import Spec, decode
@@ -66,24 +66,40 @@ def examples(dtype: torch.dtype) -> dict[str, Work]:
     return {f"examples {dtype}": work}
 
 
-def loops(dtype: torch.dtype) -> dict[str, Work]:
-    """Steps with and without guidance of XL/2, at each size, with one and two images."""
+def steps(
+    dtype: torch.dtype,
+    quality: Quality,
+    sizes: tuple[int, ...],
+    numbers: tuple[int, ...],
+    forms: tuple[int, ...],
+) -> dict[str, Work]:
+    """A step with and one without guidance of XL/2, at each size, number of images, and form."""
     found: dict[str, Work] = {}
-    qualities = {Quality.HIGH: (STANDARD, 16, 32, 64), Quality.FAST: (STANDARD, 32)}
-    for quality, forms in qualities.items():
-        module = denoiser(xl(1024, BLOCKS), "cpu", dtype, quality)
-        for resolution in (256, 512, 1024):
-            config = xl(resolution, BLOCKS)
-            for images in (1, 2):
-                for form in forms:
-                    inputs = loop_inputs(config, images, form, "cpu", dtype, (True, False))
+    module = denoiser(xl(1024, BLOCKS), "cpu", dtype, quality)
+    for resolution, images, form in itertools.product(sizes, numbers, forms):
+        config = xl(resolution, BLOCKS)
+        inputs = loop_inputs(config, images, form, "cpu", dtype, (True, False))
 
-                    def work(module=module, inputs=inputs, channels=config.in_channels) -> None:
-                        with torch.no_grad():
-                            run_loop(module, inputs, channels)
+        def work(inputs: LoopInputs = inputs, channels: int = config.in_channels) -> None:
+            with torch.no_grad():
+                run_loop(module, inputs, channels)
 
-                    found[f"{quality} {dtype} {resolution} px, {images}, text {form}"] = work
+        found[f"{quality} {dtype} {resolution} px, {images}, text {form}"] = work
     return found
+
+
+def loops(dtype: torch.dtype) -> dict[str, Work]:
+    """At every size, with one and two images, and every form of the text."""
+    return steps(dtype, Quality.HIGH, (256, 512, 1024), (1, 2), (STANDARD, 16, 32, 64))
+
+
+def fp8(dtype: torch.dtype) -> dict[str, Work]:
+    return steps(dtype, Quality.FAST, (256, 512, 1024), (1, 2), (STANDARD, 32))
+
+
+def fp8_once(dtype: torch.dtype) -> dict[str, Work]:
+    """What is different in fp8, at one size."""
+    return steps(dtype, Quality.FAST, (1024,), (1,), (STANDARD, 32))
 
 
 def ragged(dtype: torch.dtype) -> dict[str, Work]:
@@ -103,32 +119,39 @@ def ragged(dtype: torch.dtype) -> dict[str, Work]:
 
 
 def training(dtype: torch.dtype) -> dict[str, Work]:
-    """Forward and backward of XL/2: weights in float32 under autocast, and all in `dtype`."""
-    found: dict[str, Work] = {}
-    for weights in (torch.float32, dtype):
-        with torch.device("meta"):
-            model = PixArtTransformer(xl(512, BLOCKS)).to(weights)
-        model = model.to_empty(device="cpu").use(Kernels.FUSED)
-        config = model.config
-        inputs = (
-            torch.empty(2, 1024, config.token_channels),
-            torch.empty(1, 1024, config.hidden_size),
-            torch.empty(2, 7, config.hidden_size),
-            torch.empty(2, config.max_text_tokens, config.caption_channels),
-            torch.empty(2, config.max_text_tokens, dtype=torch.bool),
-        )
+    """Forward and backward of XL/2 under autocast, weights in float32."""
+    return {f"training under autocast to {dtype}": trained(torch.float32, dtype)}
 
-        def work(model=model, inputs=inputs, autocast=weights == torch.float32) -> None:
-            with torch.autocast("cpu", dtype, enabled=autocast):
-                torch.set_autocast_enabled("cuda", autocast)  # what a GPU's tensors ask for
-                torch.set_autocast_dtype("cuda", dtype)
-                try:
-                    model(*inputs).sum().backward()
-                finally:
-                    torch.set_autocast_enabled("cuda", False)
 
-        found[f"training {dtype}, weights {weights}"] = work
-    return found
+def training_plain(dtype: torch.dtype) -> dict[str, Work]:
+    """The same with everything in `dtype`."""
+    return {f"training in {dtype}": trained(dtype, dtype)}
+
+
+def trained(weights: torch.dtype, dtype: torch.dtype) -> Work:
+    with torch.device("meta"):
+        model = PixArtTransformer(xl(512, BLOCKS)).to(weights)
+    model = model.to_empty(device="cpu").use(Kernels.FUSED)
+    config = model.config
+    inputs = (
+        torch.empty(2, 1024, config.token_channels),
+        torch.empty(1, 1024, config.hidden_size),
+        torch.empty(2, 7, config.hidden_size),
+        torch.empty(2, config.max_text_tokens, config.caption_channels),
+        torch.empty(2, config.max_text_tokens, dtype=torch.bool),
+    )
+    autocast = weights != dtype
+
+    def work() -> None:
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            torch.set_autocast_enabled("cuda", autocast)  # what a GPU's tensors ask for
+            torch.set_autocast_dtype("cuda", dtype)
+            try:
+                model(*inputs).sum().backward()
+            finally:
+                torch.set_autocast_enabled("cuda", False)
+
+    return work
 
 
 def rows(dtype: torch.dtype) -> dict[str, Work]:
@@ -172,7 +195,12 @@ def _read(source, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), tl.sum(source.load([0, 0]), 0))
 
 
-PARTS = {each.__name__: each for each in (refused, rows, loops, ragged, training, examples)}
+PARTS = {
+    part.__name__: part
+    for part in (
+        refused, rows, loops, fp8, fp8_once, ragged, training, training_plain, examples,
+    )
+}  # fmt: skip
 
 
 def written(file: Path) -> dict[str, Work]:

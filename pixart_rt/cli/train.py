@@ -158,6 +158,9 @@ def train(
         )
     paths = _data_paths(read, chosen, data or [])
     texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
+    unknown = sorted(set(log or []) - set(LOGS))
+    if unknown:
+        raise ConfigError(f"--log {unknown[0]} was asked; choose from {', '.join(LOGS)}")
     _check_places(out, paths, pipeline, encoder, validate_with)
     from pixart_rt.data.training_data import open_data  # torch: seconds
     from pixart_rt.training.log import Place
@@ -174,9 +177,6 @@ def train(
     from pixart_rt.training.recipe_report import report
     from pixart_rt.training.replay import replay as run_again
 
-    unknown = sorted(set(log or []) - set(LOGS))
-    if unknown:
-        raise ConfigError(f"--log {unknown[0]} was asked; choose from {', '.join(LOGS)}")
     if reproducible:
         import torch
 
@@ -302,7 +302,10 @@ def _check_places(
     check_into(out)
     for phase, path in data.items():
         if not path.is_dir():
-            raise ConfigError(f"the data of phase {phase}, {path}, is no folder; see --data")
+            raise ConfigError(
+                f"{path}, the data of phase {phase}, is no feature store and no folder of "
+                "pictures; check --data"
+            )
     if pipeline is not None:
         check_folder(out / "pipeline", PIPELINE, force=True)  # of this run, or not ours
         if not is_pipeline(locate_whole("--pipeline", pipeline, COMPONENTS[1:])):

@@ -263,10 +263,12 @@ def _differences(found: Manifest, source: Source, config: EngineConfig) -> list[
     origin that changed are not a setting: building them again is what was asked.
     """
     asked = json.loads(json.dumps(asdict(config)))
+    usual = json.loads(json.dumps(asdict(EngineConfig())))  # of settings younger than the bundle
+    built = {name: found.engine_config.get(name, usual[name]) for name in asked}
     different = [
-        f"{name} {found.engine_config.get(name)}, not {value}"
+        f"{name} {built[name]}, not {value}"
         for name, value in asked.items()
-        if found.engine_config.get(name) != value
+        if built[name] != value
     ]
     if found.config != source.config:
         different.append("another model configuration")
@@ -274,8 +276,8 @@ def _differences(found: Manifest, source: Source, config: EngineConfig) -> list[
         different.append("another ControlNet")
     origin = _origin(source)
     moved = [name for name, path in origin.items() if found.model.get(name) != path]
-    if found.model["sha256"] != source.weights_sha256 and moved:
-        different.append(f"model {found.model['name']}, not {source.name}")
+    if found.model.get("sha256") != source.weights_sha256 and moved:
+        different.append(f"model {found.model.get('name')}, not {source.name}")
     return different
 
 

@@ -13,7 +13,7 @@ from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.errors import ConfigError
-from pixart_rt.files import PIPELINE, check_folder, check_into
+from pixart_rt.files import PIPELINE, TRANSFORMER, check_file, check_folder, check_into
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 from pixart_rt.training.tiny.kinds import Scenes
@@ -162,6 +162,7 @@ def train(
     if unknown:
         raise ConfigError(f"--log {unknown[0]} was asked; choose from {', '.join(LOGS)}")
     _check_places(out, paths, pipeline, encoder, validate_with)
+    _check_results(read, chosen, out)
     from pixart_rt.data.training_data import open_data  # torch: seconds
     from pixart_rt.training.log import Place
     from pixart_rt.training.machine import usual_kernels, usual_precision
@@ -314,6 +315,23 @@ def _check_places(
         locate_whole("--encoder", encoder, ("vae", "text_encoder", "tokenizer"))
     if validate_with is not None:
         locate_whole("--validate-with", validate_with, COMPONENTS[1:])
+
+
+def _check_results(recipe: Recipe, phases: list[Phase], out: Path) -> None:
+    """Refuse now phases whose weights could not be written at their end. Raises ConfigError."""
+    from pixart_rt.training.phases import DONE, phase_folder, result_path
+    from pixart_rt.training.recipe import Weights
+
+    for phase in phases:
+        folder = phase_folder(recipe, phase, out)
+        if (folder / DONE).is_file():
+            continue
+        for weights in Weights:
+            path = result_path(phase, folder, weights)
+            if phase.of_classes:
+                check_file(path, force=True)
+            else:
+                check_folder(path, TRANSFORMER, force=True)
 
 
 def _located(model: str, phase: Phase) -> Path:

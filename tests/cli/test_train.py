@@ -132,6 +132,7 @@ def test_validation_images_are_drawn_by_the_averages(run, recipe, images, tmp_pa
     (("--data", "noise=p.txt"), 2, "is no feature store and no folder"),
     (("--out", "p.txt"), 2, "p.txt is a file"),
     (("--out", "/proc/run"), 2, "takes no new files"),
+    (("--out", "mine"), 2, "not a transformer folder that pixart-rt wrote"),
     (("--out", "mine", "--pipeline", "tiny"), 2, "not a pipeline folder that pixart-rt wrote"),
 ])  # fmt: skip
 def test_places_are_checked_before_any_step(
@@ -142,6 +143,8 @@ def test_places_are_checked_before_any_step(
     (tmp_path / "p.txt").write_text("a circle\n")
     (tmp_path / "mine" / "pipeline").mkdir(parents=True)
     (tmp_path / "mine" / "pipeline" / "notes").write_text("mine")
+    (tmp_path / "mine" / "01-text" / "transformer-ema").mkdir(parents=True)
+    (tmp_path / "mine" / "01-text" / "transformer-ema" / "config.json").write_text("mine")
     usual = ("--out", "run", "--data", f"noise={images}", "--encoder", "tiny", "--device", "cpu")
     outcome = run("train", recipe, *usual, *more)
     assert outcome.code == code and says in outcome.error

@@ -25,14 +25,7 @@ from safetensors.torch import save_file
 import pixart_rt
 from pixart_rt.backends import choose_backend, default_device, get_backend
 from pixart_rt.buckets import buckets
-from pixart_rt.bundle import (
-    MANIFEST,
-    Manifest,
-    damaged_files,
-    hash_files,
-    replaceable,
-    writing,
-)
+from pixart_rt.bundle import BUNDLE, MANIFEST, Manifest, damaged_files, hash_files, writing
 from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.compile import compile_component
@@ -41,6 +34,7 @@ from pixart_rt.export.parts import DTYPES, Plan, plan_component
 from pixart_rt.export.plugins import check_plugin_targets
 from pixart_rt.export.preview import write_preview
 from pixart_rt.export.source import Source, open_source
+from pixart_rt.files import check_folder
 from pixart_rt.model.load import VAE_ENCODER, save_module
 from pixart_rt.model.text_side import TEXT_SIDE
 from pixart_rt.model.vae import VaeEncoder
@@ -93,6 +87,7 @@ def build(
     max_text_tokens: int | None = None,
     controlnet: Path | None = None,
     memory: dict[str, Any] | None = None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build a bundle of `model` at `out`.
@@ -105,10 +100,14 @@ def build(
     controlnet: a ControlNet's folder or .pth, trained for `model`; the bundle's transformer then
         takes control images.
     memory: what was predicted of the bundle's memory; kept in the manifest's `build`.
+    force: replace a bundle of other settings. One of the same settings is replaced unasked where
+        it is damaged, or its weights or our code changed; what is no bundle never is (files.py).
     progress: called with a step's name, steps done and steps in all.
     Raises ConfigError, CheckpointError, BuildError, NumericsError; then `out` is as it was.
     """
     out = Path(out)
+    if not (out / MANIFEST).is_file():  # else it may be this very build, and need no writing
+        check_folder(out, BUNDLE, force=force)
     report = progress or (lambda _step, _done, _total: None)
     config = _resolve(config)
     report(f"reading {model}", 0, 1)
@@ -130,15 +129,12 @@ def build(
     if found is not None:
         note = f"{out} already holds this build (key {key[:12]}); nothing to do"
         return BuildResult(out, True, found, [note])
-    if out.exists() and not replaceable(out, replace=True):
-        raise BundleError(
-            f"--out {out} exists and is not a bundle; choose another folder or remove it"
-        )
-    notes = _notes(plans, usable)
+    check_folder(out, BUNDLE, force=True)
+    notes = [*_replaced(out, source, config, force=force), *_notes(plans, usable)]
     for note in notes:
         logger.info("%s", note)
     started = time.monotonic()
-    with writing(out, replace=True) as folder:
+    with writing(out) as folder:
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
         if "vae_decoder" in config.components:
@@ -151,7 +147,8 @@ def build(
         manifest = replace(
             manifest, build=seconds, files=_write_rest(folder, source, DTYPES[config.precision])
         )
-        (folder / MANIFEST).write_text(manifest.to_json())
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _replaced(out, source, config, force=force)  # another build may have ended meanwhile
     return BuildResult(out, False, manifest, notes)
 
 
@@ -233,7 +230,7 @@ def _cached(out: Path, key: str) -> Manifest | None:
     try:
         manifest = Manifest.read(out)
     except BundleError as error:
-        logger.warning("%s; it is built again", error)
+        logger.warning("%s", error)
         return None
     if manifest.key != key:
         return None
@@ -242,6 +239,58 @@ def _cached(out: Path, key: str) -> Manifest | None:
         logger.warning("%s is damaged (%s); it is built again", out, ", ".join(damaged))
         return None
     return manifest
+
+
+def _replaced(out: Path, source: Source, config: EngineConfig, *, force: bool) -> list[str]:
+    """What is replaced and why; nothing where nothing is. ConfigError for other settings."""
+    if not (out / MANIFEST).is_file():
+        return []
+    try:
+        different = _differences(Manifest.read(out), source, config)
+    except BundleError:  # of another version, or damaged: its settings are not known
+        different = ["its manifest"]
+    if different and not force:
+        raise ConfigError(
+            f"{out} is a bundle of other settings ({', '.join(different)}); choose another folder, "
+            "or replace it with --force"
+        )
+    why = ", ".join(different) or "its files, its weights or the code changed"
+    return [f"{out} is replaced: {why}"]
+
+
+def _differences(found: Manifest, source: Source, config: EngineConfig) -> list[str]:
+    """The settings in which a bundle differs from what is asked, in words. Weights of the same
+    origin that changed are not a setting: building them again is what was asked.
+    """
+    asked = json.loads(json.dumps(asdict(config)))
+    usual = json.loads(json.dumps(asdict(EngineConfig())))  # of settings younger than the bundle
+    built = {name: found.engine_config.get(name, usual[name]) for name in asked}
+    different = [
+        f"{name} {built[name]}, not {value}"
+        for name, value in asked.items()
+        if built[name] != value
+    ]
+    if found.config != source.config:
+        different.append("another model configuration")
+    if found.control != source.controlnet:
+        different.append("another ControlNet")
+    origin = _origin(source)
+    moved = [name for name, path in origin.items() if found.model.get(name) != path]
+    if found.model.get("sha256") != source.weights_sha256 and moved:
+        different.append(f"model {found.model.get('name')}, not {source.name}")
+    return different
+
+
+def _origin(source: Source) -> dict[str, str]:
+    """Where the weights come from, by the manifest's names."""
+    origin = {"source": _absolute(source.transformer_path)}
+    if source.controlnet_path is not None:
+        origin["controlnet"] = _absolute(source.controlnet_path)
+    return origin
+
+
+def _absolute(path: Path | None) -> str:
+    return "random weights" if path is None else str(path.absolute())
 
 
 def _notes(plans: list[Plan], memory: int) -> list[str]:
@@ -268,7 +317,7 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model={
             "name": source.name,
-            "source": str(source.transformer_path or "random weights"),
+            **_origin(source),
             "sha256": source.weights_sha256,
             "config_sha256": _hash_json(source.config.to_dict()),
         },

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from pixart_rt.bundle import sha256
+from pixart_rt.bundle import MANIFEST, sha256
 from pixart_rt.config import COMPONENTS, RANDOM_XL, CfgNull, ModelConfig
 from pixart_rt.errors import BuildError, CheckpointError, ConfigError
 from pixart_rt.model.captions import PromptTokenizer
@@ -243,12 +244,38 @@ def _pipeline_parts(path: Path, model: str, resolution: int) -> tuple[Path | Non
 
 
 def _hash_weights(folder: Path | None, transformer: Path) -> str:
-    """One hash over every weight and configuration file that a build may read."""
-    paths = [transformer] if transformer.is_file() else sorted(transformer.rglob("*"))
-    if folder is not None:
-        paths = sorted(folder.rglob("*"))
+    """One hash over every weight and configuration file that a build may read, behind links too.
+
+    Nothing else in the folder counts: a bundle that was built into it would change its own key.
+    """
+    if folder is None:
+        paths = [transformer] if transformer.is_file() else _files_below(transformer)
+    else:
+        model = "transformer" if transformer == folder else transformer.name
+        names = (model, *_FOLDERS.values(), "tokenizer", "scheduler")
+        found = [path for name in names for path in _files_below(folder / name)]
+        paths = [folder / "model_index.json", *found]
+    root = folder or transformer
     digest = hashlib.sha256(str(transformer.name).encode())
     for path in paths:
-        if path.is_file():
-            digest.update(json.dumps([path.name, sha256(path)]).encode())
+        digest.update(json.dumps([path.relative_to(root).as_posix(), sha256(path)]).encode())
     return digest.hexdigest()
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of a component in order. Links are followed, each folder once: links may circle.
+
+    A bundle inside is none of the component's files.
+    """
+    found: list[Path] = []
+    seen: set[Path] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        here = Path(root)
+        bundle = here != folder and (here / MANIFEST).is_file()
+        if bundle or here.resolve() in seen:
+            folders.clear()
+            continue
+        seen.add(here.resolve())
+        folders.sort()
+        found += [here / name for name in sorted(files) if (here / name).is_file()]
+    return found

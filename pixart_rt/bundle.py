@@ -21,16 +21,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
 from pixart_rt.errors import BundleError
-from pixart_rt.files import replacing
+from pixart_rt.files import Kind, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+WEIGHTS = (".safetensors", ".bin", ".onnx", ".engine", ".pt2")  # suffixes of what is loaded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +157,7 @@ class Manifest:
                 f"make one with `pixart-rt build --out {bundle}`"
             )
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             found = values.get("format_version")
         except (ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
@@ -171,6 +172,13 @@ class Manifest:
                 for name, entry in values.pop("components").items()
             }
             manifest = cls(components=entries, **values)
+            for name in manifest.all_files():
+                _check_name(name)
+            for entry in entries.values():
+                more = () if entry.plugins is None else entry.plugins.parts
+                for part in (*entry.parts, *more):
+                    if part not in entry.files:
+                        raise ValueError(f"{part} has no hash")
             _ = (
                 manifest.config,
                 manifest.control,
@@ -201,9 +209,21 @@ def hash_files(root: Path, paths: list[Path]) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): sha256(path) for path in sorted(paths)}
 
 
+def _check_name(name: str) -> None:
+    """ValueError for a file that is not inside the bundle."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"{name} is not inside the bundle")
+
+
 def damaged_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
-    """The files that are not what the manifest says: relative path -> "missing" or "changed"."""
-    damaged = {}
+    """The files that are not what the manifest says: relative path -> what they are.
+
+    Files that are not listed count where they could be loaded in place of those that are: weights,
+    and anything beside listed files. Others, such as a folder of images, are the user's.
+    """
+    unlisted = f"not listed in {MANIFEST} (remove it)"
+    damaged = dict.fromkeys(_unlisted(Path(bundle), manifest), unlisted)
     for name, expected in manifest.all_files().items():
         path = Path(bundle) / name
         if not path.is_file():
@@ -213,27 +233,45 @@ def damaged_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
     return damaged
 
 
+def _unlisted(bundle: Path, manifest: Manifest) -> list[str]:
+    listed = {MANIFEST, *manifest.all_files()}
+    folders = {parent for name in listed for parent in PurePosixPath(name).parents}
+    found = []
+    for folder in sorted(folders):
+        place = bundle / folder
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            name = path.relative_to(bundle).as_posix()
+            loaded = folder.parts or path.suffix in WEIGHTS
+            if loaded and not path.is_dir() and name not in listed:
+                found.append(name)
+    return found
+
+
 @contextmanager
-def writing(target: Path, *, replace: bool) -> Iterator[Path]:
+def writing(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well.
 
-    Refuses to replace a folder that is not a bundle, so that no user's folder is ever lost.
+    Replaces a bundle that holds nothing but its own files (files.py); the caller has compared what
+    it is. Raises ConfigError for anything else.
     """
-    target = Path(target)
-    if target.exists() and not replaceable(target, replace=replace):
-        raise BundleError(
-            f"{target} exists and is not a bundle that may be replaced; "
-            "choose another --out or remove it"
-        )
-    with replacing(target) as temporary:
-        temporary.mkdir()
+    with replacing_folder(target, BUNDLE, force=True) as temporary:
         yield temporary
         for path in (temporary, *temporary.rglob("*")):  # private by default; a bundle is not
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def replaceable(target: Path, *, replace: bool) -> bool:
-    """An empty folder always is; a bundle is, if the caller says so."""
-    if not target.is_dir():
-        return False
-    return not any(target.iterdir()) or (replace and (target / MANIFEST).is_file())
+def listed_files(folder: Path) -> set[str] | None:
+    """The files of a bundle by its manifest, of this format or another; None for other folders."""
+    try:
+        values = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        if not (isinstance(values["format_version"], int) and values["pixart_rt_version"]):
+            return None
+        names = {MANIFEST, *values["files"]}
+        for entry in values["components"].values():
+            names |= set(entry["files"])
+        return names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+BUNDLE = Kind("a bundle", listed_files)

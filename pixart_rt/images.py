@@ -5,7 +5,6 @@ A file is written aside and renamed, so it is whole or absent, and no file is re
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import check_file, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +36,9 @@ def as_image(image: Image.Image | Tensor) -> Image.Image:
 
 
 def refuse_existing(paths: Iterable[Path], *, force: bool) -> None:
-    """Stop before any work whose result could not be kept. Raises ConfigError."""
+    """Stop before any work whose result could not be kept (files.py). Raises ConfigError."""
     for path in paths:
-        if path.is_dir():
-            raise ConfigError(f"{path} is a folder; name a .png file")
-        if path.exists() and not force:
-            raise ConfigError(f"{path} exists; choose another name, or replace it with --force")
+        check_file(path, force=force)
 
 
 def write_png(
@@ -57,13 +54,8 @@ def write_png(
     for name, value in metadata.items():
         if value is not None:
             chunks.add_text(name, str(value))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as aside:
         as_image(image).save(aside, format="PNG", pnginfo=chunks)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixart_rt.backends.base import Component
 from pixart_rt.config import CfgNull, text_lengths
-from pixart_rt.errors import BundleError
+from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.files import replacing
 from pixart_rt.graphs import GraphKey, Graphs
 from pixart_rt.kernels.cross_attention import Absorbed
@@ -199,10 +200,12 @@ class PromptEncoder:
         try:
             embeds = load_file(path, device="cpu")["embeds"]
             count = int(load_file(path)["num_tokens"])
+            longest = self.tokenizer.max_tokens
+            if embeds.dim() != 2 or not 0 < count <= len(embeds) <= longest:
+                raise ValueError(f"{count} tokens with embeddings {list(embeds.shape)}")
         except Exception as error:  # safetensors raises its own; a cache must never stop a request
             logger.warning("the cached prompt %s is damaged (%s); it is encoded again", path, error)
             return None
-        longest = self.tokenizer.max_tokens
         self.disk_hits += 1
         embeds = F.pad(embeds, (0, 0, 0, longest - len(embeds)))[None].to(self.device)
         mask = torch.arange(longest, device=self.device)[None] < count
@@ -212,13 +215,19 @@ class PromptEncoder:
         path = self._path(text, whole)
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         rows = encoded.embeds.shape[1] if whole else encoded.num_tokens[0]
         kept = encoded.embeds[0, :rows].cpu().contiguous()
-        with replacing(path) as temporary:
-            save_file(
-                {"embeds": kept, "num_tokens": torch.tensor(encoded.num_tokens[0])}, temporary
-            )
+        try:
+            with replacing(path) as temporary:
+                save_file(
+                    {"embeds": kept, "num_tokens": torch.tensor(encoded.num_tokens[0])}, temporary
+                )
+        except (OSError, SafetensorError, ConfigError) as error:
+            logger.warning(
+                "the prompt cache %s cannot be written (%s); embeddings are not kept", path.parent,
+                error,
+            )  # fmt: skip
+            self._disk = None  # one warning; a cache must never stop a request
 
 
 def text_length(num_tokens: int, longest: int) -> int:

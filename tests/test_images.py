@@ -123,3 +123,11 @@ def test_wrapped_lines_fit_and_lose_no_letter(text: str) -> None:
     lines = wrap(text, font, 100).split("\n")
     assert all(font.getlength(line) <= 100 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "o.png").symlink_to("disk/real.png")
+    write_png(Image.new("RGB", (4, 4)), tmp_path / "o.png", {})
+    assert (tmp_path / "o.png").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.png"]

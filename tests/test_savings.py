@@ -329,6 +329,20 @@ def test_prompts_on_disk_serve_the_next_process(pipe: PixArtPipeline, tmp_path: 
     assert third.prompt_encoder is not None and third.prompt_encoder.misses == 1
 
 
+def test_a_prompt_cache_that_cannot_be_kept_stops_no_request(
+    pipe: PixArtPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file in the folder's place, as a full or read-only disk gives an error; one warning."""
+    (tmp_path / "cache").write_text("mine")
+    kept = PixArtPipeline.from_bundle(
+        pipe.folder, "cpu", check=False, prompt_cache=tmp_path / "cache"
+    )
+    for prompt in (SHORT, "two stars"):
+        latents(kept, frozenset(Saving), prompt=prompt)
+    assert caplog.text.count("cannot be written") == 1
+    assert (tmp_path / "cache").read_text() == "mine"
+
+
 @pytest.mark.parametrize("change", ["weights", "length"])
 def test_prompts_on_disk_are_of_one_text_encoder(
     pipe: PixArtPipeline, tmp_path: Path, change: str

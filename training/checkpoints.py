@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -153,7 +154,18 @@ class Checkpoints:
         """Remove what a run that was killed left unfinished."""
         if self.folder.is_dir():
             for each in self.folder.glob(".step-*"):
-                shutil.rmtree(each)
+                if _NAME.fullmatch(each.name[1:].removesuffix("-gone")):
+                    shutil.rmtree(each)
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Remove the checkpoints of a run folder. What else is in there stays."""
+    folder = Path(out) / FOLDER
+    for each in list(folder.iterdir()) if folder.is_dir() else ():
+        if _NAME.fullmatch(each.name.removeprefix(".").removesuffix("-gone")):
+            shutil.rmtree(each)
+    with suppress(OSError):  # not empty: something of the user's is in it
+        folder.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

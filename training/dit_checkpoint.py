@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import replacing
+from pixart_rt.files import check_file, replacing
 from pixart_rt.model import keys
 from pixart_rt.model.conditioning import position_table
 from pixart_rt.model.tensors import read_pickle
@@ -90,8 +90,7 @@ def load_dit(checkpoint: DiTCheckpoint, dtype: torch.dtype | None = None) -> DiT
 def write_dit(checkpoint: DiTCheckpoint, path: Path) -> None:
     """Write a `.pt` that facebookresearch/DiT loads with strict names: tensors and no settings."""
     path, backbone = Path(path), checkpoint.config.backbone()
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the .pt file to write")
+    check_file(path, force=True)
     tensors = keys.from_ours(checkpoint.state, backbone, keys.original_names)
     tensors[_POSITIONS] = position_table(backbone, (backbone.base_size, backbone.base_size))
     with replacing(path) as temporary:

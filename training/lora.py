@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart_rt.errors import BackendError, ConfigError
-from pixart_rt.files import replacing
-from pixart_rt.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, is_adapter
+from pixart_rt.files import ADAPTER, replacing_folder
+from pixart_rt.model.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from pixart_rt.model.checkpoint import ORIGIN_FILE
 from pixart_rt.model.keys import diffusers_names
 from pixart_rt.model.transformer import PixArtTransformer
@@ -113,16 +113,15 @@ def save_lora(
     *,
     base: str | None = None,
     origin: Mapping[str, Any] | None = None,
+    force: bool = True,
 ) -> None:
     """Write an adapter folder that `peft.PeftModel.from_pretrained(transformer, folder)` reads.
 
     state: as `lora_state` gives it, or averages of the same names. base: the model's name, for
-    people. origin: how it was made, in a file of its own. Replaces another adapter, an empty
-    folder, and nothing else: ConfigError.
+    people. origin: how it was made, in a file of its own. With `force` another adapter that we
+    wrote is replaced; never anything else (files.py): ConfigError.
     """
     folder = Path(folder)
-    if folder.exists() and not is_adapter(folder) and not _is_empty(folder):
-        raise ConfigError(f"{folder} exists and is no adapter folder; choose another")
     _, config_class = _peft()
     config = config_class(
         r=settings.rank,
@@ -136,8 +135,7 @@ def save_lora(
         name: sorted(value) if isinstance(value, set) else value
         for name, value in config.to_dict().items()
     }
-    with replacing(folder) as temporary:
-        temporary.mkdir()
+    with replacing_folder(folder, ADAPTER, force=force) as temporary:
         text = json.dumps(values, indent=2, sort_keys=True)
         (temporary / ADAPTER_CONFIG).write_text(text + "\n")
         save_file(
@@ -147,10 +145,6 @@ def save_lora(
         )
         if origin is not None:
             (temporary / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _peft() -> tuple[Any, Any]:

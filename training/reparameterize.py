@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pixart_rt.bundle import sha256
 from pixart_rt.config import CfgNull
-from pixart_rt.errors import ConfigError
+from pixart_rt.files import TRANSFORMER, check_model
 from pixart_rt.model.checkpoint import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.model.conditioning import sinusoid
 from pixart_rt.model.keys import expected_shapes
@@ -105,13 +105,12 @@ def reparameterize_file(
     overwrite without `force`.
     """
     src, dst = Path(src), Path(dst)
-    if dst.exists() and not force:
-        raise ConfigError(f"{dst} exists; choose another name, or overwrite it with --force")
+    check_model(dst, TRANSFORMER, force=force)
     checkpoint = reparameterize(read_dit(src, heads=heads, which=which), start)
     checkpoint = replace(
         checkpoint, origin={**(checkpoint.origin or {}), "dit_sha256": sha256(src)}
     )
-    summary = (write_pth if dst.suffix == ".pth" else write_diffusers)(checkpoint, dst)
+    summary = (write_pth if dst.suffix == ".pth" else write_diffusers)(checkpoint, dst, force=force)
     return {**summary, "origin": checkpoint.origin}
 
 

@@ -37,13 +37,14 @@ from pixart_rt.buckets import Bucket
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.files import locked, replacing
+from pixart_rt.training.checkpoints import FOLDER as CHECKPOINTS
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.clipping import clip_gradients, step_if_finite
 from pixart_rt.training.communication import profiled
 from pixart_rt.training.draws import Draws, draw
 from pixart_rt.training.ema import Ema
 from pixart_rt.training.flops import peak_flops
-from pixart_rt.training.log import Log, Place, open_log
+from pixart_rt.training.log import JSONL, Log, Place, open_log
 from pixart_rt.training.loss_scale import LossScale
 from pixart_rt.training.lr import set_lr
 from pixart_rt.training.meter import Meter
@@ -166,16 +167,29 @@ class Trainer:
     @contextmanager
     def _alone_in_the_folder(self) -> Iterator[None]:
         """The first rank holds a lock; what it found is told to all."""
-        self.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            free = [self.ranks.is_first and stack.enter_context(locked(self.out / LOCK))]
-            dist.broadcast_object_list(free, src=0, group=self.ranks.writers)
-            if not free[0]:
-                raise ConfigError(
-                    f"{self.out} is being written to by another run; wait for it, or choose "
-                    "another folder"
-                )
+            problem = [self._take_folder(stack) if self.ranks.is_first else None]
+            dist.broadcast_object_list(problem, src=0, group=self.ranks.writers)
+            if problem[0] is not None:
+                raise ConfigError(problem[0])
+            self.out.mkdir(parents=True, exist_ok=True)
             yield
+
+    def _take_folder(self, stack: ExitStack) -> str | None:
+        """Lock the run's folder until `stack` ends; why that cannot be, else None."""
+        names = (CHECKPOINTS, JSONL, SKIPPED)  # a run rewrites these
+        taken = [name for name in names if (self.out / name).exists()]
+        if taken and not (self.out / LOCK).exists():
+            return (
+                f"{self.out} holds {taken[0]}, but not of a run of pixart-rt; move it away, or "
+                "choose another folder"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        if stack.enter_context(locked(self.out / LOCK)):
+            return None
+        return (
+            f"{self.out} is being written to by another run; wait for it, or choose another folder"
+        )
 
     def _run(self) -> None:
         self.resume()

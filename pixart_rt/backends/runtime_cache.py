@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from pixart_rt.errors import ConfigError
+from pixart_rt.files import replacing
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,15 +47,11 @@ class RuntimeCache:
         """Write the cache aside and rename it. A disk that refuses is a warning: no image depends
         on the cache, the next process only starts more slowly.
         """
-        partial = self.path.with_suffix(f".{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(memoryview(self._cache.serialize()))
-            os.replace(partial, self.path)
-        except OSError as error:
+            with replacing(self.path) as new:
+                new.write_bytes(memoryview(self._cache.serialize()))
+        except (OSError, ConfigError) as error:
             logger.warning("the TensorRT-RTX runtime cache was not kept: %s", error)
-            if partial.is_file():
-                partial.unlink()
 
 
 def cache_folder() -> Path:

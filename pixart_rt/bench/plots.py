@@ -26,19 +26,22 @@ SIZE = (8.0, 4.5)  # inches, at DPI
 DPI = 130
 
 
+def plot_paths(folder: Path, stem: str) -> list[Path]:
+    """The files that write_plots writes."""
+    return [folder / f"{stem}-{kind}.png" for kind in KINDS]
+
+
 def write_plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """One PNG each of KINDS, `stem`-KIND.png in `folder`."""
     draw = {"latency": latency, "stages": stages, "throughput": throughput, "roofline": roofline}
-    written = []
-    for kind in KINDS:
+    written = plot_paths(folder, stem)
+    for kind, path in zip(KINDS, written, strict=True):
         figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
         draw[kind](axes, result)
         axes.spines[["top", "right"]].set_visible(False)
-        path = folder / f"{stem}-{kind}.png"
         with replacing(path) as new:
             figure.savefig(new, format="png")
-        written.append(path)
     return written
 
 

@@ -17,6 +17,7 @@ from pixart_rt.cli.build import engine_config
 from pixart_rt.cli.console import Steps, note, print_json, print_tables
 from pixart_rt.config import COMPONENTS, Precision, Quality, Weights
 from pixart_rt.errors import ConfigError, NumericsError
+from pixart_rt.files import check_file, replacing
 
 _DEFAULT_RES = 1024
 _GIB = 2**30
@@ -66,6 +67,7 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--json", help="Write everything measured; - is stdout.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --json.")] = False,
 ) -> None:
     """Measure latency, stages, throughput and memory.
 
@@ -80,8 +82,14 @@ def bench(
       pixart-rt bench engines/alpha-1024 --peer diffusers --peer diffusers-compile --json bench.json
     """
     draws = plots and out is not None and out != Path("-")
+    if out is not None and out != Path("-"):
+        check_file(out, force=force)
     if draws:
-        import pixart_rt.bench.plots  # noqa: F401 - a missing matplotlib is said before the work
+        from pixart_rt.bench.plots import plot_paths  # a missing matplotlib is said before the work
+
+        assert out is not None
+        for path in plot_paths(out.parent, out.stem):
+            check_file(path, force=force)
     batches = _batches(batch)
     if bundle is None:
         bundle = _build(model or "tiny", res or _DEFAULT_RES, backend, precision, max(batches))
@@ -151,8 +159,6 @@ def _write(result: dict[str, Any], out: Path | None, draws: bool) -> None:
         print_json(result)
         return
     if out is not None:
-        from pixart_rt.files import replacing
-
         with replacing(out) as new:
             new.write_text(json.dumps(result, indent=1) + "\n")
         note(f"wrote {out}")

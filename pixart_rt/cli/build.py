@@ -10,6 +10,7 @@ import typer
 
 from pixart_rt.backends import BACKENDS
 from pixart_rt.buckets import RESOLUTIONS
+from pixart_rt.bundle import BUNDLE, MANIFEST
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import (
     COMPONENTS,
@@ -21,6 +22,7 @@ from pixart_rt.config import (
     Weights,
 )
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import check_folder
 
 if TYPE_CHECKING:
     from pixart_rt.export.build import BuildResult
@@ -107,12 +109,16 @@ def build(
         float | None,
         typer.Option(help="GiB that building a text encoder may take. Default: 80 % of free."),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle of other settings at --out.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Build a bundle of engines from a checkpoint.
 
     Every component is compared with float32 PyTorch before the bundle is accepted. A second build
-    of the same thing is found and not repeated.
+    of the same thing is found and not repeated. A bundle of other settings is only replaced with
+    --force.
 
     \b
     Examples:
@@ -126,6 +132,8 @@ def build(
         raise ConfigError(f"--res {res} was asked; choose one of {_list(RESOLUTIONS)}")
     model = model or PUBLISHED[res]
     out = out or Path("engines") / f"{_label(model)}-{res}"
+    if not (out / MANIFEST).is_file():  # else it may be this very build, and need no writing
+        check_folder(out, BUNDLE, force=force)
     if max_memory is not None and not max_memory > 0:
         raise ConfigError(f"--max-memory {max_memory:g} was asked; it must be more than 0 GiB")
     parts = _components(components, model)
@@ -156,6 +164,7 @@ def build(
             max_text_tokens=max_text_tokens,
             controlnet=controlnet,
             memory=memory,
+            force=force,
             progress=progress,
         )
     _show(result, as_json)

@@ -14,6 +14,7 @@ from pixart_rt.cli.training_job import Job, Progress, check_shapes, open_base, t
 from pixart_rt.data.edges import EdgeKind, edge_finder
 from pixart_rt.data.training_data import TrainingData, is_store, open_data, paired
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import CONTROLNET
 from pixart_rt.model.controlnet import ControlNetTransformer
 from pixart_rt.model.controlnet_checkpoint import write_controlnet
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
@@ -87,7 +88,8 @@ def train_controlnet(request: ControlRequest, progress: Progress) -> bool:
     Raises ConfigError, DataError or CheckpointError, one line.
     """
     job = request.job
-    base = open_base(job, ["transformer"] if request.edges is not None else COMPONENTS)
+    parts = ["transformer"] if request.edges is not None else COMPONENTS
+    base = open_base(job, parts, CONTROLNET)
     start = base.checkpoint
     controlnet = request.controlnet(start.config.num_layers)
     controlnet.check(start.config)
@@ -121,6 +123,6 @@ def train_controlnet(request: ControlRequest, progress: Progress) -> bool:
             },
             progress=progress,
             write=lambda weights: write_controlnet(
-                trained(objective, weights, str(job.out)), job.out
+                trained(objective, weights, str(job.out)), job.out, force=job.force
             ),
         )

@@ -10,6 +10,7 @@ import typer
 
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import TRANSFORMER, check_model
 
 
 class Which(StrEnum):
@@ -53,6 +54,7 @@ def convert(
     """
     if not src.exists():
         raise CheckpointError(f"{src} does not exist; give a .pth file or a diffusers folder")
+    check_model(dst, TRANSFORMER, force=force)
     with Steps() as progress:
         progress(f"converting {src}", 0, 1)
         from pixart_rt.model.checkpoint import convert as convert_checkpoint  # torch

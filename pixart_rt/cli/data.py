@@ -14,6 +14,7 @@ from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import PUBLISHED, Precision
 from pixart_rt.errors import ConfigError, DataError
+from pixart_rt.files import check_into
 
 MULTI = {"multi": 1024}  # the paper's name for its last stage
 _MOST_THREADS = 16
@@ -97,8 +98,15 @@ def extract(
     resolution = _resolution(res)
     if max_text_tokens is not None and max_text_tokens < 1:
         raise ConfigError(f"--max-text-tokens {max_text_tokens} was asked; it must be positive")
+    check_into(out)
     from pixart_rt.data.class_folder import open_images
-    from pixart_rt.data.extract import ExtractConfig, Extraction  # torch, pyarrow: seconds
+    from pixart_rt.data.extract import (  # torch, pyarrow: seconds
+        ExtractConfig,
+        Extraction,
+        refuse_other_folder,
+    )
+
+    refuse_other_folder(out)
 
     config = ExtractConfig(
         resolution=resolution,
@@ -161,6 +169,7 @@ def edges(
       pixart-rt data edges images/ edges/ --res multi --kind hed
     """
     resolution = _resolution(res)
+    check_into(out)
     from pixart_rt.data.edges import EdgeKind, edge_finder  # numpy, Pillow: part of a second
 
     if kind not in list(EdgeKind):

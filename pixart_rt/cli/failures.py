@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from pixart_rt.errors import PixArtError
@@ -13,6 +14,9 @@ _OUT_OF_MEMORY = (
     "out of memory; close other programs, use fewer images at a time (-n, --max-batch), "
     "or half precision (--precision fp16)"
 )
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_WRITERS = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed writing")
+_DISK_FULL = "the disk is full; free space where the output goes, or choose another place"
 _EXTRAS = {"matplotlib": "train", "pyarrow": "data"}  # what the base install lacks
 
 
@@ -26,6 +30,8 @@ def one_line(error: BaseException) -> str:
     if _is_out_of_memory(error):
         detail = _flat(error)
         return f"{_OUT_OF_MEMORY} ({detail})" if detail else _OUT_OF_MEMORY
+    if _is_disk_full(error):
+        return f"{_DISK_FULL} ({_flat(error)})"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package)
@@ -46,7 +52,8 @@ def exit_code(error: BaseException) -> int:
 def is_expected(error: BaseException) -> bool:
     """Whether the line says all there is to say; otherwise the error is our own mistake."""
     expected = (PixArtError, OSError, ModuleNotFoundError)
-    return isinstance(error, expected) or _is_usage_error(error) or _is_out_of_memory(error)
+    known = (_is_usage_error, _is_out_of_memory, _is_disk_full)
+    return isinstance(error, expected) or any(is_known(error) for is_known in known)
 
 
 def _is_usage_error(error: BaseException) -> bool:
@@ -63,6 +70,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
         return True
     said = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in said for phrase in _ALLOCATORS)
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """The system's, or safetensors' and PyTorch's words for it; what was written is removed."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    said = str(error).lower()
+    return isinstance(error, Exception) and any(phrase in said for phrase in _WRITERS)
 
 
 def _flat(message: object) -> str:

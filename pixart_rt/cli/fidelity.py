@@ -19,7 +19,7 @@ from pixart_rt.cli.console import Steps, print_tables
 from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
-from pixart_rt.files import replacing
+from pixart_rt.files import check_file, replacing
 from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def fidelity(
     json_out: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write all as JSON here.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --json.")] = False,
 ) -> None:
     """Compare approximate settings with the exact image.
 
@@ -75,6 +76,8 @@ def fidelity(
     texts = None if prompts is None else read_prompts(prompts)
     if not names and not students:
         raise ConfigError("no setting was asked to compare; give one, such as --step-cache 0.1")
+    if json_out is not None:
+        check_file(json_out, force=force)
     manifest = Manifest.read(bundle)
     with Steps() as progress:
         progress(f"loading {bundle}", 0, 1)

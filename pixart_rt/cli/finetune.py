@@ -35,9 +35,12 @@ from pixart_rt.cli.finetune_options import (
     Targets,
     TextDropout,
     Workers,
+    check_outputs,
 )
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import ADAPTER, PIPELINE, TRANSFORMER
+from pixart_rt.files import CONTROLNET as CONTROLNET_FOLDER
 from pixart_rt.model.controlnet_config import ControlVariant
 from pixart_rt.training.finetune_settings import (
     CONTROLNET,
@@ -208,6 +211,7 @@ def lcm(
         raise ConfigError("--rank, --alpha and --targets are an adapter's; ask for one with --lora")
     if batch < 1:
         raise ConfigError(f"batch must be > 0, got {batch}")
+    check_outputs(out, ADAPTER if adapter else PIPELINE, force=force)
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.cli import lcm_training  # torch: seconds
@@ -286,6 +290,7 @@ def controlnet(
           --variant parallel --steps 100
       pixart-rt finetune controlnet images/ --condition canny --out canny
     """
+    check_outputs(out, CONTROLNET_FOLDER, force=force)
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.cli import control_training  # torch: seconds
@@ -331,6 +336,7 @@ def _run(
     micro_batches: int | None,
     force: bool,
 ) -> None:
+    check_outputs(out, (PIPELINE, TRANSFORMER) if adapter is None else ADAPTER, force=force)
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.cli import finetuning  # torch, peft: seconds

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pixart_rt.config import Precision
+from pixart_rt.files import Kind, check_into, check_model
 from pixart_rt.training.finetune_settings import LoraTargets
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
@@ -46,3 +48,14 @@ Targets = Annotated[LoraTargets, typer.Option(help="Linears of the blocks that g
 Alpha = Annotated[
     float | None, typer.Option(help="Adapters count alpha / rank times. Default: the rank.")
 ]
+
+
+def run_folder_of(out: Path) -> Path:
+    """Where the log and the checkpoints of a result are: beside it."""
+    return out.with_name(f"{out.name}.run")
+
+
+def check_outputs(out: Path, kind: Kind | Iterable[Kind], *, force: bool) -> None:
+    """Refuse a result, or its run folder, that could not be written. Raises ConfigError."""
+    check_model(out, kind, force=force)
+    check_into(run_folder_of(out))

@@ -34,6 +34,7 @@ from pixart_rt.data.instances import (
 )
 from pixart_rt.data.loading import Batches
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import ADAPTER, PIPELINE, TRANSFORMER
 from pixart_rt.model.pipeline_folder import COMPONENTS, is_pipeline, write_model
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
@@ -76,7 +77,9 @@ def finetune(request: Request, progress: Progress) -> bool:
     Raises ConfigError, DataError or CheckpointError, one line.
     """
     job = request.job
-    base = open_base(job, COMPONENTS)
+    base = open_base(
+        job, COMPONENTS, ADAPTER if request.lora is not None else (PIPELINE, TRANSFORMER)
+    )
     instances, of_class = _pictures(request)
     with start_ranks(job.device) as ranks:
         source, null = _encode(
@@ -209,10 +212,12 @@ def _write(request: Request, base: Base, weights: dict[str, Tensor]) -> None:
     out, origin = request.job.out, base.origin(_asked(request))
     if request.lora is not None:
         adapters = adapters_in(of_model(weights))
-        save_lora(out, adapters, request.lora, base=request.job.model, origin=origin)
+        save_lora(out, adapters, request.lora, base=request.job.model, origin=origin,
+                  force=request.job.force)  # fmt: skip
         return
     write_model(
         replace(base.checkpoint, state=of_model(weights), origin=origin),
         out,
         pipeline=base.folder if is_pipeline(base.folder) else None,
+        force=request.job.force,
     )

@@ -111,6 +111,8 @@ def generate(
     _check_text(prompt, negative)
     paths = _output_paths(output, num, grid)
     refuse_existing(paths, force=force)
+    if prompt_cache is not None and prompt_cache.exists() and not prompt_cache.is_dir():
+        raise ConfigError(f"--prompt-cache {prompt_cache} is a file; name a folder")
     manifest = Manifest.read(bundle)
     sampler = scheduler or Scheduler(manifest.scheduler)
     if guidance is None:

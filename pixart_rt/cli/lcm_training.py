@@ -25,6 +25,7 @@ from pixart_rt.cli.training_job import (
 from pixart_rt.config import Scheduler
 from pixart_rt.data.training_data import is_store, open_data
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import ADAPTER, PIPELINE
 from pixart_rt.model.pipeline_folder import COMPONENTS, is_pipeline, write_model
 from pixart_rt.training.adapter_off import adapter_off
 from pixart_rt.training.diffusion import GaussianDiffusion
@@ -68,7 +69,8 @@ def distil(request: LcmRequest, progress: Progress) -> bool:
     """
     job, lora = request.job, request.lora
     alone = lora is not None and is_store(request.data)
-    base = open_base(job, ["transformer"] if alone else COMPONENTS)
+    kind = PIPELINE if lora is None else ADAPTER
+    base = open_base(job, ["transformer"] if alone else COMPONENTS, kind)
     if lora is None and not is_pipeline(base.folder):
         raise ConfigError(
             f"{job.model} is no pipeline folder, and a student's scheduler has its place in one; "
@@ -132,7 +134,10 @@ def _write(request: LcmRequest, base: Base, weights: dict[str, Tensor]) -> None:
     out, origin = request.job.out, base.origin(_asked(request))
     if request.lora is not None:
         adapters = adapters_in(of_model(weights))
-        save_lora(out, adapters, request.lora, base=request.job.model, origin=origin)
+        save_lora(out, adapters, request.lora, base=request.job.model, origin=origin,
+                  force=request.job.force)  # fmt: skip
         return
     student = replace(base.checkpoint, state=of_model(weights), origin=origin)
-    write_model(student, out, pipeline=base.folder, finish=use_lcm_scheduler)
+    write_model(
+        student, out, pipeline=base.folder, finish=use_lcm_scheduler, force=request.job.force
+    )

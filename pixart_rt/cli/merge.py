@@ -12,6 +12,7 @@ import typer
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import PIPELINE, TRANSFORMER, check_model
 
 
 def merge(
@@ -56,6 +57,7 @@ def merge(
     """
     if not math.isfinite(scale):
         raise ConfigError(f"--scale {scale} was asked; give a number such as 1 or 0.7")
+    check_model(out, (PIPELINE, TRANSFORMER), force=force)
     with Steps() as progress:
         progress(f"merging {adapter}", 0, 1)
         summary = _merge(
@@ -87,12 +89,13 @@ def _merge(
     from pixart_rt.model.locate import locate, transformer_path
     from pixart_rt.training.lcm_pipeline import use_lcm_scheduler
 
-    pipeline_folder.check_target(out, force)
     found = adapters.read_adapter(adapter)
     if lcm:
         found = replace(found, scheduler=Scheduler.LCM)
     whole = not transformer_only and out.suffix != ".pth"
     folder = locate(base, pipeline_folder.COMPONENTS if whole else ["transformer"])
+    pipeline = folder if whole and pipeline_folder.is_pipeline(folder) else None
+    check_model(out, TRANSFORMER if pipeline is None else PIPELINE, force=force)
     path = transformer_path(folder, base, res)
     checkpoint = read_transformer(path, heads=heads, sample_size=sample_size)
     if res is not None and checkpoint.config.resolution != res:
@@ -100,11 +103,14 @@ def _merge(
             f"--res {res} was asked, but {base} is a {checkpoint.config.resolution} px model"
         )
     merged = adapters.merge(checkpoint, found, scale)
-    pipeline = folder if whole and pipeline_folder.is_pipeline(folder) else None
     distilled = found.scheduler is Scheduler.LCM
     if distilled and pipeline is None:
         note(f"{out} will hold no scheduler: sample it with lcm, without guidance")
     summary = pipeline_folder.write_model(
-        merged, out, pipeline=pipeline, finish=use_lcm_scheduler if distilled else lambda _: None
+        merged,
+        out,
+        pipeline=pipeline,
+        finish=use_lcm_scheduler if distilled else lambda _: None,
+        force=force,
     )
     return summary | {"origin": merged.origin}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import check_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,7 @@ def check_previews(folder: Path, bundle: Path, *, force: bool) -> None:
 
     Raises ConfigError and BundleError.
     """
-    if folder.is_file():
-        raise ConfigError(f"--preview {folder} was asked, which is a file; name a folder")
+    check_into(folder)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ConfigError(
             f"--preview {folder} was asked, which is not empty; choose another folder, or replace "

@@ -10,6 +10,7 @@ import typer
 
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import CfgNull
+from pixart_rt.files import TRANSFORMER, check_model
 from pixart_rt.training.text_start import TBlock, TextStart
 
 DEFAULT = TextStart()
@@ -77,6 +78,7 @@ def reparameterize(
         cfg_null=cfg_null,
         seed=seed,
     )
+    check_model(dst, TRANSFORMER, force=force)
     with Steps() as progress:
         progress(f"re-parameterising {src}", 0, 1)
         from pixart_rt.training.reparameterize import reparameterize_file  # torch

@@ -11,6 +11,7 @@ import typer
 
 from pixart_rt.cli.console import Steps, note
 from pixart_rt.errors import BackendError, ConfigError
+from pixart_rt.files import check_into
 from pixart_rt.training.ablation.arms import POINTS, Plan, planned, steps_within
 
 reproduce = typer.Typer(
@@ -54,6 +55,7 @@ def ablation(
       pixart-rt reproduce ablation --out runs/ablation --minutes 120
       pixart-rt reproduce ablation --out runs/try --steps 40 --resolution 64 --layers 4
     """
+    check_into(out)
     try:
         import matplotlib  # noqa: F401  # before hours of training, not after
     except ImportError as error:

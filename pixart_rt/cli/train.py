@@ -13,6 +13,7 @@ from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.cli.prompts_file import read_prompts
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import PIPELINE, TRANSFORMER, check_file, check_folder, check_into
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 from pixart_rt.training.tiny.kinds import Scenes
@@ -157,6 +158,11 @@ def train(
         )
     paths = _data_paths(read, chosen, data or [])
     texts = _validation_prompts(chosen, validate_with, validate_every, prompts)
+    unknown = sorted(set(log or []) - set(LOGS))
+    if unknown:
+        raise ConfigError(f"--log {unknown[0]} was asked; choose from {', '.join(LOGS)}")
+    _check_places(out, paths, pipeline, encoder, validate_with)
+    _check_results(read, chosen, out)
     from pixart_rt.data.training_data import open_data  # torch: seconds
     from pixart_rt.training.log import Place
     from pixart_rt.training.machine import usual_kernels, usual_precision
@@ -172,9 +178,6 @@ def train(
     from pixart_rt.training.recipe_report import report
     from pixart_rt.training.replay import replay as run_again
 
-    unknown = sorted(set(log or []) - set(LOGS))
-    if unknown:
-        raise ConfigError(f"--log {unknown[0]} was asked; choose from {', '.join(LOGS)}")
     if reproducible:
         import torch
 
@@ -281,6 +284,54 @@ def _data_paths(recipe: Recipe, phases: list[Phase], given: list[str]) -> dict[s
             )
         found[phase.name] = Path(path.replace("{res}", str(phase.resolution)))
     return found
+
+
+def _check_places(
+    out: Path,
+    data: dict[str, Path],
+    pipeline: str | None,
+    encoder: str | None,
+    validate_with: str | None,
+) -> None:
+    """Refuse now what the last phase would fail on after days. Raises ConfigError, CheckpointError.
+
+    The run's folder may hold anything: its phases look after their own (training/trainer.py).
+    """
+    from pixart_rt.model.locate import locate_whole
+    from pixart_rt.model.pipeline_folder import COMPONENTS, is_pipeline  # torch: seconds
+
+    check_into(out)
+    for phase, path in data.items():
+        if not path.is_dir():
+            raise ConfigError(
+                f"{path}, the data of phase {phase}, is no feature store and no folder of "
+                "pictures; check --data"
+            )
+    if pipeline is not None:
+        check_folder(out / "pipeline", PIPELINE, force=True)  # of this run, or not ours
+        if not is_pipeline(locate_whole("--pipeline", pipeline, COMPONENTS[1:])):
+            raise ConfigError(f"--pipeline {pipeline} was asked, which has no model_index.json")
+    if encoder is not None:
+        locate_whole("--encoder", encoder, ("vae", "text_encoder", "tokenizer"))
+    if validate_with is not None:
+        locate_whole("--validate-with", validate_with, COMPONENTS[1:])
+
+
+def _check_results(recipe: Recipe, phases: list[Phase], out: Path) -> None:
+    """Refuse now phases whose weights could not be written at their end. Raises ConfigError."""
+    from pixart_rt.training.phases import DONE, phase_folder, result_path
+    from pixart_rt.training.recipe import Weights
+
+    for phase in phases:
+        folder = phase_folder(recipe, phase, out)
+        if (folder / DONE).is_file():
+            continue
+        for weights in Weights:
+            path = result_path(phase, folder, weights)
+            if phase.of_classes:
+                check_file(path, force=True)
+            else:
+                check_folder(path, TRANSFORMER, force=True)
 
 
 def _located(model: str, phase: Phase) -> Path:

@@ -9,8 +9,7 @@ OUT.run holds the log and, while it trains, checkpoints; the same command goes o
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor
 
 from pixart_rt.batch import Batch
+from pixart_rt.cli.finetune_options import check_outputs, run_folder_of
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import Kind
 from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
 from pixart_rt.model.locate import locate, transformer_path
-from pixart_rt.model.pipeline_folder import check_target
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.training.checkpoints import FOLDER
+from pixart_rt.training.checkpoints import remove_checkpoints
 from pixart_rt.training.finetune_settings import FinetuneSettings
 from pixart_rt.training.log import Place
 from pixart_rt.training.machine import check_kernels, usual_kernels, usual_precision
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def run_folder(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.run")
+        return run_folder_of(self.out)
 
     def run_settings(self, ranks: Ranks) -> RunSettings:
         """No average is kept: of 300 steps it is mostly the start."""
@@ -104,12 +104,12 @@ class Base:
         return {**made} if before is None else {**made, "base_origin": before}
 
 
-def open_base(job: Job, components: Sequence[str]) -> Base:
-    """Read the model; of a hub id, only `components` are downloaded.
+def open_base(job: Job, components: Sequence[str], kind: Kind | Iterable[Kind]) -> Base:
+    """Read the model; of a hub id, only `components` are downloaded. `kind` is the result's.
 
     Raises ConfigError for a target that may not be written, or another resolution than was asked.
     """
-    check_target(job.out, job.force)
+    check_outputs(job.out, kind, force=job.force)
     folder = locate(job.model, components)
     checkpoint = read_transformer(transformer_path(folder, job.model, job.res))
     found = checkpoint.config.resolution
@@ -156,7 +156,7 @@ def train_and_write(
     weights = trainer.weights(average=False, prefix=MODEL)
     if ranks.is_first:
         write(weights)
-        shutil.rmtree(run / FOLDER)  # what the run needed to go on; its log stays
+        remove_checkpoints(run)  # what the run needed to go on; its log stays
     ranks.barrier()
     return ranks.is_first
 

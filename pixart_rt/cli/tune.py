@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pixart_rt.bundle import MANIFEST
 from pixart_rt.cli.console import note
 from pixart_rt.config import Precision
 from pixart_rt.errors import BackendError, ConfigError
+from pixart_rt.files import check_file, replacing
 
 
 def tune(
@@ -50,13 +52,13 @@ def tune(
     if bundle is not None:
         if out is not None:
             raise ConfigError("--out was asked with --bundle, whose result goes into the bundle")
+        check_file(bundle / MANIFEST, force=True)
         _tune_bundle(bundle)
         return
     if precision is Precision.FP32:
         raise ConfigError("--precision fp32 was asked; tuning is for fp16 and bf16")
     import torch
 
-    from pixart_rt.files import replacing
     from pixart_rt.kernels.catalog import FP8, MODEL, self_test
     from pixart_rt.kernels.launch import forget_tables, user_table_path
     from pixart_rt.kernels.tuning import merged
@@ -69,20 +71,36 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16
     path = out or user_table_path(torch.cuda.get_device_name(device))
+    check_file(path, force=True)  # of its own kind, which _table_at sees to
+    _table_at(path)
     # Each kernel agrees with its reference first; one that does not is not tuned, and a warning
     # says so.
     self_test(device, dtype, (*MODEL, *FP8), training=True)
     seconds = float("inf") if minutes is None else 60 * minutes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     table = measure(device, dtype, report=note, seconds=seconds, workers=cores or 1)
-    if path.is_file():  # entries of the other precision, and of shapes not measured now, stay
-        table = merged(json.loads(path.read_text()), table)
+    older = _table_at(path)
+    if older is not None:  # entries of the other precision, and of shapes not measured now, stay
+        table = merged(older, table)
     with replacing(path) as new:
         new.write_text(json.dumps(table, indent=1) + "\n")
     forget_tables()
     if table["not_tried"]:
         note(f"{len(table['not_tried'])} shapes were not tried in {minutes} minutes")
     print(path)
+
+
+def _table_at(path: Path) -> dict[str, Any] | None:
+    """The table that is there already. ConfigError for a file that is none, which is not ours."""
+    if not path.exists():
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(table["operators"], dict):
+            return dict(table)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} exists and is no table of `pixart-rt tune`; choose another --out")
 
 
 def _tune_bundle(bundle: Path) -> None:

@@ -167,14 +167,18 @@ def _begin(images: ImageFolder, out: Path, table: Sequence[Bucket], edges: EdgeF
         "images": images.digest(), "edges": repr(edges),
         "buckets": [[bucket.height, bucket.width] for bucket in table],
     })  # fmt: skip
-    if not out.exists():
-        out.mkdir(parents=True)
-        (out / _BEGUN).write_text(told)
-    elif not (out / _BEGUN).is_file() or (out / _BEGUN).read_text() != told:
+    if not out.exists() or (out.is_dir() and all(_is_hidden(each) for each in out.iterdir())):
+        with replacing(out / _BEGUN) as aside:
+            aside.write_text(told, encoding="utf-8")
+    elif not (out / _BEGUN).is_file() or (out / _BEGUN).read_text(encoding="utf-8") != told:
         raise DataError(
             f"{out} exists and holds something else than these edges of these images; choose "
             "another folder, or remove it"
         )
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")  # what a killed run may have left
 
 
 def _draw(

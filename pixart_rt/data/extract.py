@@ -101,9 +101,8 @@ class Extraction:
 
         Raises DataError. A store that was begun with the same is taken over.
         """
+        refuse_other_folder(self.store)
         if not (self.store / MANIFEST).is_file():
-            if self.store.exists() and not _is_free(self.store):
-                raise DataError(f"{self.store} exists and is no feature store; choose another OUT")
             return
         found = StoreManifest.read(self.store)
         mine = self.manifest.identity
@@ -238,6 +237,14 @@ def _begin(
         versions={"python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
     )
+
+
+def refuse_other_folder(store: Path) -> None:
+    """DataError for a folder that is neither a feature store, nor empty."""
+    if (store / MANIFEST).is_file():
+        StoreManifest.read(store)  # also other programs' folders have a manifest.json
+    elif store.exists() and not _is_free(store):
+        raise DataError(f"{store} exists and is no feature store; choose another OUT")
 
 
 def _is_free(store: Path) -> bool:

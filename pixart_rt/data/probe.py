@@ -7,7 +7,6 @@ shard's, so on a GPU the prediction is on the slow side; the first batch warms u
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pixart_rt.data.extract import Extraction
 from pixart_rt.data.planner import HOUR, duration, encoder_flops, size
 from pixart_rt.data.shard import Record, write_shard
 from pixart_rt.errors import ConfigError, DataError
+from pixart_rt.files import workplace
 
 LARGEST_WRITE = 64e6  # bytes
 
@@ -117,8 +117,8 @@ def _write_once(records: list[Record], place: Path, shard_images: int) -> tuple[
     bytes_each = sum(len(r.latents) + len(r.prompt_embeds) for r in records) / len(records)
     count = max(1, min(shard_images, int(LARGEST_WRITE / bytes_each)))
     many = (records * -(-count // len(records)))[:count]  # few bytes would time the disk's latency
-    with tempfile.TemporaryDirectory(dir=place, prefix=".pixart-probe-") as folder:
-        path = Path(folder) / "probe.parquet"
+    with workplace(place) as folder:
+        path = folder / "probe.parquet"
         start = time.perf_counter()
         write_shard(path, many, [])
         seconds = time.perf_counter() - start

@@ -60,11 +60,6 @@ class Adapter:
         return self.scales[module] * (b @ a)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter's, by its settings."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
 def read_adapter(folder: Path) -> Adapter:
     """A LoRA folder that peft wrote, or we did.
 

@@ -21,10 +21,9 @@ from torch import Tensor
 
 from pixart_rt.config import CfgNull, ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import replacing
+from pixart_rt.files import TRANSFORMER, check_file, check_model, replacing, replacing_folder
 from pixart_rt.model import keys
 from pixart_rt.model.checkpoint_config import (
-    CLASSES,
     DEFAULT_HEADS,
     DEFAULT_TEXT_TOKENS,
     SIGMA_TEXT_TOKENS,
@@ -113,17 +112,16 @@ def load_transformer(
     return model.eval()
 
 
-def write_diffusers(checkpoint: TransformerCheckpoint, folder: Path) -> dict[str, Any]:
+def write_diffusers(
+    checkpoint: TransformerCheckpoint, folder: Path, *, force: bool = True
+) -> dict[str, Any]:
     """Write a transformer folder that diffusers loads; returns a summary.
 
-    Replaces an empty folder or another transformer's, and refuses to replace anything else.
+    With `force` it replaces another that we wrote; never anything else (files.py): ConfigError.
     """
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise CheckpointError(f"{folder} exists and is no transformer folder; choose another")
     tensors = keys.from_ours(checkpoint.state, checkpoint.config, keys.diffusers_names)
-    with replacing(folder) as temporary:
-        temporary.mkdir()
+    with replacing_folder(folder, TRANSFORMER, force=force) as temporary:
         text = json.dumps(config_to_json(checkpoint.config), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -140,15 +138,16 @@ def write_diffusers(checkpoint: TransformerCheckpoint, folder: Path) -> dict[str
     return _summary(checkpoint, folder, len(tensors), kept, dropped)
 
 
-def write_pth(checkpoint: TransformerCheckpoint, path: Path) -> dict[str, Any]:
+def write_pth(
+    checkpoint: TransformerCheckpoint, path: Path, *, force: bool = True
+) -> dict[str, Any]:
     """Write an original .pth, its position table recomputed; returns a summary.
 
     Settings that the original format cannot hold stand beside its state_dict, where its code does
     not look. Without a y_embedding none is invented: the summary says so.
     """
     path, config = Path(path), checkpoint.config
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the .pth file to write")
+    check_file(path, force=force)
     tensors = keys.from_ours(checkpoint.state, config, keys.original_names)
     tensors["pos_embed"] = position_table(config, (config.base_size, config.base_size))
     kept, dropped = ["pos_embed, recomputed"], []
@@ -189,8 +188,7 @@ def convert(
     if to_pth != (dst.suffix == ".pth"):
         wanted = "a .pth file" if to_pth else "a folder"
         raise ConfigError(f"{src} converts to {wanted}, but {dst} was asked")
-    if dst.exists() and not force:
-        raise ConfigError(f"{dst} exists; choose another name, or overwrite it with --force")
+    check_model(dst, TRANSFORMER, force=force)
     checkpoint = read_transformer(
         src,
         heads=heads,
@@ -199,7 +197,7 @@ def convert(
         which=which,
         max_text_tokens=max_text_tokens,
     )
-    return (write_pth if to_pth else write_diffusers)(checkpoint, dst)
+    return (write_pth if to_pth else write_diffusers)(checkpoint, dst, force=force)
 
 
 def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:
@@ -286,15 +284,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it holds no settings; download it again")
     return values
-
-
-def _replaceable(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
-    config = folder / "config.json"
-    return config.is_file() and _read_json(config).get("_class_name") in CLASSES
 
 
 def _summary(

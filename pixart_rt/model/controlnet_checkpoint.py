@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import replacing
+from pixart_rt.files import CONTROLNET, check_file, replacing, replacing_folder
 from pixart_rt.model import keys
 from pixart_rt.model.checkpoint import STATE_KEYS, TransformerCheckpoint
 from pixart_rt.model.conditioning import position_table
@@ -97,21 +97,18 @@ def controlnet_of(module: ControlNetTransformer, source: str) -> ControlNetCheck
     return ControlNetCheckpoint(module.controlnet, module.config, state, source)
 
 
-def write_controlnet(checkpoint: ControlNetCheckpoint, folder: Path) -> None:
+def write_controlnet(checkpoint: ControlNetCheckpoint, folder: Path, *, force: bool = True) -> None:
     """Write a folder that `read_controlnet` reads: whole, or as it was before.
 
-    Replaces an empty folder or another ControlNet's; raises CheckpointError for anything else.
+    With `force` it replaces another that we wrote; never anything else (files.py): ConfigError.
     """
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise CheckpointError(f"{folder} exists and is no ControlNet folder; choose another")
     values = {
         "_class_name": CLASS,
         **checkpoint.config.to_dict(),
         "model": {name: getattr(checkpoint.model, name) for name in _SHAPE},
     }
-    with replacing(folder) as temporary:
-        temporary.mkdir()
+    with replacing_folder(folder, CONTROLNET, force=force) as temporary:
         (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         state = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -125,8 +122,7 @@ def write_controlnet_pth(
     That code has no class for a parallel one; its file can be read here alone.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; name the .pth file to write")
+    check_file(path, force=True)
     base = keys.from_ours(model.state, model.config, keys.original_names)
     side = model.config.base_size
     base[_POSITIONS] = position_table(model.config, (side, side))
@@ -253,12 +249,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}/config.json is damaged: it holds no settings")
     return values
-
-
-def _replaceable(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
-    config = folder / "config.json"
-    return config.is_file() and _read_config(folder).get("_class_name") == CLASS

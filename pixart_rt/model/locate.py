@@ -29,6 +29,18 @@ def locate(model: str, folders: Sequence[str]) -> Path:
     return _download(model, folders)
 
 
+def locate_whole(option: str, model: str, folders: Sequence[str]) -> Path:
+    """`locate`, and CheckpointError that names `option` where a pipeline lacks one of `folders`."""
+    path = locate(model, folders)
+    missing = [name for name in folders if not (path / name).is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"{option} {model} was asked, but it has no {', '.join(missing)}; give a whole "
+            "pipeline folder, as diffusers writes it, or tiny"
+        )
+    return path
+
+
 def transformer_path(folder: Path, model: str, resolution: int | None) -> Path:
     """What read_transformer is given for `model` at `folder`: tiny has one more, for 256 pixels."""
     return folder / "transformer_256" if model == "tiny" and resolution == 256 else folder

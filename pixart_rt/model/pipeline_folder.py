@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import replacing
+from pixart_rt.errors import CheckpointError
+from pixart_rt.files import PIPELINE, replacing_folder
 from pixart_rt.model.checkpoint import TransformerCheckpoint, write_diffusers, write_pth
 
 INDEX = "model_index.json"
@@ -26,34 +26,27 @@ def is_pipeline(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def check_target(out: Path, force: bool) -> None:
-    """ConfigError for a target that may not be written, before the work that makes it."""
-    if out.exists() and not force:
-        raise ConfigError(f"{out} exists; choose another name, or overwrite it with --force")
-
-
 def write_model(
     checkpoint: TransformerCheckpoint,
     out: Path,
     *,
     pipeline: Path | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
+    force: bool = True,
 ) -> dict[str, Any]:
     """Write a .pth if `out` has that suffix; else with `pipeline` a copy of that folder with this
     transformer; else a transformer folder. Returns the summary of what was written. `finish` is
     called with the pipeline folder before it takes its place, for what else differs in it.
 
-    Whole or absent. Replaces a folder of its own kind or an empty one: CheckpointError for others.
+    Whole or absent. With `force` it replaces one of its own kind that we wrote; never anything else
+    (files.py): ConfigError.
     """
     out = Path(out)
     if out.suffix == ".pth":
-        return write_pth(checkpoint, out)
+        return write_pth(checkpoint, out, force=force)
     if pipeline is None:
-        return write_diffusers(checkpoint, out)
-    if out.exists() and not is_pipeline(out) and not _is_empty(out):
-        raise CheckpointError(f"{out} exists and is no pipeline folder; choose another")
-    with replacing(out) as temporary:
-        temporary.mkdir()
+        return write_diffusers(checkpoint, out, force=force)
+    with replacing_folder(out, PIPELINE, force=force) as temporary:
         for name in _components(pipeline):
             shutil.copytree(pipeline / name, temporary / name)
         shutil.copyfile(pipeline / INDEX, temporary / INDEX)
@@ -65,12 +58,8 @@ def write_model(
 def _components(pipeline: Path) -> list[str]:
     """The folders that a pipeline's index names, but the transformer's."""
     try:
-        index = json.loads((pipeline / INDEX).read_text())
+        index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{pipeline / INDEX} is damaged ({error})") from error
     names = [name for name, value in index.items() if isinstance(value, list)]
     return [name for name in names if name != TRANSFORMER and (pipeline / name).is_dir()]
-
-
-def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())

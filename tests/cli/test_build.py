@@ -55,6 +55,20 @@ def test_bad_use_is_refused_with_code_2(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_place_that_cannot_be_is_refused_before_the_model_is_read(
+    run: Callable[..., Any], asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Every web app has a manifest.json."""
+    (tmp_path / "app" / "src").mkdir(parents=True)
+    (tmp_path / "app" / "manifest.json").write_text('{"name": "My PWA"}')
+    (tmp_path / "app" / "src" / "index.html").write_text("precious")
+    (tmp_path / "file").write_text("mine")
+    for out, says in (("app/src", "not a bundle"), ("file", "is a file"), ("/proc/b", "no new")):
+        outcome = run("build", "--model", "./nowhere", "--out", tmp_path / out, "--force")
+        assert outcome.code == 2 and says in outcome.error
+    assert (tmp_path / "app" / "src" / "index.html").read_text() == "precious" and not asked
+
+
 def test_an_unknown_model_is_one_line(run: Callable[..., Any], tmp_path: Path) -> None:
     outcome = run("build", "--model", "./no/such/folder", "--out", tmp_path / "b")
     assert outcome.code == 1
@@ -82,7 +96,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
         "--target", "sm80,sm89", "--target", "sm80", "--precision", "bf16", "--text-precision",
         "fp32", "--components", "vae,t5", "--text-encoder", "torch", "--max-batch", 3,
         "--cfg-null", "y-embedding", "--heads", 4, "--sample-size", 64,
-        "--max-text-tokens", 300, "--max-memory", 1.5, "--controlnet", "hed",
+        "--max-text-tokens", 300, "--max-memory", 1.5, "--controlnet", "hed", "--force",
     )  # fmt: skip
     assert (outcome.code, outcome.out) == (0, "o\n")
     assert "transformer: export" in outcome.err
@@ -91,7 +105,7 @@ def test_every_option_arrives(run: Callable[..., Any], asked: list[dict[str, Any
     assert call == {
         "model": "a/b.pth", "out": Path("o"), "cfg_null": CfgNull.Y_EMBEDDING, "heads": 4,
         "max_text_tokens": 300, "controlnet": Path("hed"),
-        "sample_size": 64, "max_memory": 3 * 2**29, "memory": None,
+        "sample_size": 64, "max_memory": 3 * 2**29, "memory": None, "force": True,
         "config": EngineConfig(
             resolution=512, backend="tensorrt-rtx", precision=Precision.BF16,
             text_precision=Precision.FP32, max_batch=3, targets=("sm80", "sm89"),

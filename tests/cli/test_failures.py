@@ -17,6 +17,11 @@ CASES: list[tuple[BaseException, int, str]] = [
     (ConfigError("cannot be"), 2, "cannot be"),
     (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
     (OSError(28, "No space left on device"), 1, "No space left on device"),
+    (
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        1,
+        "the disk is full; free space",
+    ),
     (MemoryError(), 1, "--max-batch"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), 1, "Tried 2 GiB"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory;"),

@@ -61,3 +61,17 @@ def test_settings_are_compared(run: Callable[..., Any], bundle_256: Path, tmp_pa
     assert results["guidance-stop 0.5"]["unguided_steps"] == 2
     for name in names[1:]:
         assert results[name]["psnr_db"] is not None and results[name]["ssim"] < 1
+
+
+def test_a_file_of_the_users_is_not_replaced_unasked(
+    run: Callable[..., Any], hollow_bundle: Path, tmp_path: Path
+) -> None:
+    """Before the bundle is loaded, which has nothing to load."""
+    (tmp_path / "out.json").write_text("mine")
+    for verb, options in (("fidelity", ["--step-cache", 0.1]), ("bench", [])):
+        words = (verb, hollow_bundle, *options, "--json", tmp_path / "out.json")
+        refused = run(*words)
+        assert refused.code == 2 and "exists" in refused.error and "--force" in refused.error
+        forced = run(*words, "--force")
+        assert forced.code != 0 and "exists" not in forced.error, "now it goes on, to the bundle"
+        assert (tmp_path / "out.json").read_text() == "mine"

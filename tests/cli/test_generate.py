@@ -62,6 +62,28 @@ def test_existing_files_are_refused_before_loading(
     assert kept.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["-o", "/proc/o.png"], "takes no new files"),
+        (["-o", "mine/o.png"], "mine is a file"),
+        (["-o", f"{'n' * 252}.png"], "name"),
+        (["-o", "o.png", "--prompt-cache", "mine"], "--prompt-cache mine is a file"),
+        (["-o", "o.png", "--preview", "mine"], "mine is a file"),
+        (["-o", "o.png", "--preview", "/proc/p"], "takes no new files"),
+    ],
+)
+def test_places_are_checked_before_loading(
+    run: Callable[..., Any], hollow_bundle: Path, options: list[str], says: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(hollow_bundle.parent)
+    Path("mine").write_text("mine")
+    outcome = run("generate", PROMPT, "--bundle", hollow_bundle, *options, "--force")
+    assert outcome.code == 2 and says in outcome.error
+    assert Path("mine").read_text() == "mine" and not Path("o.png").exists()
+
+
 def test_only_png_is_written(run: Callable[..., Any], hollow_bundle: Path) -> None:
     outcome = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", "image.jpg")
     assert outcome.code == 2

@@ -90,7 +90,10 @@ def test_what_cannot_be_merged_leaves_nothing(
     out.mkdir()
     (out / "photo.png").write_bytes(b"mine")
     assert "--force" in run("merge", base, adapter, out).error
-    assert "no pipeline folder" in run("merge", base, adapter, out, "--force").error
+    assert (
+        "not a pipeline folder or a transformer folder"
+        in run("merge", base, adapter, out, "--force").error
+    )
     assert [path.name for path in out.iterdir()] == ["photo.png"]
 
 

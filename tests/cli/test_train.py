@@ -123,7 +123,36 @@ def test_validation_images_are_drawn_by_the_averages(run, recipe, images, tmp_pa
     assert np.array_equal(np.asarray(Image.open(again)), pixels[1])
 
 
-VALIDATE = ("--data", "noise=x", "--validate-with", "tiny", "--validate-every", 5)
+@pytest.mark.parametrize("more, code, says", [
+    (("--pipeline", "nosuch"), 1, "nosuch"),
+    (("--pipeline", "images"), 1, "--pipeline images was asked, but it has no vae"),
+    (("--encoder", "images"), 1, "--encoder images was asked, but it has no vae"),
+    (("--validate-with", "images", "--validate-every", 1, "--prompts", "p.txt"), 1,
+     "--validate-with images was asked, but it has no vae"),
+    (("--data", "noise=p.txt"), 2, "is no feature store and no folder"),
+    (("--out", "p.txt"), 2, "p.txt is a file"),
+    (("--out", "/proc/run"), 2, "takes no new files"),
+    (("--out", "mine"), 2, "not a transformer folder that pixart-rt wrote"),
+    (("--out", "mine", "--pipeline", "tiny"), 2, "not a pipeline folder that pixart-rt wrote"),
+])  # fmt: skip
+def test_places_are_checked_before_any_step(
+    run, recipe, images, tmp_path, monkeypatch, more, code, says
+):
+    """A run of days must not end on a name that was wrong from the start."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("a circle\n")
+    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
+    (tmp_path / "mine" / "pipeline" / "notes").write_text("mine")
+    (tmp_path / "mine" / "01-text" / "transformer-ema").mkdir(parents=True)
+    (tmp_path / "mine" / "01-text" / "transformer-ema" / "config.json").write_text("mine")
+    usual = ("--out", "run", "--data", f"noise={images}", "--encoder", "tiny", "--device", "cpu")
+    outcome = run("train", recipe, *usual, *more)
+    assert outcome.code == code and says in outcome.error
+    assert "phase" not in outcome.err.partition("error:")[0] and not (tmp_path / "run").exists()
+    assert (tmp_path / "mine" / "pipeline" / "notes").read_text() == "mine"
+
+
+VALIDATE = ("--data", "noise=.", "--validate-with", "tiny", "--validate-every", 5)
 
 
 @pytest.mark.parametrize("more, says", [

@@ -131,6 +131,13 @@ def test_a_folder_of_edges_keeps_the_lines(tmp_path, draw_images) -> None:
         draw_edges(folder, images, TABLE, FINDER)
 
 
+def test_an_empty_folder_may_be_named(tmp_path, draw_images) -> None:
+    """As a kill leaves one before the first file."""
+    images = ImageFolder(draw_images(tmp_path / "images", 1))
+    (tmp_path / "edges").mkdir()
+    assert draw_edges(images, tmp_path / "edges", TABLE, FINDER) == 0
+
+
 def test_a_stopped_drawing_goes_on(tmp_path, draw_images) -> None:
     images = draw_images(tmp_path / "images", 3)
     calls = []

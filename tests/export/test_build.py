@@ -53,13 +53,83 @@ def test_another_key_or_a_damaged_file_builds_again(folder: Path, tmp_path: Path
     first = build(str(folder), out, TORCH_256)
     assert build(str(folder), out, TORCH_256).cached
     half = EngineConfig(resolution=256, backend="torch", precision=Precision.BF16)
-    second = build(str(folder), out, half)
+    with pytest.raises(ConfigError, match=r"other settings \(precision fp32, not bf16\).*--force"):
+        build(str(folder), out, half)
+    assert Manifest.read(out) == first.manifest
+    second = build(str(folder), out, half, force=True)
     assert not second.cached and second.manifest.key != first.manifest.key
     (out / "transformer" / "config.json").write_text("{}")
     third = build(str(folder), out, half)
     assert not third.cached and not damaged_files(out, third.manifest)
     edit_weights(folder / "transformer", "proj_out.bias", lambda t: t + 0.01)
-    assert build(str(folder), out, half).manifest.key != third.manifest.key
+    fourth = build(str(folder), out, half)  # no setting: the same model, trained on
+    assert fourth.manifest.key != third.manifest.key and "is replaced" in fourth.notes[0]
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    edit_weights(other / "transformer", "proj_out.bias", lambda t: t + 0.01)
+    with pytest.raises(ConfigError, match=r"other settings .model .*--force"):
+        build(str(other), out, half)
+    assert Manifest.read(out) == fourth.manifest
+
+
+def test_weights_behind_links_are_part_of_the_key(folder: Path, tmp_path: Path) -> None:
+    """And a bundle that was built into the model's folder is not."""
+    shared = (folder / "transformer").rename(tmp_path / "shared")
+    (folder / "transformer").symlink_to("../shared")
+    one = open_source(str(folder), 256).weights_sha256
+    (folder / "engine").mkdir()
+    (folder / "engine" / "manifest.json").write_text("{}")
+    (shared / "loop").symlink_to(".")
+    assert open_source(str(folder), 256).weights_sha256 == one
+    edit_weights(shared, "proj_out.bias", lambda t: t + 0.01)
+    assert open_source(str(folder), 256).weights_sha256 != one
+
+
+def test_what_a_user_put_into_a_bundle_is_never_lost(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "b"
+    made = build(str(folder), out, TORCH_256)
+    (out / "outputs").mkdir()
+    (out / "outputs" / "my.png").write_text("mine")
+    assert build(str(folder), out, TORCH_256).cached, "nothing is to be replaced"
+    larger = EngineConfig(resolution=256, backend="torch", max_batch=2)
+    for force in (False, True):
+        with pytest.raises(ConfigError, match="holds outputs, which is not part of it"):
+            build(str(folder), out, larger, force=force)
+    assert (out / "outputs" / "my.png").read_text() == "mine"
+    assert Manifest.read(out) == made.manifest
+
+
+def test_files_that_the_manifest_does_not_list_are_not_loaded(folder: Path, tmp_path: Path) -> None:
+    """Weights of the first name that is looked for would win over those with a hash."""
+    from pixart_rt import PixArtPipeline
+
+    out = tmp_path / "b"
+    made = build(str(folder), out, TORCH_256).manifest
+    listed = next(name for name in made.all_files() if name.endswith("model.safetensors"))
+    extra = (out / listed).with_name("diffusion_pytorch_model.safetensors")
+    shutil.copy(out / listed, extra)
+    (out / "notes.txt").write_text("mine, and nobody's business")
+    name = extra.relative_to(out).as_posix()
+    assert list(damaged_files(out, made)) == [name]
+    with pytest.raises(BundleError, match=f"{name} is not listed in manifest.json"):
+        PixArtPipeline.from_bundle(out, "cpu")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values["components"]["transformer"].update(parts=["../../x.onnx"]),
+        lambda values: values["components"]["transformer"]["files"].update({"../x": "0"}),
+        lambda values: values["files"].update({"/etc/passwd": "0"}),
+    ],
+)
+def test_a_manifest_names_nothing_outside_its_bundle(
+    bundle_256: Path, tmp_path: Path, change: Callable[[dict], object]
+) -> None:
+    values = json.loads((bundle_256 / "manifest.json").read_text())
+    change(values)
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(BundleError, match="damaged"):
+        Manifest.read(tmp_path)
 
 
 def test_the_manifest_says_what_the_bundle_is(bundle_256: Path) -> None:
@@ -94,7 +164,9 @@ def test_a_failed_build_leaves_everything_as_it_was(
 
     monkeypatch.setattr(compiling, "save_module", fail)
     with pytest.raises(OSError, match="No space"):
-        build(str(folder), out, EngineConfig(resolution=256, backend="torch", max_batch=3))
+        build(
+            str(folder), out, EngineConfig(resolution=256, backend="torch", max_batch=3), force=True
+        )
     assert Manifest.read(out) == good and not damaged_files(out, good)
     assert os.listdir(out.parent) == ["b"], "nothing half-made stays beside it"
 
@@ -103,7 +175,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(folder: Path, tmp_path: Pa
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("x")
-    with pytest.raises(BundleError, match="not a bundle"):
+    with pytest.raises(ConfigError, match="not a bundle"):
         build(str(folder), mine, TORCH_256)
     assert (mine / "thesis.txt").read_text() == "x"
 

@@ -423,7 +423,7 @@ def test_a_folder_that_is_no_transformer_is_never_replaced(tmp_path, checkpoint)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
     write_pth(checkpoint, tmp_path / "m.pth")
-    with pytest.raises(CheckpointError, match="exists and is no transformer folder"):
+    with pytest.raises(ConfigError, match="exists and is not a transformer folder"):
         convert(tmp_path / "m.pth", tmp_path / "photos", force=True)
     assert (tmp_path / "photos" / "a.txt").read_text() == "mine"
 

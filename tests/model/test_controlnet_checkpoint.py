@@ -63,7 +63,7 @@ def test_a_folder_gives_back_what_was_written(controlnet, model, tmp_path: Path)
     found = read_controlnet(tmp_path / "out", CONFIG)
     assert_same(found, controlnet)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [
-        "config.json", "model.safetensors",
+        "config.json", "model.safetensors", "pixart_rt.json",
     ]  # fmt: skip
     write_controlnet(found, tmp_path / "out")  # over another ControlNet's
     loaded = load_controlnet(found, model, torch.bfloat16)
@@ -186,6 +186,6 @@ def test_a_folder_for_another_model_is_refused(controlnet, tmp_path: Path) -> No
 def test_no_other_folder_is_written_over(controlnet, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is no ControlNet folder; choose another"):
+    with pytest.raises(ConfigError, match="is not a ControlNet folder that pixart-rt wrote"):
         write_controlnet(controlnet, tmp_path / "photos")
     assert (tmp_path / "photos" / "a.txt").read_text() == "mine"

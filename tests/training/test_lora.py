@@ -203,7 +203,7 @@ def test_the_files_are_what_peft_writes(tmp_path):
     save_lora(folder, lora_state(model), settings, origin={"prompt": "a photo of sks dog"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora"], "nothing is left beside it"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "origin.json",
+        "adapter_config.json", "adapter_model.safetensors", "origin.json", "pixart_rt.json",
     ]  # fmt: skip
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 3, 5.0)
@@ -221,7 +221,7 @@ def test_saving_replaces_an_adapter_and_nothing_else(tmp_path):
     save_lora(mine, lora_state(model), SETTINGS[0])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dog.jpg").write_bytes(b"mine")
-    with pytest.raises(ConfigError, match="no adapter folder"):
+    with pytest.raises(ConfigError, match="not an adapter folder"):
         save_lora(tmp_path / "photos", lora_state(model), SETTINGS[0])
     assert (tmp_path / "photos" / "dog.jpg").read_bytes() == b"mine"
 

@@ -24,6 +24,7 @@ import torch
 
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
+from pixart_rt.training.checkpoints import remove_checkpoints
 from pixart_rt.training.draws import draw
 from pixart_rt.training.ranks import start_ranks
 from pixart_rt.training.replay import replay
@@ -207,6 +208,22 @@ def test_another_run_is_not_taken_up(ranks, tmp_path):
     make_trainer(tmp_path, 3, ranks).run()
     with pytest.raises(CheckpointError, match="seed 7, this run has 8"):
         make_trainer(tmp_path, 7, ranks, seed=8).resume()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "skipped.jsonl", "checkpoints"])
+def test_files_that_are_not_a_runs_are_not_rewritten(ranks, tmp_path, name):
+    (tmp_path / name).write_text('{"step": 99}\n')
+    with pytest.raises(ConfigError, match=f"holds {name}, but not of a run"):
+        make_trainer(tmp_path, 3, ranks).run()
+    assert (tmp_path / name).read_text() == '{"step": 99}\n'
+
+
+def test_only_checkpoints_are_removed_with_them(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("step-00000003", ".step-00000006", ".step-00000001-gone", "step-best", "mine"):
+        (folder / name).mkdir(parents=True)
+    remove_checkpoints(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "step-best"]
 
 
 def test_two_runs_do_not_share_a_folder(ranks, tmp_path):

@@ -120,6 +120,8 @@ def planned(out: Path, asked: dict[str, Any], find_steps: Callable[[dict[str, An
                     f"{getattr(plan, name)}; go on without that setting, or choose another folder"
                 )
         return plan
+    if Path(out).is_dir() and any(each.name[0] != "." for each in Path(out).iterdir()):
+        raise ConfigError(f"{out} holds something else than an ablation; choose another folder")
     plan = Plan(**asked) if "steps" in asked else Plan(steps=find_steps(asked), **asked)
     with replacing(path) as new:
         new.write_text(json.dumps(plan.to_dict(), indent=1) + "\n")

@@ -95,7 +95,8 @@ def check(work: Path, small: bool) -> list[Stage]:
 def first_tests(small: bool) -> list[Job]:
     if small:  # what a GPU would run is found, and one file runs in the interpreter
         return [
-            Job(name="tests-found", part="tests", command=(*PYTEST, "--collect-only", "-m", "gpu", "tests")),
+            Job(name="tests-found", part="tests",
+                command=(*PYTEST, "--collect-only", "-m", "gpu", "tests")),
             tests("tests-first", "tests/kernels/test_solver.py", limit=FIRST_TESTS, small=small),
         ]  # fmt: skip
     return [tests("tests-first", "tests/kernels/test_catalog.py", limit=FIRST_TESTS, small=small)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import report
+from benchmarks.provenance import first_line
 from pixart_rt.files import replacing
 
 EVERY = 10.0  # seconds between two copies
@@ -45,7 +46,15 @@ class Packer:
             self.write()
 
     def write(self) -> None:
-        report.write(self._out / f"{self._name}.json", self._collect())
+        """The archive first: a report that cannot be made must not cost what was measured."""
+        self._write_archive()
+        try:
+            found = self._collect()
+        except Exception as error:
+            found = {"report_failed": first_line(error)}
+        report.write(self._out / f"{self._name}.json", found)
+
+    def _write_archive(self) -> None:
         with (
             replacing(self._out / f"{self._name}.tar.gz") as new,
             tarfile.open(new, "w:gz", compresslevel=5) as archive,

@@ -215,7 +215,7 @@ def _training_problems(found: dict[str, Any], pixels: int, pair: dict[str, Any])
     theirs = [row | {"refused_kernels": []} for row in rows if row["form"].startswith("diffusers")]
     ours = row_of(rows, form=pair.get("ours"))
     return [
-        *(problem(row, row["form"]) for row in theirs or [{}]),
+        *(problem(row, row.get("form", "diffusers")) for row in theirs or [dict[str, Any]()]),
         problem(ours, "our step"),
     ]
 

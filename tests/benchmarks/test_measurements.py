@@ -156,8 +156,8 @@ def test_a_kernel_that_is_wrong_has_no_time(
     cases = kernels.cases
 
     def wrong(*given: Any) -> Any:
-        for case in itertools.islice(cases(*given), 1):
-            yield replace(case, ours=lambda *inputs: case.plain(*inputs) * float("nan"))
+        case = next(cases(*given))
+        yield replace(case, ours=lambda *inputs: case.plain(*inputs) * float("nan"))
 
     monkeypatch.setattr(kernels, "cases", wrong)
     code, found = run(kernels, monkeypatch, tmp_path / "k.json")

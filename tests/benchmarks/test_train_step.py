@@ -84,7 +84,7 @@ def test_gradients_of_the_timed_precision_are_compared(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_kernels: None,
     wrong: str | None,
 ) -> None:  # fmt: skip
-    """One gradient is off by a fifth in one precision: as a kernel's backward that is wrong there."""
+    """One gradient is off by a fifth in one precision, as of a backward that is wrong there."""
     checked = bench.Ours.checked
 
     def broken(self: Any, batch: Any, precision: Any) -> Any:

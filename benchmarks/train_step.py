@@ -384,8 +384,8 @@ def measure(
         return row
     try:
         seconds = seconds_per_step(running.step, device, steps)
-    except torch.OutOfMemoryError:
-        return row | {"out_of_memory": True}
+    except torch.OutOfMemoryError as error:
+        return row | failure(error) | {"out_of_memory": True}
     if not running.finite():
         return row | {"agrees": False, "most_different": "a timed step, which was not finite"}
     return (
@@ -476,6 +476,8 @@ def run(args: argparse.Namespace, ranks: Ranks, save: Saver) -> dict[str, Any]:
 
 def _told(row: dict[str, Any]) -> str:
     start = f"{row['pixels']:5}  {row['form']:32}"
+    if row.get("out_of_memory"):
+        return f"{start} out of memory at batch {row['batch']}"
     if "failed" in row:
         return f"{start} {row['failed']}"
     if not row["agrees"]:
@@ -484,8 +486,6 @@ def _told(row: dict[str, Any]) -> str:
             f"{start} differs from diffusers by {row[f'{half}difference']:.1e} in "
             f"{row[f'{half}most_different']}: not timed"
         )
-    if "seconds" not in row:
-        return f"{start} out of memory at batch {row['batch']}"
     mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f} %"
     return f"{start}{1e3 * row['seconds']:9.1f} ms{row['images_per_second']:9.1f} images/s{mfu}"
 

@@ -15,6 +15,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ class _Turn:
         self.depth -= 1
         if self.depth == 0 and self.file is not None:
             fcntl.flock(self.file, fcntl.LOCK_UN)
+            time.sleep(0.001)  # or this process, awake, would take the next turn as well
 
 
 _turn = _Turn()

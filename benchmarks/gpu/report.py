@@ -142,10 +142,10 @@ def problem(row: dict[str, Any], what: str, *kernels: str) -> str:
     """
     if not row:
         return f"{what}: no row"
-    if "failed" in row:
-        return f"{what}: {row['failed']}"
     if row.get("out_of_memory"):
         return f"{what}: out of memory"
+    if "failed" in row:
+        return f"{what}: {row['failed']}"
     if not row.get("agrees", True):
         return f"{what}: differs from its reference"
     if "seconds" not in row:
@@ -378,10 +378,10 @@ def training_table(found: dict[str, Any]) -> str:
 def _training_time(row: dict[str, Any]) -> str:
     if "seconds" in row:
         return number(row["seconds"], 1e3)
-    if "failed" in row:
-        return "failed"
     if row.get("out_of_memory"):
         return "out of memory"
+    if "failed" in row:
+        return "failed"
     return f"wrong in {row.get('half_most_different', row['most_different'])}"
 
 

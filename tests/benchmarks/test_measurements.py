@@ -259,6 +259,24 @@ def test_a_program_starts_again_with_its_own_words(tmp_path: Path) -> None:
     assert ran.stdout.splitlines() == ["['--json', 'x']", "['--json', 'x', '--resume']"], ran.stderr
 
 
+def test_with_a_gpu_the_kernels_tests_are_found_by_their_mark() -> None:
+    """`-m gpu` selects those that run on a device, and without a GPU none of them."""
+    code = (
+        "import sys, pytest, torch\n"
+        "torch.cuda.is_available = lambda: sys.argv[1] == 'GPU'\n"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', '-m', 'gpu',\n"
+        "                      'tests/kernels/test_solver.py']))\n"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code, word], cwd=CHECKOUT, capture_output=True,
+                       text=True).stdout
+        for word in ("GPU", "none")
+    ]  # fmt: skip
+    found = [line for line in said[0].splitlines() if "test_solver.py::" in line]
+    assert found and "test_other_solvers_are_refused" not in said[0], "it needs no device"
+    assert "test_solver.py::" not in said[1]
+
+
 def test_tables_are_kept_after_every_operator(
     benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

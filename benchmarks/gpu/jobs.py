@@ -163,7 +163,7 @@ def main_numbers(work: Path, small: bool) -> list[Job]:
             bench(work, "kernels", "kernels", "benchmarks.kernels", limit=300),
             bench(work, "tune", "tune", "benchmarks.tune", limit=300, cannot=NO_GPU),
             training(work, 64, "diffusers,ours,ours fused,ours compiled", "--model", "tiny",
-                     "--steps", 1),
+                     "--steps", 1, "--precision", "bf16"),
             image_folder(work, small),
             *images(work, small),
         ]  # fmt: skip

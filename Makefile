@@ -16,15 +16,18 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
 CHECKED := pixart_rt examples
-NO_BENCH := host_time standin_driver provenance timing turns weights xl_folder profile_kernels
+NO_BENCH := __init__ checks host_time image profile_kernels provenance standin_driver timing truth \
+  tune turns weights xl_folder
 BENCHES := $(filter-out $(NO_BENCH), $(basename $(notdir $(wildcard benchmarks/*.py))))
 ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: help demo test test-fast test-all test-lowest test-gpu check bench dist clean
+REHEARSAL_VENV ?= .venv-gpu
+
+.PHONY: help demo test test-fast test-all test-lowest test-gpu gpu-rehearsal check bench dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
 	$(BIN)/pixart-rt build --model tiny --res 1024 --out engines/tiny-1024
@@ -55,6 +58,14 @@ check: $(STAMP) ## formatting, lint, types
 
 bench: $(STAMP) ## run every benchmark; results go to benchmarks/results
 	set -e; for bench in $(BENCHES); do echo "$$bench"; $(BIN)/python -m "benchmarks.$$bench"; done
+
+gpu-rehearsal: $(REHEARSAL_VENV)/.ready ## benchmarks/gpu without a GPU; downloads 3 GB
+	PYTHON=$(REHEARSAL_VENV)/bin/python benchmarks/gpu/rehearse.sh
+
+$(REHEARSAL_VENV)/.ready: benchmarks/gpu/machine.txt
+	python3.12 -m venv $(REHEARSAL_VENV)
+	$(REHEARSAL_VENV)/bin/python -m pip --disable-pip-version-check install --only-binary :all: -r $<
+	@touch $@
 
 dist: $(STAMP) ## a wheel in dist/
 	$(BIN)/python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir dist .

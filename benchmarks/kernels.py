@@ -1,4 +1,4 @@
-"""Every kernel at PixArt XL/2's shapes, beside PyTorch eager, torch.compile and SDPA's backends.
+"""Every kernel at PixArt XL/2's shapes, beside PyTorch eager, torch.compile and other libraries'.
 
     python -m benchmarks.kernels                    writes benchmarks/results/kernels.json
     python -m benchmarks.kernels --json OUT.json    at OUT.json; --minutes 4.5 is the time limit
@@ -8,7 +8,8 @@ Forward times are replays of a CUDA graph over inputs that pass the L2 cache twi
 backward is timed without a graph, so small sizes show launches. Bytes count each tensor once,
 operations those of the formula. Errors are those of ours and of eager PyTorch against the plain
 form in float64, at a batch of 2. What the time limit leaves out is listed as not run; peers are
-compiled last. Without a GPU tiny shapes are run, to try the script; nothing is measured then.
+compiled last. A row names the kernels that the self-test refused: there ours is PyTorch's. Without
+a GPU tiny shapes are run, to try the script; nothing is measured then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 
 from benchmarks.provenance import Saver, first_line
 from benchmarks.timing import ceilings, nbytes, rotations, seconds_per_call
-from benchmarks.turns import alone, aside
-from pixart_rt.kernels import launch
+from benchmarks.truth import (
+    RESUME,
+    failure,
+    kernels_tested,
+    refused,
+    start_again,
+    usable,
+)
+from benchmarks.turns import alone, compiler_waits
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
-from pixart_rt.kernels.catalog import flat, relative_error
+from pixart_rt.kernels.catalog import TOLERANCE, flat, relative_error
 from pixart_rt.kernels.cross_attention import cross_attention, cross_attention_ref
 from pixart_rt.kernels.fp8_linear import fp8_linear, fp8_linear_ref, quantize_rows
 from pixart_rt.kernels.gate_residual import (
@@ -40,6 +52,7 @@ from pixart_rt.kernels.gate_residual import (
     gate_residual_ln_modulate_ref,
 )
 from pixart_rt.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from pixart_rt.kernels.launch import SM89
 from pixart_rt.kernels.linear import (
     linear_gate_residual,
     linear_gate_residual_ref,
@@ -55,7 +68,10 @@ WIDTH, HIDDEN = HEADS * HEAD_DIM, 4 * HEADS * HEAD_DIM
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape: inputs of a seed, ours, the plain one, and what it must do."""
+    """One operator at one shape: inputs of a seed, ours, the plain one, and what it must do.
+
+    `candidates` compute the same with other kernels; more can be added.
+    """
 
     operator: str
     shape: str
@@ -64,7 +80,7 @@ class Case:
     plain: Callable[..., Any]
     flops: float = 0.0
     trains: bool = True
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    candidates: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def attention_plain(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
@@ -75,14 +91,52 @@ def attention_plain(qkv: Tensor, backend: SDPBackend | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-SDPA = {
-    f"sdpa {name}": partial(attention_plain, backend=backend)
-    for name, backend in (
-        ("flash", SDPBackend.FLASH_ATTENTION),
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-    )
+def flash_attention(qkv: Tensor, implementation: str) -> Tensor:
+    """FlashAttention 3 or 4 in the place of SDPA's own; ImportError where it is not installed."""
+    activate_flash_attention_impl(implementation)
+    try:
+        return attention_plain(qkv, SDPBackend.FLASH_ATTENTION)
+    finally:
+        restore_flash_attention_impl()
+
+
+ATTENTION = {
+    **{
+        f"sdpa {name}": partial(attention_plain, backend=backend)
+        for name, backend in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+        )
+    },
+    **{name: partial(flash_attention, implementation=name) for name in ("FA3", "FA4")},
 }
+
+
+def linear_then_norm(x: Tensor, weight: Tensor, bias: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    """Gate and residual in the GEMM, then the norm. `given`: gate rows, residual, norm rows."""
+    gate_table, gate_shared, gate_row, residual, table, shared, row = given
+    x = linear_gate_residual(x, weight, bias, gate_table, gate_shared, gate_row, residual)
+    return x, ln_modulate(x, table, shared, row)
+
+
+def cublas_then_fused_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *given: Any
+) -> tuple[Tensor, ...]:
+    """The GEMM by cuBLAS, then gate, residual and norm in one kernel: as many launches."""
+    gate_table, gate_shared, gate_row, residual, table, shared, row = given
+    branch = F.linear(x, weight, bias)
+    return gate_residual_ln_modulate(
+        residual, branch, gate_table, gate_shared, gate_row, table, shared, row
+    )
+
+
+def linear_then_norm_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, *given: Any
+) -> tuple[Tensor, ...]:
+    gate_table, gate_shared, gate_row, residual, table, shared, row = given
+    x = linear_gate_residual_ref(x, weight, bias, gate_table, gate_shared, gate_row, residual)
+    return x, ln_modulate_ref(x, table, shared, row)
 
 
 def cases(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -107,7 +161,7 @@ def cases(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Iterator[
     )  # fmt: skip
     yield Case(
         "attention_qkv_packed", shape, lambda s: (*normal(s, (B, N, 3, HEADS, HEAD_DIM)),),
-        attention_qkv_packed, attention_plain, 4.0 * B * N * N * WIDTH, peers=SDPA,
+        attention_qkv_packed, attention_plain, 4.0 * B * N * N * WIDTH, candidates=ATTENTION,
     )  # fmt: skip
     mask = torch.zeros(B, TEXT, dtype=torch.bool, device=device)
     mask[:, :30] = True
@@ -125,13 +179,24 @@ def cases(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Iterator[
         yield Case(f"linear_gate_residual {inner}", shape, residual, linear_gate_residual,
                    linear_gate_residual_ref, 2.0 * B * N * inner * WIDTH)  # fmt: skip
 
+        def residual_and_norm(
+            s: int, make: Callable[[int], tuple[Any, ...]] = residual
+        ) -> tuple[Any, ...]:
+            return *make(s), *modulation(s + 1), 3
+
+        yield Case(
+            f"linear, gate, residual, norm {inner}", shape, residual_and_norm, linear_then_norm,
+            linear_then_norm_ref, 2.0 * B * N * inner * WIDTH,
+            candidates={"cublas, fused norm": cublas_then_fused_norm},
+        )  # fmt: skip
+
     def gelu(s: int) -> tuple[Any, ...]:
         x, w, b = normal(s, token, (HIDDEN, WIDTH), (HIDDEN,))
         return x, w / WIDTH**0.5, b
 
     yield Case("linear_gelu", shape, gelu, linear_gelu, linear_gelu_ref,
                2.0 * B * N * WIDTH * HIDDEN)  # fmt: skip
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= launch.SM89:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= SM89:
 
         def fp8(s: int) -> tuple[Any, ...]:
             x, w, b = gelu(s)
@@ -163,7 +228,7 @@ def train(function: Callable[..., Any], *inputs: Any) -> None:
     torch.autograd.grad(outputs, wanted, [torch.ones_like(each) for each in outputs])
 
 
-def _wide(each: Any) -> Any:
+def wide(each: Any) -> Any:
     """An input in float64; what is quantized stays."""
     if isinstance(each, torch.dtype):
         return torch.float64
@@ -174,58 +239,76 @@ def _trainable(each: Any) -> bool:
     return isinstance(each, Tensor) and each.dtype.is_floating_point
 
 
-def measure(case: Case, device: torch.device, compiled: bool) -> dict[str, Any]:
-    """The row of a case: errors against float64, and seconds of every form."""
+def measure(case: Case, device: torch.device, compiled: bool, row: dict[str, Any]) -> None:
+    """Fill the row of a case: errors against float64 where that fits, seconds of every form, or why
+    it has none. A result that is not right is not timed.
+    """
     first = case.make(0)
     sets = [first, *(case.make(seed) for seed in range(1, rotations(device, first)))]
     with torch.no_grad():
         ours, plain = flat(case.ours(*first)), flat(case.plain(*first))
-        expected = flat(case.plain(*map(_wide, first))) if case.shape.startswith("2x") else plain
-        errors = {
-            name: max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
-            for name, found in (("ours", ours), ("eager", plain))
-        }
-        del expected
-        moved = nbytes(first) + nbytes(ours)
-        forms: dict[str, Callable[..., Any]] = {"ours": case.ours, "eager": case.plain}
-        forms |= case.peers
-        if compiled and device.type == "cuda":
-            forms["compiled"] = torch.compile(case.plain, mode="max-autotune-no-cudagraphs")
-        seconds: dict[str, float | str] = {}
-        for name, form in forms.items():
-            try:
-                with aside() if name == "compiled" else nullcontext():
-                    form(*first)
-                seconds[name] = seconds_per_call(form, sets)
-            except RuntimeError as refusal:  # a backend of SDPA that does not take this shape
-                if name in ("ours", "eager"):
-                    raise
-                seconds[name] = f"refused: {str(refusal).splitlines()[0]}"
-    row = {"errors": errors, "bytes": moved,
-           "against_float64": case.shape.startswith("2x"), "flops": case.flops,
-           "seconds": seconds}  # fmt: skip
+        checked = case.shape.startswith("2x")
+        expected = flat(case.plain(*map(wide, first))) if checked else plain
+        row |= {
+            "errors": {
+                name: max((relative_error(a, b) for a, b in zip(outputs, expected, strict=True)),
+                          key=lambda off: float("inf") if off != off else off)
+                for name, outputs in (("ours", ours), ("eager", plain))
+            },
+            "bytes": nbytes(first) + nbytes(ours), "against_float64": checked, "flops": case.flops,
+        }  # fmt: skip
+    given = first[0].dtype if first[0].dtype in TOLERANCE else ours[0].dtype
+    allowed = max(TOLERANCE[given], *(TOLERANCE[each.dtype] for each in ours))
+    row["agrees"] = row["errors"]["ours"] <= allowed
+    del ours, plain, expected
+    if not row["agrees"]:
+        return
+    forms: dict[str, Callable[..., Any]] = {"ours": case.ours, "eager": case.plain}
+    forms |= case.candidates
+    if compiled and device.type == "cuda":
+        forms["compiled"] = torch.compile(case.plain, mode="max-autotune-no-cudagraphs")
+    row["seconds"] = seconds = _timed(forms, sets, graph=True)
     if case.trains:
-        row["forward_backward_seconds"] = {
-            name: seconds_per_call(partial(train, form), sets[:2], graph=False)
-            for name, form in forms.items()
-            if not isinstance(seconds[name], str)
-        }
-    return row
+        forms = {name: partial(train, form) for name, form in forms.items()
+                 if not isinstance(seconds[name], str)}  # fmt: skip
+        row["forward_backward_seconds"] = _timed(forms, sets[:2], graph=False)
+
+
+def _timed(
+    forms: dict[str, Callable[..., Any]], sets: list[tuple[Any, ...]], *, graph: bool
+) -> dict[str, float | str]:
+    """Seconds of each form, or the error that it raised: not installed, not for this shape."""
+    found: dict[str, float | str] = {}
+    for name, form in forms.items():
+        try:
+            with torch.set_grad_enabled(not graph):
+                form(*sets[0])  # compiles: others may time meanwhile
+                with alone():
+                    found[name] = seconds_per_call(form, sets, graph=graph)
+        except Exception as error:
+            if name in ("ours", "eager"):
+                raise
+            found[name] = first_line(error)
+    return found
 
 
 def line(row: dict[str, Any]) -> str:
-    """One line: the operator, our time and rate, and each peer's time."""
+    """One line: the operator, our error, time and rate, and each candidate's time."""
+    start = f"{row['operator']:36}{row['shape']:9}"
+    if "failed" in row:
+        return start + str(row["failed"])
+    start += f"error {row['errors']['ours']:.1e}"
+    if not row["agrees"]:
+        return f"{start}: differs from float64, not timed"
     ours = row["seconds"]["ours"]
     rate = (f"{row['flops'] / ours / 1e12:7.1f} TFLOP/s" if row["flops"]
             else f"{row['bytes'] / ours / 1e12:7.2f} TB/s   ")  # fmt: skip
-    peers = [f"{name} {1e6 * value:.1f}" for name, value in row["seconds"].items()
-             if name != "ours" and not isinstance(value, str)]  # fmt: skip
-    both = row.get("forward_backward_seconds", {})
-    training = [f"{name} {1e6 * value:.0f}" for name, value in both.items()]
-    return (
-        f"{row['operator']:26}{row['shape']:9}{1e6 * ours:9.1f} us {rate}  {'  '.join(peers)}"
-        + (f"  | with backward: {'  '.join(training)}" if training else "")
-    )
+    said = [
+        "  ".join(f"{name} {1e6 * value:.1f}" for name, value in row[key].items()
+                  if name != "ours" and not isinstance(value, str))
+        for key in ("seconds", "forward_backward_seconds") if key in row
+    ]  # fmt: skip
+    return f"{start} {1e6 * ours:9.1f} us {rate}  " + "  | with backward: ".join(said)
 
 
 def run(
@@ -234,9 +317,13 @@ def run(
     device: torch.device,
     dtype: torch.dtype,
     save: Saver,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """The file's values, without provenance, saved after every row."""
-    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[str]()
+    started, left_out = time.monotonic(), list[str]()
+    rows = save.earlier("rows") if resume else []
+    there = {(row["operator"], row["shape"], row["with_compiled"]) for row in rows}
+    kernels_tested(device, dtype, training=True)
     with alone():
         values = {"measured": device.type == "cuda", "dtype": str(dtype), "rows": rows,
                   "ceilings": ceilings(device), "not_run_for_time": left_out}  # fmt: skip
@@ -245,40 +332,41 @@ def run(
             if device.type == "cpu" and compiled:
                 continue
             for case in cases(B, N, device, dtype):
+                if (case.operator, case.shape, compiled) in there:
+                    continue
                 if time.monotonic() - started > 60 * minutes:
                     left_out.append(f"{case.operator} {case.shape}" + " compiled" * compiled)
                     continue
                 torch.compiler.reset()  # or a second size would be compiled for any
                 row = {"operator": case.operator, "shape": case.shape, "with_compiled": compiled}
                 try:
-                    with alone():
-                        row |= measure(case, device, compiled)
-                    print(line(row), flush=True)
-                except RuntimeError as error:  # out of memory, a kernel's launch: the others go on
-                    row["failed"] = first_line(error)
-                    print(f"{case.operator} {case.shape}: {row['failed']}", flush=True)
-                rows.append(row)
-                refused = launch.refused().items()
-                save(values | {"refused_kernels": [f"{op}: {why}" for (op, _), why in refused]})
-    return values | {
-        "refused_kernels": [f"{op}: {why}" for (op, _), why in launch.refused().items()]
-    }
+                    measure(case, device, compiled, row)
+                except Exception as error:
+                    row |= failure(error)
+                rows.append(row | {"refused_kernels": refused()})
+                print(line(row), flush=True)
+                save(values)
+                if "failed" in row and not usable(device):
+                    start_again()
+    return values
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write here instead of benchmarks/results")
     parser.add_argument("--minutes", type=float, default=4.5, help="start nothing after this")
+    parser.add_argument(RESUME, action="store_true", help="go on with the rows of --json")
     args = parser.parse_args()
+    compiler_waits()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shapes = [(2, 4096), (2, 256), (2, 1024), (32, 4096), (32, 256), (32, 1024)]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     if device.type == "cpu":
         shapes = [(2, 37)]
     save = Saver(args.json, "kernels", measured=device.type == "cuda")
-    values = run(args.minutes, shapes, device, dtype, save)
+    values = run(args.minutes, shapes, device, dtype, save, args.resume)
     save(values)
-    return 1 if any("failed" in row for row in values["rows"]) else 0
+    return 0 if all(row["agrees"] for row in values["rows"]) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a GPU's own libraries reach: the copy, the model's matrix products, SDPA at head widths.
 
     python -m benchmarks.limits                 writes benchmarks/results/limits.json
-    python -m benchmarks.limits --json OUT
+    python -m benchmarks.limits --json OUT --only ceilings
 
 The products are those of a PixArt XL/2 block, as cuBLAS runs them in bfloat16 and, on Ada and
 later, in fp8 with a scale for each row. The scores and sums of attention are counted at the head's
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.provenance import Saver
+from benchmarks.provenance import Saver, first_line
 from benchmarks.timing import ceilings, factors, product, rotations, seconds_per_call
 from benchmarks.turns import alone
 from pixart_rt.kernels.launch import SM89
@@ -60,7 +60,8 @@ def products(
                 sets = [first]
                 while len(sets) < rotations(device, first):
                     sets.append(tuple(each.clone() for each in first))
-                seconds = seconds_per_call(product, sets)
+                with alone():
+                    seconds = seconds_per_call(product, sets)
                 flops = 2 * M * N * K
                 yield {"product": name, "m": M, "n": N, "k": K, "seconds": seconds,
                        "dtype": str(dtype).removeprefix("torch."),
@@ -84,11 +85,11 @@ def attention(
             for name, backend in BACKENDS.items():
                 row: dict[str, Any] = {"backend": name, "head_dim": d, "tokens": N, "batch": batch}
                 try:
-                    with sdpa_kernel(backend):
+                    with sdpa_kernel(backend), alone():
                         forward = seconds_per_call(F.scaled_dot_product_attention, sets)
                         both = seconds_per_call(_train, sets, graph=False)
-                except RuntimeError as refusal:
-                    yield row | {"refused": str(refusal).splitlines()[0]}
+                except Exception as refusal:
+                    yield row | {"refused": first_line(refusal)}
                     continue
                 flops = 4 * batch * HEADS * N * N * d
                 yield row | {"seconds": forward, "forward_backward_seconds": both,
@@ -101,25 +102,27 @@ def _train(*inputs: Tensor) -> None:
     torch.autograd.grad(output, (q, k, v), torch.ones_like(output))
 
 
-def run(device: torch.device, minutes: float, save: Saver) -> dict[str, Any]:
+def run(device: torch.device, minutes: float, save: Saver, only: str | None) -> dict[str, Any]:
     """The file's values, without provenance, saved as they come."""
     cuda = device.type == "cuda"
     tokens, batches = ((256, 1024, 4096), (2, 32)) if cuda else ((8,), (1,))
     started = time.monotonic()
-    values: dict[str, Any] = {
-        "measured": cuda, "ceilings": ceilings(device), "products": [], "attention": [],
-        "not_run_for_time": False,
-    }  # fmt: skip
+    with alone():
+        values: dict[str, Any] = {
+            "measured": cuda, "ceilings": ceilings(device), "products": [], "attention": [],
+            "not_run_for_time": [],
+        }  # fmt: skip
+    print(values["ceilings"], flush=True)
     for name, rows in (
         ("attention", attention(tokens, 2 if cuda else 1, device)),
         ("products", products(tokens, batches, device)),
     ):
-        for row in rows:
+        for row in rows if only is None else ():
             values[name].append(row)
             save(values)
             print(" ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
             if time.monotonic() - started > 60 * minutes:
-                values["not_run_for_time"] = True
+                values["not_run_for_time"].append(f"the rest of {name}")
                 break
     return values
 
@@ -132,11 +135,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write here instead of benchmarks/results")
     parser.add_argument("--minutes", type=float, default=3, help="start nothing after this")
+    parser.add_argument("--only", choices=("ceilings",), help="the large copy and products alone")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     save = Saver(args.json, "limits", measured=device.type == "cuda")
-    with alone():
-        save(run(device, args.minutes, save))
+    save(run(device, args.minutes, save, args.only))
     return 0
 
 

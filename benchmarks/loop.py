@@ -12,7 +12,8 @@ host does for a request: noise, plan, caches, copies. Neither has text encoder o
 the loop runs without a graph, to try the script; nothing is measured then.
 
 The graph's latents are compared with those of the same loop run step by step; a difference above
-1e-3 of their norm is listed instead of a time, and the exit code is 1.
+1e-3 of their norm is listed instead of a time, and the exit code is 1. A row names the kernels that
+the self-test refused when the model was loaded.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import Saver, first_line
+from benchmarks.provenance import Saver
 from benchmarks.timing import seconds_per_call
+from benchmarks.truth import failure, refused
 from benchmarks.turns import alone
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.config import EngineConfig, Precision, Quality, SamplingConfig
@@ -83,9 +85,12 @@ def measure(pipe: PixArtPipeline, images: int, tokens: int, steps: int) -> dict[
         replayed = denoiser.graphs.replay(key, inputs)
         return denoiser._run(inputs) if replayed is None else replayed
 
-    row["seconds"] = seconds_per_call(loop, [(expected,)], graph=False) / steps
-    row["graph_replays"] = denoiser.graphs.replays
-    row["request_seconds"] = seconds_per_call(request, [(expected,)], graph=False) / steps
+    with alone():
+        row["seconds"] = seconds_per_call(loop, [(expected,)], graph=False) / steps
+        row["graph_replays"] = denoiser.graphs.replays
+        if pipe.device.type == "cuda" and not denoiser.graphs.replays:
+            raise RuntimeError("no graph was replayed: the loop ran step by step")
+        row["request_seconds"] = seconds_per_call(request, [(expected,)], graph=False) / steps
     return row
 
 
@@ -113,11 +118,10 @@ def run(args: argparse.Namespace, save: Saver) -> dict[str, Any]:
                             left_out.append(row)
                             continue
                         try:
-                            with alone():
-                                row |= measure(pipe, images, tokens, args.steps)
-                        except RuntimeError as error:  # out of memory: the others go on
-                            row |= {"agrees": False, "failed": first_line(error)}
-                        rows.append(row)
+                            row |= measure(pipe, images, tokens, args.steps)
+                        except Exception as error:
+                            row |= failure(error)
+                        rows.append(row | {"refused_kernels": refused()})
                         print(row, flush=True)
                         save(values)
                 del pipe

@@ -11,8 +11,9 @@ here: each form does a whole forward. (`benchmarks.loop` times the loop that lea
 of 2 is one image with guidance.
 
 Every form's output is first compared with our reference model's in float32. A form that differs by
-more than its dtype's rounding (`TOLERANCE`) is listed without a time, and the exit code is 1.
-Without a GPU a two-block model is run once, to try the script: nothing is measured then.
+more than its dtype's rounding (`TOLERANCE`) is listed without a time, and the exit code is 1. A row
+names the kernels that the self-test refused: in their place PyTorch's operators ran. Without a GPU
+a two-block model is run once, to try the script: nothing is measured then.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import Saver, first_line
+from benchmarks.provenance import Saver
 from benchmarks.timing import ceilings, in_a_row, seconds_per_call, start_afresh
-from benchmarks.turns import alone, aside
+from benchmarks.truth import failure, kernels_tested, refused
+from benchmarks.turns import alone, compiler_waits
 from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Quality
 from pixart_rt.model.conditioning import patchify, position_table, unpatchify
@@ -78,8 +80,7 @@ class Peer:
     """diffusers' model."""
 
     def __init__(self, config: ModelConfig, state: dict[str, Tensor], inputs: Inputs) -> None:
-        with aside():
-            model = diffusers_model(config, state)
+        model = diffusers_model(config, state)
         self.model = model.to(inputs["latents"].device, DTYPE).eval()
         self.inputs, self.mask = inputs, inputs["mask"].to(DTYPE)
 
@@ -154,18 +155,18 @@ def measure(
     """One row: the comparison and, where it holds, the time."""
     made = make(form, config, state, inputs)
     with torch.no_grad():
-        with aside():
-            first = made.output()[: len(expected)]
+        first = made.output()[: len(expected)]
         error = float((first.float() - expected).norm() / expected.norm())
         tolerance = TOLERANCE["fp8" if "fp8" in form else "bf16"]
         row: dict[str, Any] = {"form": form, "error": error, "agrees": error <= tolerance}
         if not row["agrees"]:
             return row
         given = made.inputs["latents"] if isinstance(made, Peer) else made.tokens()
-        for _ in range(3):  # of a compiled form: record its graph, settle
-            made.step(given)
-        sets = in_a_row(made.step, (given,))
-        row["seconds"] = seconds_per_call(made.step, sets, graph="one graph" in form)
+        with alone():
+            for _ in range(3):  # of a compiled form: record its graph, settle
+                made.step(given)
+            sets = in_a_row(made.step, (given,))
+            row["seconds"] = seconds_per_call(made.step, sets, graph="one graph" in form)
     return row
 
 
@@ -173,12 +174,14 @@ def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str
     """The file's values, without provenance, saved after every row."""
     cuda = device.type == "cuda"
     started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
-    values = {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE, "rows": rows,
-              "ceilings": ceilings(device), "not_run": left_out}  # fmt: skip
+    if any("fused" in form for form in args.forms):
+        kernels_tested(device, DTYPE)
+    with alone():
+        values = {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE, "rows": rows,
+                  "ceilings": ceilings(device), "not_run": left_out}  # fmt: skip
     for resolution in args.res or (RESOLUTIONS if cuda else (64,)):
         config = config_of(resolution, small=not cuda)
-        with aside():
-            state = random_state(config, SEED)
+        state = random_state(config, SEED, device)
         for batch in args.batch:
             inputs = inputs_for(config, resolution // 16, batch, device)
             few = {k: v if k == "positions" else v[:CHECKED] for k, v in inputs.items()}
@@ -196,9 +199,9 @@ def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str
                     continue
                 try:
                     row |= measure(form, config, state, inputs, expected)
-                except RuntimeError as error:  # out of memory, or a compiler's: the others go on
-                    row |= {"agrees": False, "error": None, "failed": first_line(error)}
-                rows.append(row)
+                except Exception as error:
+                    row |= failure(error) | {"error": None}
+                rows.append(row | {"refused_kernels": refused()})
                 print(_told(row), flush=True)
                 save(values)
                 start_afresh()
@@ -228,8 +231,8 @@ def main() -> int:
         parser.error(f"--forms {unknown[0]} is not one of {', '.join(FORMS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     save = Saver(args.json, "model", measured=device.type == "cuda")
-    with alone():
-        values = run(args, device, save)
+    compiler_waits()
+    values = run(args, device, save)
     save(values)
     return 0 if all(row["agrees"] for row in values["rows"]) else 1
 

@@ -1,12 +1,13 @@
-"""The tables of docs/performance.md, from what `pixart-rt bench` and h200.sh measured.
+"""The tables of docs/performance.md, from what `pixart-rt bench` and gpu/run.sh measured.
 
     pixart-rt bench --model tiny --res 1024 --peer diffusers --json benchmarks/results/bench-tiny-1024.json
-    benchmarks/h200.sh benchmarks/results/h200
+    benchmarks/gpu/run.sh measure benchmarks/results/gpu
     python -m benchmarks.performance
 
 Every benchmarks/results/bench-*.json becomes a table with its origin; measurements on a CPU and on
-a GPU have a section each, and so has benchmarks/results/h200/h200.json with its plots. A result
-whose peers drew other images is refused, and an h200.json that was written without a GPU.
+a GPU have a section each. Every benchmarks/results/gpu/*.json becomes tables and plots, which are
+made here: the machine with the GPU needs no matplotlib. A result whose peers drew other images is
+refused, and one of gpu/ that was written without a GPU.
 """  # noqa: E501 - commands stay on one line
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h200 import report
+from benchmarks.gpu import plots, report
 from benchmarks.provenance import RESULTS, ROOT
 
 DOC = ROOT / "docs" / "performance.md"
@@ -129,22 +130,25 @@ def sections(paths: list[Path], doc: Path) -> dict[str, str]:
     return {name: "\n".join(tables) or SECTIONS[name] for name, tables in found.items()}
 
 
-def h200_section(path: Path, doc: Path) -> str:
-    """The tables and plots of a run of h200.sh, if there is one."""
-    if not path.is_file():
-        return EMPTY
-    plots = [
-        f"![{each.stem}]({Path(os.path.relpath(each, doc.parent)).as_posix()})"
-        for each in sorted(path.parent.glob("h200-*.png"))
-    ]
-    return "\n".join([report.markdown(json.loads(path.read_text())), *plots, ""])
+def gpu_section(paths: list[Path], doc: Path) -> str:
+    """The tables and plots of the calls of gpu/run.sh, if there are any."""
+    blocks = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        text = report.markdown(found)
+        drawn = [
+            f"![{each.stem}]({Path(os.path.relpath(each, doc.parent)).as_posix()})"
+            for each in plots.write_plots(found, path.parent, path.stem)
+        ]
+        blocks.append("\n".join([text, *drawn, ""]))
+    return "\n".join(blocks) or EMPTY
 
 
 def write(doc: Path, results: Path) -> None:
     """Put the tables of a folder's results between the document's markers."""
     text = doc.read_text()
     found = sections(sorted(results.glob("bench-*.json")), doc)
-    found["h200"] = h200_section(results / "h200" / "h200.json", doc)
+    found["gpu"] = gpu_section(sorted((results / "gpu").glob("*.json")), doc)
     for name, body in found.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
         head, rest = text.split(begin)

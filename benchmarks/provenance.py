@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+COMMAND, COMMIT = "PIXART_RT_BENCH_COMMAND", "PIXART_RT_BENCH_COMMIT"
+
+
 def provenance() -> dict[str, Any]:
-    """Commit (with `+` for uncommitted changes), command line, library versions, hardware, date."""
-    return facts(" ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]))
+    """Commit (with `+` for uncommitted changes), command line, library versions, hardware, date.
+
+    A script that starts benchmarks names its own command, and the commit of sources that lie
+    outside a checkout, by the environment variables of COMMAND and COMMIT.
+    """
+    own = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    found = facts(os.environ.get(COMMAND, own))
+    return found | ({"commit": os.environ[COMMIT]} if os.environ.get(COMMIT) else {})
 
 
 class Saver:
@@ -33,6 +43,13 @@ class Saver:
         if self.path is not None:
             with replacing(self.path) as new:
                 new.write_text(json.dumps({**self._facts, **values}, indent=1) + "\n")
+
+    def earlier(self, key: str) -> list[dict[str, Any]]:
+        """The rows that a run before this one saved under a key; none if there was no such run."""
+        if self.path is None or not self.path.is_file():
+            return []
+        rows: list[dict[str, Any]] = json.loads(self.path.read_text())[key]
+        return rows
 
 
 def first_line(error: BaseException) -> str:

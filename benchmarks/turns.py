@@ -1,9 +1,9 @@
-"""One GPU, several benchmarks at once: they compile side by side and measure one after the other.
+"""One GPU, several benchmarks at once: they compile side by side and time one after the other.
 
-A benchmark holds the GPU (`alone`) and steps `aside` while the CPU works for long: to make weights,
-and in torch.compile, whose own timings, of a kernel's forms against each other, take the GPU back.
-Turns are kept by a lock on the file that the environment variable PIXART_RT_BENCH_LOCK names.
-Without it a benchmark runs by itself and nothing waits.
+A benchmark holds the GPU (`alone`) while it times, and nowhere else: not while it loads, compiles
+or compares. torch.compile's own timings, of a kernel's forms against each other, take their turn
+once `compiler_waits` was called. Turns are kept by a lock on the file that the environment variable
+PIXART_RT_BENCH_LOCK names. Without it a benchmark runs by itself and nothing waits.
 
     python -m benchmarks.turns COMMAND ...        runs another program that has the GPU alone
 """
@@ -15,6 +15,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,8 +34,6 @@ class _Turn:
         if self.depth == 0 and os.environ.get(LOCK):
             if self.file is None:
                 self.file = os.open(os.environ[LOCK], os.O_CREAT | os.O_RDWR)
-                if __name__ != "__main__":
-                    _let_the_compiler_wait()
             fcntl.flock(self.file, fcntl.LOCK_EX)
         self.depth += 1
 
@@ -42,6 +41,7 @@ class _Turn:
         self.depth -= 1
         if self.depth == 0 and self.file is not None:
             fcntl.flock(self.file, fcntl.LOCK_UN)
+            time.sleep(0.001)  # or this process, awake, would take the next turn as well
 
 
 _turn = _Turn()
@@ -49,7 +49,7 @@ _turn = _Turn()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """No other benchmark uses the GPU meanwhile. May be nested."""
+    """No other benchmark times anything meanwhile. May be nested."""
     _turn.take()
     try:
         yield
@@ -57,21 +57,8 @@ def alone() -> Iterator[None]:
         _turn.give()
 
 
-@contextmanager
-def aside() -> Iterator[None]:
-    """Inside `alone`: others may measure. For what needs the GPU hardly or not at all."""
-    depth = _turn.depth
-    for _ in range(depth):
-        _turn.give()
-    try:
-        yield
-    finally:
-        for _ in range(depth):
-            _turn.take()
-
-
-def _let_the_compiler_wait() -> None:
-    """Inductor's timings of kernels take their turn as well."""
+def compiler_waits() -> None:
+    """Inductor's timings of kernels take their turn as well, from now on."""
     from torch._inductor.runtime import benchmarking
 
     settle = getattr(benchmarking, "set_gpu_benchmark_lock_context", None)

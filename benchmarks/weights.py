@@ -11,13 +11,17 @@ from pixart_rt.model import keys
 from pixart_rt.model.checkpoint_config import config_to_json
 
 
-def random_state(config: ModelConfig, seed: int) -> dict[str, Tensor]:
-    """Our names to float32 on the CPU, none zero: what starts at zero would hide all before it."""
-    random = torch.Generator().manual_seed(seed)
+def random_state(
+    config: ModelConfig, seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Our names to float32, made on a device (a CPU takes a minute for the published model) and
+    kept on the CPU; none zero: what starts at zero would hide all before it.
+    """
+    random = torch.Generator(device).manual_seed(seed)
     state = {}
     for name, shape in keys.expected_shapes(config).items():
         spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-        state[name] = torch.empty(shape).normal_(std=spread, generator=random)
+        state[name] = torch.empty(shape, device=device).normal_(std=spread, generator=random).cpu()
     return state
 
 

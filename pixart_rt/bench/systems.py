@@ -19,6 +19,7 @@ from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Precision
 from pixart_rt.denoising import VAE_SCALE_FACTOR
+from pixart_rt.kernels.launch import refused
 from pixart_rt.pipeline import DTYPES, PixArtPipeline
 
 OURS = "pixart_rt"
@@ -95,6 +96,7 @@ class Ours:
             "backends": {name: entry.backend for name, entry in components.items()},
             "precisions": {name: entry.precision for name, entry in components.items()},
             "quality": str(self.pipe.quality),
+            "refused_kernels": [f"{op}: {why}" for (op, _), why in sorted(refused().items())],
         }
 
 

@@ -16,6 +16,6 @@ CHECKOUT = Path(pixart_rt.__file__).parents[1]
 
 @pytest.fixture
 def benchmark_module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """benchmark_module("h200.pool") is benchmarks.h200.pool."""
+    """benchmark_module("gpu.pool") is benchmarks.gpu.pool."""
     monkeypatch.syspath_prepend(str(CHECKOUT))
     return lambda name: importlib.import_module(f"benchmarks.{name}")

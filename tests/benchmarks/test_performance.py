@@ -87,27 +87,28 @@ def test_different_images_make_no_table(
     assert doc.read_text() == before
 
 
-def test_a_run_of_h200_stands_in_its_section(
+def test_a_call_on_a_gpu_stands_in_its_section(
     benchmark_module: Callable[[str], ModuleType], performance: Any, doc: Path
 ) -> None:
     """One that was written without a GPU is refused, and the document stays as it was."""
-    folder = doc.parents[1] / "results" / "h200"
+    folder = doc.parents[1] / "results" / "gpu"
     folder.mkdir()
-    report = benchmark_module("h200.report")
-    found = report.collect(folder, [], 1.0)
-    report.write(folder / "h200.json", found)
+    report = benchmark_module("gpu.report")
+    found = report.collect(folder, [], [], 1.0, report.origin("measure"))
+    report.write(folder / "measure-cpu.json", found)
     before = doc.read_text()
     with pytest.raises(SystemExit, match="without a GPU"):
         performance.write(doc, folder.parent)
     assert doc.read_text() == before
-    versions = found["versions"] | {"triton": "3"}
-    on_a_gpu = found["hardware"] | {"gpu": "a GPU"}
-    report.write(
-        folder / "h200.json",
-        found | {"measured": True, "hardware": on_a_gpu, "versions": versions},
-    )
-    (folder / "h200-steps.png").touch()
+    (folder / "measure-cpu.json").unlink()
+    row = {"form": "ours fused", "pixels": 256, "batch": 2, "agrees": True, "seconds": 0.002}
+    measured = found | {
+        "measured": True, "steps": [row], "versions": found["versions"] | {"triton": "3"},
+        "hardware": found["hardware"] | {"gpu": "a GPU"},
+    }  # fmt: skip
+    report.write(folder / "measure-card.json", measured | {"bars": report.bars(measured)})
     performance.write(doc, folder.parent)
-    section = doc.read_text().split("<!-- h200:begin -->")[1].split("<!-- h200:end -->")[0]
-    assert "a GPU, torch" in section and "![h200-steps](../results/h200/h200-steps.png)" in section
-    assert "not measured" in section
+    section = doc.read_text().split("<!-- gpu:begin -->")[1].split("<!-- gpu:end -->")[0]
+    assert "a GPU, torch" in section and "NOT MET" in section
+    assert "![measure-card-steps](../results/gpu/measure-card-steps.png)" in section
+    assert (folder / "measure-card-steps.png").is_file()

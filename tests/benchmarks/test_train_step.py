@@ -79,6 +79,38 @@ def test_a_form_that_differs_is_given_no_speed(
     assert "not timed" in printed and "images/s" not in printed
 
 
+@pytest.mark.parametrize("wrong", [None, "bfloat16", "float32"])
+def test_gradients_of_the_timed_precision_are_compared(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_kernels: None,
+    wrong: str | None,
+) -> None:  # fmt: skip
+    """One gradient is off by a fifth in one precision, as of a backward that is wrong there."""
+    checked = bench.Ours.checked
+
+    def broken(self: Any, batch: Any, precision: Any) -> Any:
+        loss, gradients = checked(self, batch, precision)
+        name = "blocks.1.attn.qkv.weight"
+        if wrong == {"bf16": "bfloat16", "fp32": "float32"}[str(precision)]:
+            gradients[name] = 1.2 * gradients[name]
+        return loss, gradients
+
+    monkeypatch.setattr(bench.Ours, "checked", broken)
+    words = ("--forms", "diffusers,ours", "--precision", "bf16")
+    code, found = run(bench, monkeypatch, tmp_path / "x.json", *words)
+    peer, row = found["rows"]
+    assert peer["agrees"] and 1e-3 < peer["half_difference"] < 0.5, "bfloat16 rounds"
+    if wrong is None:
+        assert code == 0 and row["agrees"] and row["seconds"] > 0
+        assert row["half_difference"] <= row["half_allowed"]
+        return
+    assert code == 1 and not row["agrees"] and "seconds" not in row
+    if wrong == "bfloat16":
+        assert row["difference"] <= 1e-5 and row["half_most_different"].endswith("qkv.weight")
+        assert row["half_difference"] > 0.15
+    else:
+        assert row["most_different"].endswith("qkv.weight") and "half_difference" not in row
+
+
 def test_unknown_forms_are_refused(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +25,8 @@ from pixart_rt.data.sample import bfloat16_from_bytes
 from pixart_rt.data.shard import SCHEMA, Record, Skipped, read_shard, write_shard
 from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
+
+datasets = pytest.importorskip("datasets", reason="it writes the data sets that are extracted")
 
 
 def contents(store: Path) -> dict[str, bytes]:

@@ -35,6 +35,17 @@ def launches() -> Iterator[Launches]:
         Path(file).write_text(json.dumps(found.sorted()))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest itself reads -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, tests of kernels run on it: `-m gpu` selects those with a device."""
+    for item in items:
+        if not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))  # see `poisoned`
+        if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run here. Without a GPU and without the interpreter nothing would be tested."""
@@ -47,7 +58,8 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN, so an element that a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True)  # with it, torch.empty fills with NaN
+    # With it, torch.empty fills with NaN. It also warns of references on a GPU, in cuBLAS too.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""The pictures of a run: steps, attention, products, kernels, training. A part not run has none."""
+"""The pictures of a result, made from its JSON afterwards. A part that was not run has none."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.h200.report import GUIDED, PROMPT, seconds_of
+from benchmarks.gpu.report import GUIDED, PROMPT, seconds_of
 from pixart_rt.files import replacing
 
 SIZE, DPI = (8.0, 4.5), 130
@@ -18,8 +18,8 @@ OURS = ("#9cc4ec", "#5b9bd5", "#1f5fa8", "#123a68", "#e08214", "#f3bd7c")
 MARKERS = ("o", "s", "^", "D")
 
 
-def write_plots(found: dict[str, Any], folder: Path) -> list[Path]:
-    """h200-NAME.png for each of PLOTS that there are measurements of."""
+def write_plots(found: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """STEM-NAME.png for each of PLOTS that there are measurements of."""
     written = []
     for name, (there, draw) in PLOTS.items():
         if not there(found):
@@ -30,7 +30,7 @@ def write_plots(found: dict[str, Any], folder: Path) -> list[Path]:
             axes.spines[["top", "right"]].set_visible(False)
         said = found["hardware"]["gpu"] or "a CPU, to try the script"
         figure.suptitle(f"{name}, {said}", fontsize=9)
-        path = folder / f"h200-{name}.png"
+        path = folder / f"{stem}-{name}.png"
         with replacing(path) as new:
             figure.savefig(new, format="png")
         written.append(path)
@@ -97,7 +97,7 @@ def attention(figure: Figure, found: dict[str, Any]) -> None:
                           label=backend)  # fmt: skip
         for row in found["kernels"]:
             mine = (row["operator"], row["shape"]) == ("attention_qkv_packed", f"2x{count}")
-            if mine and not row["with_compiled"] and "failed" not in row:
+            if mine and not row["with_compiled"] and row["agrees"]:
                 rate = row["flops"] / row["seconds"]["ours"] / 1e12
                 axes.plot([72], [rate], "*", markersize=12, color=OURS[2], label="ours")
         axes.set_title(f"{count} tokens", fontsize=8)
@@ -132,7 +132,7 @@ def kernels(figure: Figure, found: dict[str, Any]) -> None:
     axes = figure.subplots()
     groups: dict[str, dict[str, float]] = {}
     for row in found["kernels"]:
-        if "failed" in row or not row["against_float64"]:
+        if not row["agrees"] or not row["against_float64"]:
             continue
         times = {k: v for k, v in row["seconds"].items() if not isinstance(v, str)}
         values = groups.setdefault(f"{row['operator']} {row['shape'].partition('x')[2]}", {})
@@ -140,11 +140,11 @@ def kernels(figure: Figure, found: dict[str, Any]) -> None:
             values["compiled"] = times["compiled"] / times["ours"]
             continue
         values["eager"] = times["eager"] / times["ours"]
-        sdpa = [value for name, value in times.items() if name.startswith("sdpa")]
-        if sdpa:
-            values["best SDPA"] = min(sdpa) / times["ours"]
+        others = [value for name, value in times.items() if name not in ("ours", "eager")]
+        if others:
+            values["best other"] = min(others) / times["ours"]
     places = range(len(groups))
-    for marker, form, color in zip(MARKERS, ("eager", "compiled", "best SDPA"),
+    for marker, form, color in zip(MARKERS, ("eager", "compiled", "best other"),
                                    (THEIRS[0], THEIRS[2], OURS[4]), strict=False):  # fmt: skip
         points = [(values[form], place) for place, values in enumerate(groups.values())
                   if form in values]  # fmt: skip

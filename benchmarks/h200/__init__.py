@@ -1,1 +1,0 @@
-"""All measurements of a GPU in one run: jobs.py says which, pool.py runs them, report.py tells."""

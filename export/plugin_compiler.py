@@ -95,7 +95,7 @@ def example(spec: KernelSpec, tokens: int) -> tuple[Tensor, ...]:
 
 def _call(spec: KernelSpec, inputs: tuple[Tensor, ...]) -> None:
     if spec.op == "attention_qkv_packed":
-        attention_triton(*inputs[0].unbind(2), tuned={"DESCRIPTORS": 0})
+        attention_triton(inputs[0], {"DESCRIPTORS": 0})
     else:
         x, table, shared = inputs
         ln_modulate_triton(x, table, shared, ROW)

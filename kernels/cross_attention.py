@@ -34,19 +34,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pixart_rt.kernels.attention import (
-    HEAD,
-    SM120,
-    Config,
-    attention_backward_ref,
-    attention_backward_triton,
-    attention_ref,
-    attention_triton,
-    lse_ref,
-    newest,
-    splits,
-    takes,
-)
+from pixart_rt.kernels.attention import attend, attention_ref
+from pixart_rt.kernels.attention_backward import attention_backward_ref, backward, lse_ref, splits
+from pixart_rt.kernels.attention_tiles import HEAD, SM120, Config, newest, takes
 from pixart_rt.kernels.launch import SM80, SM90, Operator, capability, config, launch, runs_triton
 
 # Chosen as those of attention.py.
@@ -224,8 +214,9 @@ def cross_attention_triton(
     q: Tensor, kv: Tensor, key_mask: Tensor, tuned: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out [B, N, H·K], log-sum-exp [B, H, N])."""
-    k, v = kv.contiguous().unbind(2)
-    return attention_triton(q.contiguous(), k, v, key_mask=key_mask.contiguous(), tuned=tuned)
+    H, buffer = q.shape[2], kv.contiguous().flatten(2, 3)
+    heads = (0, 0, H)
+    return attend("cross_attention", q.contiguous(), buffer, heads, H, key_mask.contiguous(), tuned)
 
 
 def cross_attention_backward_triton(
@@ -241,11 +232,10 @@ def cross_attention_backward_triton(
     q, kv = q.contiguous(), kv.contiguous()
     dq = torch.empty_like(q)
     parts = kv.new_empty(splits(q.shape[1]), *kv.shape, dtype=torch.float32)
-    (k, v), (dk, dv) = kv.unbind(2), parts.unbind(3)
-    attention_backward_triton(
-        dout, q, k, v, out.contiguous(), lse.contiguous(), dq, dk, dv,
-        key_mask=key_mask.contiguous(), tuned=tuned,
-    )  # fmt: skip
+    dk, dv = parts.unbind(3)
+    saved = (q, kv.flatten(2, 3), out.contiguous(), lse.contiguous())
+    heads = (0, 0, q.shape[2])
+    backward("cross_attention", dout, saved, heads, (dq, dk, dv), key_mask.contiguous(), tuned)
     return dq, parts.sum(0).to(kv.dtype)
 
 
@@ -370,17 +360,18 @@ def _absorbed_example(device: torch.device, dtype: torch.dtype, seed: int) -> tu
     return x.to(device, dtype), *(each.to(device) for each in made), proj_bias.to(device, dtype)
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`."""
-    B, N, H, T = 2, 4096, 16, 120
-    q = torch.empty(B, N, H, HEAD, dtype=dtype)
-    kv = torch.empty(B, T, 2, H, HEAD, dtype=dtype)
-    key_mask = torch.empty(B, T, dtype=torch.bool)
-    out, lse = cross_attention_triton(q, kv, key_mask)
-    cross_attention_backward_triton(out, q, kv, key_mask, out, lse)
-    for length in (16, 32, 64):
-        keys = torch.empty(B, H * length, H * HEAD, dtype=dtype)
-        absorbed_scores_triton(out, keys, torch.empty(B, H, length))
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """Every launch of this file for B images of N tokens at XL's width, for `launch.record`."""
+    H, T = 16, 120
+    with torch.device("meta"):
+        q = torch.empty(B, N, H, HEAD, dtype=dtype)
+        kv = torch.empty(B, T, 2, H, HEAD, dtype=dtype)
+        key_mask = torch.empty(B, T, dtype=torch.bool)
+        out, lse = cross_attention_triton(q, kv, key_mask)
+        cross_attention_backward_triton(out, q, kv, key_mask, out, lse)
+        for length in (16, 32, 64):
+            keys = torch.empty(B, H * length, H * HEAD, dtype=dtype)
+            absorbed_scores_triton(out, keys, torch.empty(B, H, length))
 
 
 OPERATORS = (

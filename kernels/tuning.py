@@ -19,7 +19,8 @@ import triton
 from torch import Tensor
 
 from pixart_rt.kernels import catalog, launch
-from pixart_rt.kernels.attention import attention_backward_triton, attention_triton
+from pixart_rt.kernels.attention import attention_triton
+from pixart_rt.kernels.attention_backward import attention_backward_triton
 from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate_triton
 from pixart_rt.kernels.linear import linear_triton
 from pixart_rt.kernels.ln_modulate import ln_modulate_backward_triton, ln_modulate_triton
@@ -75,25 +76,17 @@ def _gate(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Callable[
 
 
 def _attention(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
-    q, k, v = _normal(device, dtype, B, N, 3, HEADS, HEAD_DIM).unbind(2)
-    return lambda: attention_triton(q, k, v)
+    qkv = _normal(device, dtype, B, N, 3, HEADS, HEAD_DIM)
+    return lambda: attention_triton(qkv)
 
 
 def _attention_backward(
     B: int, N: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Any]:
     qkv = _normal(device, dtype, B, N, 3, HEADS, HEAD_DIM)
-    q, k, v = qkv.unbind(2)
-    out, lse = attention_triton(q, k, v)
+    out, lse = attention_triton(qkv)
     dout = torch.randn_like(out)
-
-    def call() -> Tensor:
-        dqkv = torch.empty_like(qkv)
-        dq, dk, dv = dqkv.unbind(2)
-        attention_backward_triton(dout, q, k, v, out, lse, dq, dk, dv)
-        return dqkv
-
-    return call
+    return lambda: attention_backward_triton(dout, qkv, out, lse)
 
 
 def _linear(B: int, N: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixart_rt.kernels import attention
+from pixart_rt.kernels import attention_backward
 from pixart_rt.kernels import cross_attention as op
-from pixart_rt.kernels.attention import HEAD
+from pixart_rt.kernels.attention_tiles import HEAD
 
 # The interpreter multiplies the bit patterns of bf16, so products in it need a GPU.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -140,7 +140,7 @@ def test_backward(size, dtype, descriptors, device, error, tolerance):
 
 def test_queries_of_several_programs_add_up(device, error, tolerance, monkeypatch):
     """The dK/dV pass divides the queries; here into 3 parts, the last one ragged."""
-    monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention_backward, "SPLIT", 64)
     q, kv, key_mask = inputs((2, 150, 33, 1))
     q, kv = q.half(), kv.half()
     wide = [each.double().requires_grad_() for each in (q, kv)]
@@ -148,7 +148,7 @@ def test_queries_of_several_programs_add_up(device, error, tolerance, monkeypatc
     leaves = [each.to(device).requires_grad_() for each in (q, kv)]
     out = op.cross_attention(*leaves, key_mask.to(device))
     (actual,) = torch.autograd.grad(out.sum(), leaves[1])
-    assert attention.splits(150) == 3
+    assert attention_backward.splits(150) == 3
     assert error(actual, expected) < 2 * tolerance[torch.float16]
 
 

@@ -30,6 +30,7 @@ from pixart_rt.kernels.attention_backward import (
     attention_qkv_packed_backward_ref,
     lse_ref,
 )
+from pixart_rt.kernels.attention_choice import OWN, attend_by, chosen
 from pixart_rt.kernels.attention_tiles import (
     HEAD,
     LOG2E,
@@ -42,6 +43,7 @@ from pixart_rt.kernels.attention_tiles import (
     sources,
     store_rows,
     takes,
+    takes_traced,
     zero_tile,
 )
 from pixart_rt.kernels.launch import SM80, SM90, Operator, launch
@@ -226,14 +228,47 @@ def _backward(ctx: Any, dout: Tensor, *_: Any) -> Tensor:
 attention_qkv_packed_op.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("pixart_rt::attention_qkv_packed_forward", mutates_args=())
+def attention_qkv_packed_forward(qkv: Tensor) -> Tensor:
+    """Self-attention without a gradient, in compiled graphs: the tables choose at every call."""
+    H, N = qkv.shape[3], qkv.shape[1]
+    name = chosen("attention_qkv_packed", qkv, (qkv.shape[0] * H, N))
+    if name == OWN:
+        return attention_qkv_packed_op(qkv)[0]
+    return _by(name, qkv).contiguous()
+
+
+@attention_qkv_packed_forward.register_fake
+def _(qkv: Tensor) -> Tensor:
+    B, N, _, H, K = qkv.shape
+    return qkv.new_empty(B, N, H * K)
+
+
+def _by(implementation: str, qkv: Tensor) -> Tensor:
+    """Self-attention by one of PyTorch's implementations, [B, N, H·K]."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attend_by(implementation, q, k, v).transpose(1, 2).flatten(2)
+
+
 def attention_qkv_packed(qkv: Tensor) -> Tensor:
-    """Self-attention of qkv [B, N, 3, H, K]: [B, N, H·K]. Differentiable in qkv."""
-    # PyTorch differentiates its own attention, which needs no log-sum-exp of ours; a compiler,
-    # which cannot ask the device, takes the operator.
-    if not torch.compiler.is_compiling() and not takes("attention_qkv_packed", qkv):
-        return attention_qkv_packed_ref(qkv)
-    out: Tensor = attention_qkv_packed_op(qkv)[0]
-    return out
+    """Self-attention of qkv [B, N, 3, H, K]: [B, N, H·K]. Differentiable in qkv.
+
+    Where no kernel of ours runs, PyTorch differentiates its own attention, which needs no
+    log-sum-exp of ours. A compiled graph that is differentiated always has ours if it runs.
+    """
+    op = "attention_qkv_packed"
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():  # an exporter takes the operator apart, or keeps it
+            return attention_qkv_packed_op(qkv)[0]
+        if not takes_traced(op, qkv.device, qkv.dtype, qkv.shape[-1] == HEAD):
+            return attention_qkv_packed_ref(qkv)
+        if not (torch.is_grad_enabled() and qkv.requires_grad):
+            return attention_qkv_packed_forward(qkv)
+        return attention_qkv_packed_op(qkv)[0]
+    name = chosen(op, qkv, (qkv.shape[0] * qkv.shape[3], qkv.shape[1]))
+    if name != OWN:
+        return _by(name, qkv)
+    return attention_qkv_packed_op(qkv)[0] if takes(op, qkv) else attention_qkv_packed_ref(qkv)
 
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

@@ -159,3 +159,12 @@ def takes(op: str, x: Tensor) -> bool:
     # tried without tensor cores, and 150 or more by three tf32 products. The interpreter takes it.
     known |= x.dtype == torch.float32 and not x.is_cuda
     return x.shape[-1] == HEAD and known and runs_triton(op, x, SM80)
+
+
+@torch.compiler.assume_constant_result
+def takes_traced(op: str, device: torch.device, dtype: torch.dtype, head: bool) -> bool:
+    """`takes` while a graph is traced, of a tensor that does not exist; `head`: its K is HEAD.
+
+    Not asked again when the graph runs: the operator then has its own way to do without a kernel.
+    """
+    return head and takes(op, torch.empty(HEAD, device=device, dtype=dtype))

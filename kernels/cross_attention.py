@@ -36,7 +36,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pixart_rt.kernels.attention import attend, attention_ref
 from pixart_rt.kernels.attention_backward import attention_backward_ref, backward, lse_ref, splits
-from pixart_rt.kernels.attention_tiles import HEAD, SM120, Config, newest, takes
+from pixart_rt.kernels.attention_tiles import (
+    HEAD,
+    SM120,
+    Config,
+    newest,
+    takes,
+    takes_traced,
+)
 from pixart_rt.kernels.launch import SM80, SM90, Operator, capability, config, launch, runs_triton
 
 # Chosen as those of attention.py.
@@ -314,7 +321,13 @@ cross_attention_op.register_autograd(_backward, setup_context=_setup)
 def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
     """The standard form: [B, N, H·K]. Differentiable in q and kv."""
     # As in attention_qkv_packed: where no kernel runs, PyTorch differentiates its own attention.
-    if not torch.compiler.is_compiling() and not takes("cross_attention", q):
+    if torch.compiler.is_compiling():
+        runs = torch.compiler.is_exporting() or takes_traced(
+            "cross_attention", q.device, q.dtype, q.shape[-1] == HEAD
+        )
+    else:
+        runs = takes("cross_attention", q)
+    if not runs:
         return cross_attention_ref(q, kv, key_mask)
     out: Tensor = cross_attention_op(q, kv, key_mask)[0]
     return out

@@ -11,14 +11,17 @@ attention.py (FlashAttention, arXiv:2205.14135), which carry the mask in a spare
     absorbed    both projections move to the text side, for prompts of at most L tokens:
 
         scores_h = (x·Wq_hᵀ + bq_h)·k_hᵀ/√K = x·(Wq_hᵀ·k_h/√K)ᵀ + bq_h·k_h/√K     keys', bias
-        out      = Σ_h P_h·v_h·Wo_hᵀ + bo    = Σ_h P_h·(v_h·Wo_hᵀ) + bo            values'
+        out      = Σ_h P_h·v_h·Wo_hᵀ + bo    = Σ_h P_h·(v_h·Wo_hᵀ + bo/H)          values'
+
+    (the weights of each head sum to 1, so that bo needs no addition of its own)
 
     with x [B, N, D], the input of the q projection. Of two D×D products and the attention over 120
     tokens remain two D×(H·L) products: 0.22, 0.44 and 0.84 of the work at L = 16, 32 and 64, more
     than all of it from L = 72 on. PixArt's empty prompt is one token; most prompts have 10 to 60.
 
 Traffic: standard reads q and writes the output, 2·B·N·D elements; absorbed reads x, writes and
-reads the probabilities B·N·H·L, writes the output. kv, keys' and values' stay in L2.
+reads the probabilities B·N·H·L, writes the output, or adds it to x where it is: 3·B·N·D in all.
+kv, keys' and values' stay in L2.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ class Absorbed(NamedTuple):
 
     keys: Tensor  # [B, H·L, D], with 1/√K
     bias: Tensor  # [B, H, L] float32: a bias rounded to 16 bits would shift whole scores
-    values: Tensor  # [B, H·L, D]
+    values: Tensor  # [B, H·L, D], with the output projection's bias
 
 
 def choose_form(num_valid: int) -> Form:
@@ -129,11 +132,14 @@ def absorb(
     q_weight: Tensor,
     q_bias: Tensor,
     proj_weight: Tensor,
+    proj_bias: Tensor,
     length: int,
 ) -> Absorbed:
     """Fold both projections into kv's visible tokens, of which each image has at most `length`.
 
-    Formed in float32 or wider, then rounded once to kv's dtype.
+    Formed in float32 or wider, then rounded once to kv's dtype. Every head gets its share of the
+    output's bias: in one head's values alone, a large bias would cost them digits, and the weights'
+    rounding would change all of it at once.
     """
     B, _, _, H, K = kv.shape
     most = int(key_mask.sum(-1).max())  # a wait for the device, once for each prompt
@@ -154,6 +160,7 @@ def absorb(
     keys = torch.einsum("blhk,hkd->bhld", k, q_weight.to(wide).view(H, K, -1))
     bias = torch.einsum("blhk,hk->bhl", k, q_bias.to(wide).view(H, K))
     values = torch.einsum("blhk,dhk->bhld", v, proj_weight.to(wide).view(-1, H, K))
+    values = values + slots[:, None, :, None] * (proj_bias.to(wide) / H)
     return Absorbed(
         keys=keys.flatten(1, 2).to(kv.dtype),
         bias=bias.masked_fill(~slots[:, None], UNSEEN),
@@ -161,14 +168,11 @@ def absorb(
     )
 
 
-def cross_attention_absorbed_ref(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, proj_bias: Tensor
-) -> Tensor:
+def cross_attention_absorbed_ref(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     """The absorbed form in float32 or wider; [B, N, D] in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = (x.to(wide) @ keys.to(wide).mT).unflatten(-1, bias.shape[1:]) + bias[:, None].to(wide)
-    out = scores.softmax(-1).flatten(2) @ values.to(wide) + proj_bias.to(wide)
-    return out.to(x.dtype)
+    return (scores.softmax(-1).flatten(2) @ values.to(wide)).to(x.dtype)
 
 
 @triton.jit
@@ -334,19 +338,35 @@ def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pixart_rt::cross_attention_absorbed", mutates_args=())
-def cross_attention_absorbed(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, proj_bias: Tensor
-) -> Tensor:
+def cross_attention_absorbed(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     """The absorbed form of x [B, N, D] and what `absorb` made: [B, N, D]. Inference only."""
-    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if known and runs_triton("cross_attention_absorbed", x, SM80):
-        return torch.baddbmm(proj_bias, absorbed_scores_triton(x, keys, bias), values)
-    return cross_attention_absorbed_ref(x, keys, bias, values, proj_bias)
+    if _takes_absorbed(x):
+        return torch.bmm(absorbed_scores_triton(x, keys, bias), values)
+    return cross_attention_absorbed_ref(x, keys, bias, values)
 
 
 @cross_attention_absorbed.register_fake
-def _(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, proj_bias: Tensor) -> Tensor:
+def _(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pixart_rt::add_cross_attention_absorbed", mutates_args=("x",))
+def add_cross_attention_absorbed(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> None:
+    """x += its absorbed form, where x is: the product with values' adds to it and rounds once."""
+    if _takes_absorbed(x) and x.dtype == values.dtype:
+        x.baddbmm_(absorbed_scores_triton(x, keys, bias), values)
+    else:
+        x.add_(cross_attention_absorbed_ref(x, keys, bias, values))
+
+
+@add_cross_attention_absorbed.register_fake
+def _(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> None:
+    return None
+
+
+def _takes_absorbed(x: Tensor) -> bool:
+    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return known and runs_triton("cross_attention_absorbed", x, SM80)
 
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
@@ -369,8 +389,8 @@ def _absorbed_example(device: torch.device, dtype: torch.dtype, seed: int) -> tu
     key_mask = torch.arange(120) < torch.tensor([1, 17, 32])[:, None]
     q_weight, proj_weight = torch.randn(2, D, D, generator=random) * D**-0.5
     q_bias, proj_bias = torch.randn(2, D, generator=random)
-    made = absorb(kv.to(dtype), key_mask, q_weight, q_bias, proj_weight, 32)
-    return x.to(device, dtype), *(each.to(device) for each in made), proj_bias.to(device, dtype)
+    made = absorb(kv.to(dtype), key_mask, q_weight, q_bias, proj_weight, proj_bias, 32)
+    return x.to(device, dtype), *(each.to(device) for each in made)
 
 
 def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:

@@ -17,6 +17,7 @@ B·N·H·K elements, and B·H·N float32.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -260,7 +261,7 @@ def attention_qkv_packed(qkv: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting():  # an exporter takes the operator apart, or keeps it
             return attention_qkv_packed_op(qkv)[0]
-        if not takes_traced(op, qkv.device, qkv.dtype, qkv.shape[-1] == HEAD):
+        if not takes_traced(op, qkv):
             return attention_qkv_packed_ref(qkv)
         if not (torch.is_grad_enabled() and qkv.requires_grad):
             return attention_qkv_packed_forward(qkv)
@@ -273,8 +274,21 @@ def attention_qkv_packed(qkv: Tensor) -> Tensor:
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     """Three images of a ragged size, two blocks of keys and a rest, and an outlier channel."""
+    return _packed(3, 150, 2, device, dtype, seed)
+
+
+def _production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Tensor, ...]]:
+    """XL's heads, and more than two of the largest tiles."""
+    yield _packed(2, 300, 16, device, dtype, seed)
+
+
+def _packed(
+    B: int, N: int, H: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
-    qkv = torch.randn(3, 150, 3, 2, HEAD, generator=random)
+    qkv = torch.randn(B, N, 3, H, HEAD, generator=random)
     qkv[:, :, :2, :, 5] *= 8
     return (qkv.to(device, dtype),)
 
@@ -288,7 +302,9 @@ def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
 
 OPERATORS = (
     Operator(
-        "attention_qkv_packed", SM80, attention_qkv_packed, attention_qkv_packed_ref, _example
+        "attention_qkv_packed", SM80, attention_qkv_packed, attention_qkv_packed_ref, _example,
+        production=_production,
+        tables=("attention", "attention_backward_kv", "attention_backward_q"),
     ),
-)
+)  # fmt: skip
 PRODUCTS = (torch.ops.pixart_rt.attention_qkv_packed,)  # what activation checkpointing keeps

@@ -161,10 +161,14 @@ def takes(op: str, x: Tensor) -> bool:
     return x.shape[-1] == HEAD and known and runs_triton(op, x, SM80)
 
 
-@torch.compiler.assume_constant_result
-def takes_traced(op: str, device: torch.device, dtype: torch.dtype, head: bool) -> bool:
-    """`takes` while a graph is traced, of a tensor that does not exist; `head`: its K is HEAD.
+def takes_traced(op: str, x: Tensor) -> bool:
+    """`takes` while a graph is traced, of a tensor that does not exist.
 
     Not asked again when the graph runs: the operator then has its own way to do without a kernel.
     """
-    return head and takes(op, torch.empty(HEAD, device=device, dtype=dtype))
+    return x.shape[-1] == HEAD and _takes_head(op, x.device, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _takes_head(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return takes(op, torch.empty(HEAD, device=device, dtype=dtype))

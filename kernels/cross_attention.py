@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -175,7 +176,7 @@ def cross_attention_absorbed_ref(x: Tensor, keys: Tensor, bias: Tensor, values: 
     return (scores.softmax(-1).flatten(2) @ values.to(wide)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _absorbed_scores_kernel(
     x_src, keys_src, bias_ptr, num_tokens, num_columns,
     p_ptr,
@@ -326,9 +327,7 @@ def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
     """The standard form: [B, N, H·K]. Differentiable in q and kv."""
     # As in attention_qkv_packed: where no kernel runs, PyTorch differentiates its own attention.
     if torch.compiler.is_compiling():
-        runs = torch.compiler.is_exporting() or takes_traced(
-            "cross_attention", q.device, q.dtype, q.shape[-1] == HEAD
-        )
+        runs = torch.compiler.is_exporting() or takes_traced("cross_attention", q)
     else:
         runs = takes("cross_attention", q)
     if not runs:
@@ -371,25 +370,57 @@ def _takes_absorbed(x: Tensor) -> bool:
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     """Three images of a ragged size with prompts of 1, 77 and 120 tokens, an outlier channel."""
+    return _masked(150, 2, [1, 77, 120], device, dtype, seed)
+
+
+def _production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Tensor, ...]]:
+    """XL's heads, and more than two of the largest tiles."""
+    yield _masked(300, 16, [70, 120], device, dtype, seed)
+
+
+def _masked(
+    N: int, H: int, valid: list[int], device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
-    q = torch.randn(3, 150, 2, HEAD, generator=random)
-    kv = torch.randn(3, 120, 2, 2, HEAD, generator=random)
+    q = torch.randn(len(valid), N, H, HEAD, generator=random)
+    kv = torch.randn(len(valid), 120, 2, H, HEAD, generator=random)
     q[..., 5] *= 8
-    lengths = torch.tensor([1, 77, 120])
-    key_mask = torch.arange(120) < lengths[:, None]
+    key_mask = torch.arange(120) < torch.tensor(valid)[:, None]
     return q.to(device, dtype), kv.to(device, dtype), key_mask.to(device)
 
 
 def _absorbed_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    """The same with prompts of 1, 17 and 32 tokens, absorbed at L = 32."""
+    """As `_example` with prompts of 1, 17 and 32 tokens, absorbed at L = 32."""
+    return _absorbed(150, 2, [1, 17, 32], 32, device, dtype, seed)
+
+
+def _absorbed_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Tensor, ...]]:
+    """XL's width at every length."""
+    for length in (16, 32, 64):
+        yield _absorbed(300, 16, [length], length, device, dtype, seed)
+
+
+def _absorbed(
+    N: int,
+    H: int,
+    valid: list[int],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
-    D = 2 * HEAD
-    x = torch.randn(3, 150, D, generator=random)
-    kv = torch.randn(3, 120, 2, 2, HEAD, generator=random)
-    key_mask = torch.arange(120) < torch.tensor([1, 17, 32])[:, None]
+    D = H * HEAD
+    x = torch.randn(len(valid), N, D, generator=random)
+    kv = torch.randn(len(valid), 120, 2, H, HEAD, generator=random)
+    key_mask = torch.arange(120) < torch.tensor(valid)[:, None]
     q_weight, proj_weight = torch.randn(2, D, D, generator=random) * D**-0.5
     q_bias, proj_bias = torch.randn(2, D, generator=random)
-    made = absorb(kv.to(dtype), key_mask, q_weight, q_bias, proj_weight, proj_bias, 32)
+    made = absorb(kv.to(dtype), key_mask, q_weight, q_bias, proj_weight, proj_bias, length)
     return x.to(device, dtype), *(each.to(device) for each in made)
 
 
@@ -408,10 +439,15 @@ def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
 
 
 OPERATORS = (
-    Operator("cross_attention", SM80, cross_attention, cross_attention_ref, _example),
+    Operator(
+        "cross_attention", SM80, cross_attention, cross_attention_ref, _example,
+        production=_production,
+        tables=("cross_attention", "cross_attention_backward_kv", "cross_attention_backward_q"),
+    ),
     Operator(
         "cross_attention_absorbed", SM80,
         cross_attention_absorbed, cross_attention_absorbed_ref, _absorbed_example, trains=False,
+        production=_absorbed_production,
     ),
 )  # fmt: skip
 PRODUCTS = (torch.ops.pixart_rt.cross_attention,)  # what activation checkpointing keeps

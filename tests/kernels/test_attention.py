@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pixart_rt.kernels import attention as op
 from pixart_rt.kernels import attention_backward, launch
+from pixart_rt.kernels import attention_choice as choice
 from pixart_rt.kernels.attention_backward import attention_backward_triton
 from pixart_rt.kernels.attention_tiles import HEAD, SM120
 from pixart_rt.kernels.launch import SM80, SM90
@@ -233,3 +236,89 @@ def test_registration(name, device):
         out, lse = op.attention_qkv_packed_op(qkv)
         arguments = (out.clone(), qkv, out, lse)
     torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments)
+
+
+def graphs_of(function, *inputs) -> list[str]:
+    """The functions that a compiled graph calls, forward and, through autograd, backward."""
+    called: list[str] = []
+
+    def count(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if "call" in node.op)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    out = compiled(*inputs)
+    if out.requires_grad:
+        out.sum().backward()
+    return called
+
+
+def test_a_compiled_graph_without_kernels_is_pytorch_s_attention(no_kernels):
+    """No log-sum-exp of ours, which costs a second pass over all scores."""
+    qkv = packed((2, 37, 2)).float()
+    leaf = qkv.clone().requires_grad_()
+    called = graphs_of(op.attention_qkv_packed, leaf)
+    assert any("scaled_dot_product" in name and "backward" in name for name in called), called
+    assert not any("pixart_rt" in name or "logsumexp" in name for name in called)
+    _, expected = reference_with_gradients(qkv, torch.ones(2, 37, 2 * HEAD))
+    torch.testing.assert_close(leaf.grad.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter takes float32")
+def test_a_compiled_graph_with_kernels_has_the_operators():
+    qkv = packed((1, 5, 1)).float()
+    called = graphs_of(op.attention_qkv_packed, qkv)
+    assert called == ["pixart_rt.attention_qkv_packed_forward.default"]
+    called = graphs_of(op.attention_qkv_packed, qkv.requires_grad_())
+    assert "pixart_rt.attention_qkv_packed.default" in called
+    assert "pixart_rt.attention_qkv_packed_backward.default" in called
+
+
+def test_a_compiled_graph_serves_every_number_of_tokens():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op.attention_qkv_packed, backend=count, fullgraph=True, dynamic=True)
+    for N in (5, 9, 16):
+        qkv = packed((2, N, 1)).float()
+        torch.testing.assert_close(compiled(qkv).double(), exact(qkv.double())[0])
+    assert len(graphs) == 1
+
+
+def test_a_chosen_implementation_runs_with_its_gradient(device, monkeypatch):
+    qkv = packed((2, 37, 2)).to(device, torch.float32)
+    called = []
+    plain = choice.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        choice.F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or plain(*a, **k)
+    )
+    choice.problem.cache_clear()
+    with launch.choosing("attention_qkv_packed", "sdpa"):
+        leaf = qkv.clone().requires_grad_()
+        out = op.attention_qkv_packed(leaf)
+        assert len(called) == 2  # once to find whether it runs
+        out.sum().backward()
+        again = op.attention_qkv_packed_forward(qkv)
+        assert len(called) == 3
+    expected, gradient = reference_with_gradients(qkv.cpu(), torch.ones(2, 37, 2 * HEAD))
+    torch.testing.assert_close(out.detach().cpu().double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(out, again)
+    torch.testing.assert_close(leaf.grad.cpu().double(), gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some run on a GPU")
+@pytest.mark.parametrize("name", ["cudnn", "fa3", "fa4", "cuddn"])
+def test_an_implementation_that_cannot_run_says_so_once_and_ours_does(name):
+    qkv = packed((1, 5, 1)).float()
+    choice.problem.cache_clear()
+    with launch.choosing("attention_qkv_packed", name):
+        with pytest.warns(RuntimeWarning, match=f"names the attention '{name}', which does not"):
+            out = op.attention_qkv_packed(qkv)
+        assert torch.equal(out, op.attention_qkv_packed(qkv))  # a second warning is an error here
+    torch.testing.assert_close(out.double(), exact(qkv.double())[0], atol=1e-5, rtol=1e-5)
+    assert choice.current_flash_attention_impl() is None

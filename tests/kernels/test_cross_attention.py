@@ -266,3 +266,19 @@ def test_registration(name, device):
         *_, example = op.OPERATORS
         arguments = example.example(device, torch.float32, 0)
     torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments)
+
+
+def test_a_compiled_graph_without_kernels_is_pytorch_s_attention(no_kernels):
+    q, kv, key_mask = (each.float() if each.is_floating_point() else each
+                       for each in inputs((2, 5, 7, 2)))  # fmt: skip
+    called: list[str] = []
+
+    def count(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if "call" in node.op)
+        return graph.forward
+
+    torch._dynamo.reset()
+    out = torch.compile(op.cross_attention, backend=count, fullgraph=True)(q, kv, key_mask)
+    torch.testing.assert_close(out, op.cross_attention_ref(q, kv, key_mask))
+    assert any("scaled_dot_product" in name for name in called)
+    assert not any("pixart_rt" in name for name in called)

@@ -121,7 +121,7 @@ def _parameters(launch: Launch, planned: dict[str, int]) -> tuple[Parameter, ...
 
 
 def _flat(launch: Launch) -> Iterator[tuple[str, Any, bool]]:
-    """Every argument: its name, "sizes.1" for an entry of a tuple, its value, and whether Triton
+    """Every argument: its name, "layout.1" for an entry of a tuple, its value, and whether Triton
     may compile the value in."""
     for param, value in zip(launch.kernel.params, launch.args, strict=False):
         if param.is_constexpr:

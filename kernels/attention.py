@@ -16,7 +16,6 @@ B·N·H·K elements, and B·H·N float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,7 +33,6 @@ from pixart_rt.kernels.attention_backward import (
 from pixart_rt.kernels.attention_choice import OWN, attend_by, chosen
 from pixart_rt.kernels.attention_tiles import (
     HEAD,
-    LOG2E,
     SM120,
     Config,
     add_weighted,
@@ -105,19 +103,19 @@ def _attend(
     return out, total, higher
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _attention_kernel(
-    q_src, q_rest, kv_src, kv_rest, mask_ptr, layout, scale, sizes,
+    q_src, q_rest, kv_src, kv_rest, mask_ptr, layout, num_queries, num_keys,
     out_ptr, lse_ptr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head of one image. `scale` includes log2(e).
+    """BLOCK_M queries of one head of one image.
 
-    `layout` is (first heads of q, k and v in their buffers, strides of q's and of kv's tokens),
-    `sizes` the numbers of queries and keys. mask_ptr is None where every key is seen.
+    `layout` is (first heads of q, k and v in their buffers, strides of q's and of kv's tokens).
+    mask_ptr is None where every key is seen.
     """
     q_head, k_head, v_head, q_stride, kv_stride = layout
-    num_queries, num_keys = sizes
+    scale = 1.4426950408889634 / K**0.5  # with log2(e), for exp2
     image = tl.program_id(2).to(tl.int64)  # int64: the offset of an image can pass 2**31
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     first = tl.program_id(0) * BLOCK_M
@@ -174,7 +172,7 @@ def attend(
     launch(
         _attention_kernel, (triton.cdiv(N, chosen["BLOCK_M"]), H, B),
         *sources(q, chosen["BLOCK_M"], on), *sources(kv, chosen["BLOCK_N"], on), key_mask,
-        (*heads, q.stride(1), kv.stride(1)), LOG2E / math.sqrt(K), (N, T), out, lse,
+        (*heads, q.stride(1), kv.stride(1)), N, T, out, lse,
         K=K, **chosen,
     )  # fmt: skip
     return out, lse

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.attention_tiles import (
-    LOG2E,
     SM120,
     Config,
     add_weighted,
@@ -150,9 +149,10 @@ def _backward_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _attention_backward_kv_kernel(
-    dout_src, dout_rest, q_src, q_rest, kv_src, kv_rest, mask_ptr, stats, layout, scale, sizes,
+    dout_src, dout_rest, q_src, q_rest, kv_src, kv_rest, mask_ptr, stats, layout,
+    num_queries, num_keys,
     gradients,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def _attention_backward_kv_kernel(
     be anything: they reach only their own rows, which are not stored.
     """
     q_head, k_head, v_head, q_stride, kv_stride, out_stride = layout
-    num_queries, num_keys = sizes
+    scale = 1.4426950408889634 / K**0.5  # with log2(e), for exp2
     image = tl.program_id(2).to(tl.int64)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     tiles = tl.cdiv(num_keys, BLOCK_N)
@@ -235,15 +235,16 @@ def _backward_keys(
     return add_weighted(ds.to(k[0].dtype), k, dq)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _attention_backward_q_kernel(
-    dout_src, dout_rest, q_src, q_rest, kv_src, kv_rest, mask_ptr, stats, layout, scale, sizes,
+    dout_src, dout_rest, q_src, q_rest, kv_src, kv_rest, mask_ptr, stats, layout,
+    num_queries, num_keys,
     dq_ptr,
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BLOCK_M queries from all keys."""
     q_head, k_head, v_head, q_stride, kv_stride, out_stride = layout
-    num_queries, num_keys = sizes
+    scale = 1.4426950408889634 / K**0.5  # with log2(e), for exp2
     image = tl.program_id(2).to(tl.int64)
     head, num_heads = tl.program_id(1), tl.num_programs(1)
     first = tl.program_id(0) * BLOCK_M
@@ -312,17 +313,16 @@ def backward(
             key_mask, (lse, delta),
         )  # fmt: skip
         layout = (*heads, q.stride(1), kv.stride(1))
-        numbers = LOG2E / math.sqrt(K), (N, T)
         if table is BACKWARD_KV:
             programs = triton.cdiv(T, block_n) * (1 if key_mask is None else splits(N))
             launch(
                 _attention_backward_kv_kernel, (programs, H, B),
-                *inputs, (*layout, dk.stride(-3)), *numbers, (dk, dv), K=K, SPLIT=SPLIT, **chosen,
+                *inputs, (*layout, dk.stride(-3)), N, T, (dk, dv), K=K, SPLIT=SPLIT, **chosen,
             )  # fmt: skip
         else:
             launch(
                 _attention_backward_q_kernel, (triton.cdiv(N, block_m), H, B),
-                *inputs, (*layout, dq.stride(1)), *numbers, dq, K=K, **chosen,
+                *inputs, (*layout, dq.stride(1)), N, T, dq, K=K, **chosen,
             )  # fmt: skip
 
 

@@ -34,7 +34,6 @@ from pixart_rt.kernels.launch import SM80, SM90, capability, config, runs_triton
 HEAD = 72  # the only head width the kernels take; others run the reference
 WIDE, NARROW = 64, 16  # lanes of the two parts of a tile
 SM120 = (12, 0)
-LOG2E = 1.4426950408889634
 
 Config = dict[str, int]
 # float32 products are exact here ("ieee"), without tensor cores: for tests. See `takes`.
@@ -142,7 +141,8 @@ def _describable(buffer: Tensor) -> bool:
 def sources(buffer: Tensor, block: int, descriptors: int) -> tuple[Any, Any]:
     """How a kernel reads a buffer [B, tokens, heads, K]: a pointer, or blocks of 64 and 16 lanes.
 
-    Arguments of their own, not a tuple: Triton's launcher does not unpack descriptors in tuples.
+    Arguments of their own: Triton launches no descriptors in tuples. Nor are numbers of tokens in
+    one: there Triton compiles anew for a multiple of 16, whatever do_not_specialize says.
     """
     if not descriptors:
         return buffer, None

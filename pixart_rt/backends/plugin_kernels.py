@@ -162,7 +162,7 @@ def _attention(
     B, N, _, H, _ = shape
     (qkv,) = inputs
     values = {
-        "q_src": qkv, "kv_src": qkv, "sizes.0": N, "sizes.1": N,  # of queries and of keys
+        "q_src": qkv, "kv_src": qkv, "num_queries": N, "num_keys": N,
         "out_ptr": output, "lse_ptr": workspace,
     }  # fmt: skip
     return Launch((math.ceil(N / image.rows), H, B), values)

@@ -286,7 +286,8 @@ def test_a_compiled_graph_serves_every_number_of_tokens():
     compiled = torch.compile(op.attention_qkv_packed, backend=count, fullgraph=True, dynamic=True)
     for N in (5, 9, 16):
         qkv = packed((2, N, 1)).float()
-        torch.testing.assert_close(compiled(qkv).double(), exact(qkv.double())[0])
+        out = compiled(qkv).double()
+        torch.testing.assert_close(out, exact(qkv.double())[0], atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
 
 

@@ -30,6 +30,7 @@ from pixart_rt.config import XL_2_1024_MS, Kernels
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.catalog import FILES
 from pixart_rt.kernels.codegen import Resources, ast_source, compile_launch
+from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.transformer import Block, CrossText
 from pixart_rt.ops import operators
 
@@ -46,6 +47,7 @@ FLOAT32 = (
     "linear",
     "group_norm_silu",
 )  # attention in float32 is PyTorch's
+GUIDED = 32  # tokens of the prompt of a guided step
 SHARED_LIMIT = {"sm_70": 98304, "sm_80": 166912, "sm_90": 232448, "sm_120": 101376}  # per block
 DOC = ROOT / "docs" / "kernels.md"
 SECTIONS = ("resources", "traffic")  # of the page: <!-- name:begin --> ... <!-- name:end -->
@@ -159,6 +161,10 @@ class Traffic(TorchDispatchMode):
         made = {_place(t): t for t in tree_leaves(output) if _is(t)}
         known = {storage for storage, _ in given}
         new = [t for (storage, _), t in made.items() if storage not in known]
+        new += [  # written where it is
+            arg for arg, declared in zip(args, func._schema.arguments, strict=False)
+            if declared.alias_info is not None and declared.alias_info.is_write
+        ]  # fmt: skip
         if new:
             self.rows.append({
                 "operator": str(func).removeprefix("aten.").removesuffix(".default"),
@@ -180,17 +186,29 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def block_traffic(kernels: Kernels) -> list[dict[str, Any]]:
-    """One block of XL/2 forward in bfloat16: B = 2, N = 4096, 120 text tokens."""
+def block_traffic(kernels: Kernels, absorbed: int = 0) -> list[dict[str, Any]]:
+    """One block of XL/2 forward in bfloat16: B = 2, N = 4096, 120 text tokens.
+
+    With `absorbed` the block of a guided step: the first row's prompt is empty, the other's has at
+    most so many tokens (kernels/cross_attention.py).
+    """
     config = XL_2_1024_MS
+    D = config.hidden_size
     with FakeTensorMode(), mock.patch.object(launch, "interpreting", lambda: True):
         torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be converted
         block = Block(config)
         torch.set_default_dtype(torch.float32)
-        x, y = torch.empty(2, 2, 4096, config.hidden_size, dtype=torch.bfloat16).unbind()
-        shared = torch.empty(2, 6, config.hidden_size)
+        x, y = torch.empty(2, 2, 4096, D, dtype=torch.bfloat16).unbind()
+        shared = torch.empty(2, 6, D)
         kv = torch.empty(2, 120, 2, config.num_heads, config.head_dim, dtype=torch.bfloat16)
         text = CrossText(kv, torch.empty(2, 120, dtype=torch.bool))
+        if absorbed:
+            keys, values, constant = (
+                torch.empty(1, rows, D, dtype=torch.bfloat16)
+                for rows in (config.num_heads * absorbed, config.num_heads * absorbed, 1)
+            )
+            bias = torch.empty(1, config.num_heads, absorbed)
+            text = CrossText(Absorbed(keys, bias, values), text.mask[1:], constant)
         following = block.scale_shift_table.detach().clone()
         with torch.no_grad(), Traffic() as traffic:
             block(operators(kernels), x, y, shared, text, following)
@@ -217,6 +235,7 @@ def main() -> int:
     chosen = parser.parse_args().json
     rows = compile_all()
     traffic = {kernels.value: block_traffic(kernels) for kernels in Kernels}
+    traffic["fused, guided, empty negative prompt"] = block_traffic(Kernels.FUSED, GUIDED)
     values = {"shared_limit": SHARED_LIMIT, "kernels": rows, "traffic": traffic}
     if chosen is not None:
         chosen.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +96,7 @@ def example(spec: KernelSpec, tokens: int) -> tuple[Tensor, ...]:
 
 def _call(spec: KernelSpec, inputs: tuple[Tensor, ...]) -> None:
     if spec.op == "attention_qkv_packed":
-        attention_triton(*inputs[0].unbind(2), tuned={"DESCRIPTORS": 0})
+        attention_triton(inputs[0], {"DESCRIPTORS": 0})
     else:
         x, table, shared = inputs
         ln_modulate_triton(x, table, shared, ROW)
@@ -104,19 +105,33 @@ def _call(spec: KernelSpec, inputs: tuple[Tensor, ...]) -> None:
 def _parameters(launch: Launch, planned: dict[str, int]) -> tuple[Parameter, ...]:
     """The parameters that are left in compiled code, with the values that no call changes."""
     found = []
-    for param, value in zip(launch.kernel.params, launch.args, strict=False):
-        if param.is_constexpr or value is None:
-            continue
+    for name, value, specialized in _flat(launch):
+        if value is None or (specialized and type(value) is int and value == 1):
+            continue  # compiled in
         if isinstance(value, Tensor):
-            found.append(Parameter(param.name, "u64", None))
-        elif param.name in planned:
-            assert value == planned[param.name], (param.name, value, planned)
-            assert value % 16, f"{param.name} = {value}: the code would rely on multiples of 16"
-            found.append(Parameter(param.name, "u32", None))
+            found.append(Parameter(name, "u64", None))
+        elif name in planned:
+            assert value == planned[name], (name, value, planned)
+            assert value % 16, f"{name} = {value}: the code would rely on multiples of 16"
+            found.append(Parameter(name, "u32", None))
         else:
             kind = "f32" if isinstance(value, float) else "u32"
-            found.append(Parameter(param.name, kind, value))
+            found.append(Parameter(name, kind, value))
     return tuple(found)
+
+
+def _flat(launch: Launch) -> Iterator[tuple[str, Any, bool]]:
+    """Every argument: its name, "layout.1" for an entry of a tuple, its value, and whether Triton
+    may compile the value in."""
+    for param, value in zip(launch.kernel.params, launch.args, strict=False):
+        if param.is_constexpr:
+            continue
+        specialized = not param.do_not_specialize
+        if isinstance(value, tuple):
+            for index, entry in enumerate(value):
+                yield f"{param.name}.{index}", entry, specialized
+        else:
+            yield param.name, value, specialized
 
 
 def ptx_parameters(ptx: str) -> list[str]:

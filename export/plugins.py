@@ -26,7 +26,8 @@ from pixart_rt.errors import ConfigError
 from pixart_rt.export.graph import MAX_BATCH, MAX_TOKENS, OPSET, Graph, export_onnx, quiet_exporter
 from pixart_rt.export.plugin_compiler import example
 from pixart_rt.export.worker import ask
-from pixart_rt.kernels.attention import HEAD, attention_qkv_packed_ref
+from pixart_rt.kernels.attention import attention_qkv_packed_ref
+from pixart_rt.kernels.attention_tiles import HEAD
 from pixart_rt.kernels.decompositions import decompositions
 from pixart_rt.kernels.ln_modulate import ln_modulate_ref
 from pixart_rt.model.transformer import PixArtTransformer

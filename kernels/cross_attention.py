@@ -11,20 +11,24 @@ attention.py (FlashAttention, arXiv:2205.14135), which carry the mask in a spare
     absorbed    both projections move to the text side, for prompts of at most L tokens:
 
         scores_h = (x·Wq_hᵀ + bq_h)·k_hᵀ/√K = x·(Wq_hᵀ·k_h/√K)ᵀ + bq_h·k_h/√K     keys', bias
-        out      = Σ_h P_h·v_h·Wo_hᵀ + bo    = Σ_h P_h·(v_h·Wo_hᵀ) + bo            values'
+        out      = Σ_h P_h·v_h·Wo_hᵀ + bo    = Σ_h P_h·(v_h·Wo_hᵀ + bo/H)          values'
+
+    (the weights of each head sum to 1, so that bo needs no addition of its own)
 
     with x [B, N, D], the input of the q projection. Of two D×D products and the attention over 120
     tokens remain two D×(H·L) products: 0.22, 0.44 and 0.84 of the work at L = 16, 32 and 64, more
     than all of it from L = 72 on. PixArt's empty prompt is one token; most prompts have 10 to 60.
 
 Traffic: standard reads q and writes the output, 2·B·N·D elements; absorbed reads x, writes and
-reads the probabilities B·N·H·L, writes the output. kv, keys' and values' stay in L2.
+reads the probabilities B·N·H·L, writes the output, or adds it to x where it is: 3·B·N·D in all.
+kv, keys' and values' stay in L2.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,18 +38,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pixart_rt.kernels.attention import (
+from pixart_rt.kernels.attention import attend, attention_ref
+from pixart_rt.kernels.attention_backward import attention_backward_ref, backward, lse_ref, splits
+from pixart_rt.kernels.attention_tiles import (
     HEAD,
     SM120,
     Config,
-    attention_backward_ref,
-    attention_backward_triton,
-    attention_ref,
-    attention_triton,
-    lse_ref,
     newest,
-    splits,
     takes,
+    takes_traced,
 )
 from pixart_rt.kernels.launch import SM80, SM90, Operator, capability, config, launch, runs_triton
 
@@ -77,7 +78,7 @@ class Absorbed(NamedTuple):
 
     keys: Tensor  # [B, H·L, D], with 1/√K
     bias: Tensor  # [B, H, L] float32: a bias rounded to 16 bits would shift whole scores
-    values: Tensor  # [B, H·L, D]
+    values: Tensor  # [B, H·L, D], with the output projection's bias
 
 
 def choose_form(num_valid: int) -> Form:
@@ -132,11 +133,14 @@ def absorb(
     q_weight: Tensor,
     q_bias: Tensor,
     proj_weight: Tensor,
+    proj_bias: Tensor,
     length: int,
 ) -> Absorbed:
     """Fold both projections into kv's visible tokens, of which each image has at most `length`.
 
-    Formed in float32 or wider, then rounded once to kv's dtype.
+    Formed in float32 or wider, then rounded once to kv's dtype. Every head gets its share of the
+    output's bias: in one head's values alone, a large bias would cost them digits, and the weights'
+    rounding would change all of it at once.
     """
     B, _, _, H, K = kv.shape
     most = int(key_mask.sum(-1).max())  # a wait for the device, once for each prompt
@@ -157,6 +161,7 @@ def absorb(
     keys = torch.einsum("blhk,hkd->bhld", k, q_weight.to(wide).view(H, K, -1))
     bias = torch.einsum("blhk,hk->bhl", k, q_bias.to(wide).view(H, K))
     values = torch.einsum("blhk,dhk->bhld", v, proj_weight.to(wide).view(-1, H, K))
+    values = values + slots[:, None, :, None] * (proj_bias.to(wide) / H)
     return Absorbed(
         keys=keys.flatten(1, 2).to(kv.dtype),
         bias=bias.masked_fill(~slots[:, None], UNSEEN),
@@ -164,17 +169,14 @@ def absorb(
     )
 
 
-def cross_attention_absorbed_ref(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, proj_bias: Tensor
-) -> Tensor:
+def cross_attention_absorbed_ref(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     """The absorbed form in float32 or wider; [B, N, D] in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
     scores = (x.to(wide) @ keys.to(wide).mT).unflatten(-1, bias.shape[1:]) + bias[:, None].to(wide)
-    out = scores.softmax(-1).flatten(2) @ values.to(wide) + proj_bias.to(wide)
-    return out.to(x.dtype)
+    return (scores.softmax(-1).flatten(2) @ values.to(wide)).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _absorbed_scores_kernel(
     x_src, keys_src, bias_ptr, num_tokens, num_columns,
     p_ptr,
@@ -224,8 +226,9 @@ def cross_attention_triton(
     q: Tensor, kv: Tensor, key_mask: Tensor, tuned: Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out [B, N, H·K], log-sum-exp [B, H, N])."""
-    k, v = kv.contiguous().unbind(2)
-    return attention_triton(q.contiguous(), k, v, key_mask=key_mask.contiguous(), tuned=tuned)
+    H, buffer = q.shape[2], kv.contiguous().flatten(2, 3)
+    heads = (0, 0, H)
+    return attend("cross_attention", q.contiguous(), buffer, heads, H, key_mask.contiguous(), tuned)
 
 
 def cross_attention_backward_triton(
@@ -241,11 +244,10 @@ def cross_attention_backward_triton(
     q, kv = q.contiguous(), kv.contiguous()
     dq = torch.empty_like(q)
     parts = kv.new_empty(splits(q.shape[1]), *kv.shape, dtype=torch.float32)
-    (k, v), (dk, dv) = kv.unbind(2), parts.unbind(3)
-    attention_backward_triton(
-        dout, q, k, v, out.contiguous(), lse.contiguous(), dq, dk, dv,
-        key_mask=key_mask.contiguous(), tuned=tuned,
-    )  # fmt: skip
+    dk, dv = parts.unbind(3)
+    saved = (q, kv.flatten(2, 3), out.contiguous(), lse.contiguous())
+    heads = (0, 0, q.shape[2])
+    backward("cross_attention", dout, saved, heads, (dq, dk, dv), key_mask.contiguous(), tuned)
     return dq, parts.sum(0).to(kv.dtype)
 
 
@@ -324,70 +326,128 @@ cross_attention_op.register_autograd(_backward, setup_context=_setup)
 def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
     """The standard form: [B, N, H·K]. Differentiable in q and kv."""
     # As in attention_qkv_packed: where no kernel runs, PyTorch differentiates its own attention.
-    if not torch.compiler.is_compiling() and not takes("cross_attention", q):
+    if torch.compiler.is_compiling():
+        runs = torch.compiler.is_exporting() or takes_traced("cross_attention", q)
+    else:
+        runs = takes("cross_attention", q)
+    if not runs:
         return cross_attention_ref(q, kv, key_mask)
     out: Tensor = cross_attention_op(q, kv, key_mask)[0]
     return out
 
 
 @torch.library.custom_op("pixart_rt::cross_attention_absorbed", mutates_args=())
-def cross_attention_absorbed(
-    x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, proj_bias: Tensor
-) -> Tensor:
+def cross_attention_absorbed(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     """The absorbed form of x [B, N, D] and what `absorb` made: [B, N, D]. Inference only."""
-    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    if known and runs_triton("cross_attention_absorbed", x, SM80):
-        return torch.baddbmm(proj_bias, absorbed_scores_triton(x, keys, bias), values)
-    return cross_attention_absorbed_ref(x, keys, bias, values, proj_bias)
+    if _takes_absorbed(x):
+        return torch.bmm(absorbed_scores_triton(x, keys, bias), values)
+    return cross_attention_absorbed_ref(x, keys, bias, values)
 
 
 @cross_attention_absorbed.register_fake
-def _(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor, proj_bias: Tensor) -> Tensor:
+def _(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("pixart_rt::add_cross_attention_absorbed", mutates_args=("x",))
+def add_cross_attention_absorbed(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> None:
+    """x += its absorbed form, where x is: the product with values' adds to it and rounds once."""
+    if _takes_absorbed(x) and x.dtype == values.dtype:
+        x.baddbmm_(absorbed_scores_triton(x, keys, bias), values)
+    else:
+        x.add_(cross_attention_absorbed_ref(x, keys, bias, values))
+
+
+@add_cross_attention_absorbed.register_fake
+def _(x: Tensor, keys: Tensor, bias: Tensor, values: Tensor) -> None:
+    return None
+
+
+def _takes_absorbed(x: Tensor) -> bool:
+    known = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return known and runs_triton("cross_attention_absorbed", x, SM80)
 
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
     """Three images of a ragged size with prompts of 1, 77 and 120 tokens, an outlier channel."""
+    return _masked(150, 2, [1, 77, 120], device, dtype, seed)
+
+
+def _production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Tensor, ...]]:
+    """XL's heads, and more than two of the largest tiles."""
+    yield _masked(300, 16, [70, 120], device, dtype, seed)
+
+
+def _masked(
+    N: int, H: int, valid: list[int], device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
-    q = torch.randn(3, 150, 2, HEAD, generator=random)
-    kv = torch.randn(3, 120, 2, 2, HEAD, generator=random)
+    q = torch.randn(len(valid), N, H, HEAD, generator=random)
+    kv = torch.randn(len(valid), 120, 2, H, HEAD, generator=random)
     q[..., 5] *= 8
-    lengths = torch.tensor([1, 77, 120])
-    key_mask = torch.arange(120) < lengths[:, None]
+    key_mask = torch.arange(120) < torch.tensor(valid)[:, None]
     return q.to(device, dtype), kv.to(device, dtype), key_mask.to(device)
 
 
 def _absorbed_example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:
-    """The same with prompts of 1, 17 and 32 tokens, absorbed at L = 32."""
+    """As `_example` with prompts of 1, 17 and 32 tokens, absorbed at L = 32."""
+    return _absorbed(150, 2, [1, 17, 32], 32, device, dtype, seed)
+
+
+def _absorbed_production(
+    device: torch.device, dtype: torch.dtype, seed: int
+) -> Iterable[tuple[Tensor, ...]]:
+    """XL's width at every length."""
+    for length in (16, 32, 64):
+        yield _absorbed(300, 16, [length], length, device, dtype, seed)
+
+
+def _absorbed(
+    N: int,
+    H: int,
+    valid: list[int],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+) -> tuple[Tensor, ...]:
     random = torch.Generator().manual_seed(seed)
-    D = 2 * HEAD
-    x = torch.randn(3, 150, D, generator=random)
-    kv = torch.randn(3, 120, 2, 2, HEAD, generator=random)
-    key_mask = torch.arange(120) < torch.tensor([1, 17, 32])[:, None]
+    D = H * HEAD
+    x = torch.randn(len(valid), N, D, generator=random)
+    kv = torch.randn(len(valid), 120, 2, H, HEAD, generator=random)
+    key_mask = torch.arange(120) < torch.tensor(valid)[:, None]
     q_weight, proj_weight = torch.randn(2, D, D, generator=random) * D**-0.5
     q_bias, proj_bias = torch.randn(2, D, generator=random)
-    made = absorb(kv.to(dtype), key_mask, q_weight, q_bias, proj_weight, 32)
-    return x.to(device, dtype), *(each.to(device) for each in made), proj_bias.to(device, dtype)
+    made = absorb(kv.to(dtype), key_mask, q_weight, q_bias, proj_weight, proj_bias, length)
+    return x.to(device, dtype), *(each.to(device) for each in made)
 
 
-def compile_example(dtype: torch.dtype) -> None:
-    """Every launch of this file at 1024 pixels, for `launch.record`."""
-    B, N, H, T = 2, 4096, 16, 120
-    q = torch.empty(B, N, H, HEAD, dtype=dtype)
-    kv = torch.empty(B, T, 2, H, HEAD, dtype=dtype)
-    key_mask = torch.empty(B, T, dtype=torch.bool)
-    out, lse = cross_attention_triton(q, kv, key_mask)
-    cross_attention_backward_triton(out, q, kv, key_mask, out, lse)
-    for length in (16, 32, 64):
-        keys = torch.empty(B, H * length, H * HEAD, dtype=dtype)
-        absorbed_scores_triton(out, keys, torch.empty(B, H, length))
+def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
+    """Every launch of this file for B images of N tokens at XL's width, for `launch.record`."""
+    H, T = 16, 120
+    with torch.device("meta"):
+        q = torch.empty(B, N, H, HEAD, dtype=dtype)
+        kv = torch.empty(B, T, 2, H, HEAD, dtype=dtype)
+        key_mask = torch.empty(B, T, dtype=torch.bool)
+        out, lse = cross_attention_triton(q, kv, key_mask)
+        cross_attention_backward_triton(out, q, kv, key_mask, out, lse)
+        for length in (16, 32, 64):
+            keys = torch.empty(B, H * length, H * HEAD, dtype=dtype)
+            absorbed_scores_triton(out, keys, torch.empty(B, H, length))
 
 
 OPERATORS = (
-    Operator("cross_attention", SM80, cross_attention, cross_attention_ref, _example),
+    Operator(
+        "cross_attention", SM80, cross_attention, cross_attention_ref, _example,
+        production=_production,
+        tables=("cross_attention", "cross_attention_backward_kv", "cross_attention_backward_q"),
+    ),
     Operator(
         "cross_attention_absorbed", SM80,
         cross_attention_absorbed, cross_attention_absorbed_ref, _absorbed_example, trains=False,
+        production=_absorbed_production,
     ),
 )  # fmt: skip
 PRODUCTS = (torch.ops.pixart_rt.cross_attention,)  # what activation checkpointing keeps

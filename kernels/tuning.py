@@ -31,11 +31,8 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from pixart_rt.kernels import catalog, launch
-from pixart_rt.kernels.attention import (
-    attention_backward_triton,
-    attention_qkv_packed,
-    attention_triton,
-)
+from pixart_rt.kernels.attention import attention_qkv_packed, attention_triton
+from pixart_rt.kernels.attention_backward import attention_backward_triton
 from pixart_rt.kernels.cross_attention import (
     absorbed_scores_triton,
     cross_attention_backward_triton,
@@ -154,23 +151,15 @@ def _qkv(shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _attention(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
-    q, k, v = _qkv(shape, device, dtype).unbind(2)
-    return lambda: attention_triton(q, k, v)
+    qkv = _qkv(shape, device, dtype)
+    return lambda: attention_triton(qkv)
 
 
 def _attention_backward(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     qkv = _qkv(shape, device, dtype)
-    q, k, v = qkv.unbind(2)
-    out, lse = attention_triton(q, k, v)
+    out, lse = attention_triton(qkv)
     dout = torch.randn_like(out)
-
-    def call() -> Tensor:
-        dqkv = torch.empty_like(qkv)
-        dq, dk, dv = dqkv.unbind(2)
-        attention_backward_triton(dout, q, k, v, out, lse, dq, dk, dv)
-        return dqkv
-
-    return call
+    return lambda: attention_backward_triton(dout, qkv, out, lse)
 
 
 def _text(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

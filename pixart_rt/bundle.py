@@ -29,7 +29,7 @@ from pixart_rt.errors import BundleError
 from pixart_rt.files import Kind, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = (".safetensors", ".bin", ".onnx", ".engine", ".pt2")  # suffixes of what is loaded
 

@@ -29,7 +29,6 @@ KINDS: dict[str, Any] = {  # of a parameter, as PTX writes them
 }  # fmt: skip
 ALIGNMENT = 16  # bytes, of every address: the compiled code relies on it
 FLOAT32_BYTES = 4
-HALF_BYTES = 2  # attention takes float16 and bfloat16 only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,12 +147,11 @@ def _attention(
     workspace: int,
 ) -> Launch:
     """qkv [B, N, 3, H, K], half precision, to [B, N, H·K]; the log-sum-exp is dropped."""
-    B, N, _, H, K = shape
-    q = inputs[0]
-    k, v = (q + part * H * K * HALF_BYTES for part in (1, 2))
+    B, N, _, H, _ = shape
+    (qkv,) = inputs
     values = {
-        "q_src": q, "q_rest": q, "k_src": k, "k_rest": k, "v_src": v, "v_rest": v,
-        "num_queries": N, "num_keys": N, "out_ptr": output, "lse_ptr": workspace,
+        "q_src": qkv, "kv_src": qkv, "num_queries": N, "num_keys": N,
+        "out_ptr": output, "lse_ptr": workspace,
     }  # fmt: skip
     return Launch((math.ceil(N / image.rows), H, B), values)
 

@@ -137,7 +137,11 @@ class TextSide(nn.Module):
         length = max(form.value, Form.ABSORBED_16.value)  # also for a lone token
         blocks = [
             absorb(
-                kv, text.mask, cross.q_linear.weight, cross.q_linear.bias, cross.proj.weight, length
+                kv,
+                text.mask,
+                *(cross.q_linear.weight, cross.q_linear.bias),
+                *(cross.proj.weight, cross.proj.bias),
+                length,
             )
             for kv, cross in zip(text.kv, self._cross(), strict=True)
         ]

@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
-from pixart_rt.kernels.cross_attention import Absorbed, cross_attention_absorbed
+from pixart_rt.kernels.cross_attention import (
+    Absorbed,
+    add_cross_attention_absorbed,
+    cross_attention_absorbed,
+)
 from pixart_rt.model.conditioning import FREQUENCY_CHANNELS, sinusoid
 from pixart_rt.ops import Normed, Operators, Rows, operators
 
@@ -106,12 +110,27 @@ class CrossAttention(nn.Module):
         constant = text.constant
         rows = x if constant is None else x[constant.shape[0] :]
         if isinstance(text.attended, Absorbed):
-            out = cross_attention_absorbed(rows, *text.attended, self.proj.bias)
+            out = cross_attention_absorbed(rows, *text.attended)
         else:
             out = ops.linear(self(ops, rows, text.attended, text.mask), self.proj)
         if constant is None:
             return out
         return torch.cat([constant.to(out.dtype).expand(-1, x.shape[1], -1), out])
+
+    def add_(self, ops: Operators, x: Tensor, text: CrossText) -> None:
+        """x += `projected`, without a tensor of all rows that holds it: each form adds to its own.
+
+        Not differentiable, and x must be the caller's alone.
+        """
+        rows = x
+        if text.constant is not None:
+            count = text.constant.shape[0]
+            x[:count].add_(text.constant)
+            rows = x[count:]
+        if isinstance(text.attended, Absorbed):
+            add_cross_attention_absorbed(rows, *text.attended)
+        else:
+            rows.add_(ops.linear(self(ops, rows, text.attended, text.mask), self.proj))
 
 
 class Block(nn.Module):
@@ -155,8 +174,11 @@ class Block(nn.Module):
         if text.constant is None and isinstance(text.attended, Tensor):
             attended = cross(ops, x, text.attended, text.mask)
             x, y = ops.linear_residual_norm(attended, cross.proj, x, None, norm)
-        else:
+        elif torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
             x, y = ops.residual_norm(cross.projected(ops, x, text), x, norm)
+        else:  # x is of this block: no other variable names it
+            cross.add_(ops, x, text)
+            y = ops.norm(x, norm)
         hidden = ops.linear_gelu(y, self.mlp.fc1)
         gate = at(shared, GATE_MLP)
         if following is None:

@@ -105,10 +105,13 @@ def test_nothing_of_the_building_machine_is_in_a_kernel(packed):
 def interpret(image, kernel, launch, tensors, constants):
     """Run a launch in Triton's interpreter: addresses become the tensors that lie there."""
     known = {each.name: each.value for each in image.parameters if each.value is not None}
-    values = {
-        name: tensors[value] if name.endswith(("_ptr", "_src", "_rest")) else value
-        for name, value in {**known, **launch.values}.items()
-    }
+    values = {}
+    for name, value in sorted({**known, **launch.values}.items()):
+        group, _, index = name.partition(".")  # "layout.1" is an entry of a tuple
+        if index:
+            values[group] = (*values.get(group, ()), value)
+        else:
+            values[name] = tensors[value] if name.endswith(("_ptr", "_src")) else value
     kernel[launch.grid](**values, **constants)
 
 
@@ -147,11 +150,9 @@ def test_a_planned_launch_of_attention_computes_it(packed, shape):
     launch = OPERATORS["attention_qkv_packed"].launch(
         image, qkv.shape, 0, [qkv.data_ptr()], out.data_ptr(), workspace.data_ptr()
     )
-    tensors = {qkv.data_ptr() + 2 * part * H * K: qkv.flatten()[part * H * K :]
-               for part in range(3)}  # fmt: skip
-    tensors |= {out.data_ptr(): out, workspace.data_ptr(): workspace}
-    constants = {"mask_ptr": None, "K": K, "BLOCK_M": image.rows, "BLOCK_N": 64,
-                 "DESCRIPTORS": 0, "MASKED": False}  # fmt: skip
+    tensors = {each.data_ptr(): each for each in (qkv, out, workspace)}
+    constants = {"q_rest": None, "kv_rest": None, "mask_ptr": None, "K": K,
+                 "BLOCK_M": image.rows, "BLOCK_N": 64}  # fmt: skip
     interpret(image, _attention_kernel, launch, tensors, constants)
     expected = attention_qkv_packed_ref(qkv.double())
     torch.testing.assert_close(out.double(), expected, atol=2e-3, rtol=2e-3)
@@ -295,12 +296,11 @@ def test_a_plugin_launches_its_kernel_on_the_given_stream(packed, monkeypatch):
                              "f32": ctypes.c_float}[each.kind])
         for at, each in zip(pointers, image.parameters, strict=False)
     }  # fmt: skip
-    assert values["k_src"] == (1 << 40) + 2 * H * K
-    assert values["v_rest"] == (1 << 40) + 4 * H * K
+    assert values["q_src"] == values["kv_src"] == 1 << 40
     assert (values["out_ptr"], values["lse_ptr"]) == (2 << 40, 3 << 40)
     assert values["num_queries"] == values["num_keys"] == N
-    assert values["q_stride"] == 3 * H * K
-    assert values["scale"] == pytest.approx(1.4426950408889634 / K**0.5)
+    layout = [values[f"layout.{index}"] for index in range(5)]
+    assert layout == [0, H, 2 * H, 3 * H * K, 3 * H * K]  # first heads, strides of tokens
     assert len(pointers) == len(image.parameters) + 2
 
 

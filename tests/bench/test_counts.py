@@ -116,11 +116,11 @@ def test_absorbed_cross_attention(prompt_tokens: int) -> None:
     B, D, K, H = load.batch, config.hidden_size, config.head_dim, config.num_heads
     length = int(choose_form(prompt_tokens).value)
     kv, mask = torch.randn(B, prompt_tokens, 2, H, K), torch.ones(B, prompt_tokens).bool()
-    weights = torch.randn(D, D), torch.randn(D), torch.randn(D, D)
+    weights = torch.randn(D, D), torch.randn(D), torch.randn(D, D), torch.randn(D)
     made = absorb(kv, mask, *weights, length)
     per_step = counted(
         lambda: cross_attention_absorbed_ref(
-            torch.randn(B, load.num_tokens, D), made.keys, made.bias, made.values, weights[1]
+            torch.randn(B, load.num_tokens, D), made.keys, made.bias, made.values
         )
     )
     (product,) = counts._cross_exact(config, load)

@@ -6,10 +6,17 @@ import math
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pixart_rt.kernels import attention as op
-from pixart_rt.kernels import launch
+from pixart_rt.kernels import attention_backward, launch
+from pixart_rt.kernels import attention_choice as choice
+from pixart_rt.kernels.attention_backward import attention_backward_triton
+from pixart_rt.kernels.attention_tiles import HEAD, SM120
+from pixart_rt.kernels.launch import SM80, SM90
 
 # One token; less than a tile; two tiles of keys and a rest, distinct images, two heads.
 SHAPES = [(1, 1, 1), (2, 37, 1), (3, 70, 2)]
@@ -25,7 +32,7 @@ def packed(shape: tuple[int, int, int], seed: int = 0) -> Tensor:
     """qkv with scores of some size, and an outlier channel in q and in k."""
     random = torch.Generator().manual_seed(seed)
     B, N, H = shape
-    qkv = torch.randn(B, N, 3, H, op.HEAD, generator=random, dtype=torch.float64)
+    qkv = torch.randn(B, N, 3, H, HEAD, generator=random, dtype=torch.float64)
     qkv[:, :, 0, :, 5] *= 8
     qkv[:, :, 1, :, 70] *= 8  # the narrow part of a head
     return qkv
@@ -50,7 +57,7 @@ def test_forward(shape, dtype, descriptors, device, error, tolerance):
         pytest.skip("descriptors need compute capability 9.0")
     qkv = packed(shape).to(dtype)
     tuned = SMALL | {"DESCRIPTORS": descriptors}
-    out, lse = op.attention_triton(*qkv.to(device).unbind(2), tuned=tuned)
+    out, lse = op.attention_triton(qkv.to(device), tuned)
     assert out.dtype == dtype
     expected, expected_lse = exact(qkv.double())
     assert error(out, expected) < FACTOR[dtype] * tolerance[dtype]
@@ -69,15 +76,12 @@ def test_backward(shape, dtype, descriptors, device, error, tolerance):
     dout = torch.randn(reference.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     (expected,) = torch.autograd.grad(reference, wide, dout.double())
     tuned = SMALL | {"DESCRIPTORS": descriptors}
-    q, k, v = qkv.to(device).unbind(2)
-    out, lse = op.attention_triton(q, k, v, tuned=tuned)
-    gradients = []
-    for _ in range(2):
-        dqkv = torch.empty(qkv.shape, dtype=dtype, device=device)
-        op.attention_backward_triton(
-            dout.to(device), q, k, v, out, lse, *dqkv.unbind(2), tuned=tuned
-        )
-        gradients.append(dqkv)
+    out, lse = op.attention_triton(qkv.to(device), tuned)
+    gradients = [
+        attention_backward_triton(dout.to(device), qkv.to(device), out, lse, tuned)
+        for _ in range(2)
+    ]
+    assert gradients[0].dtype == dtype
     if shape[1] == 1:  # one weight, always 1: nothing reaches q and k
         assert error(gradients[0][:, :, 2], expected[:, :, 2]) < tolerance[dtype]
         assert gradients[0][:, :, :2].abs().max() < 10 * tolerance[dtype]
@@ -104,11 +108,11 @@ def test_the_operator_and_its_gradient_with_the_shipped_configuration(device, er
 def test_images_and_heads_do_not_mix(device):
     """Spare lanes and rows past an image are another's; large ones there must change nothing."""
     qkv = packed((2, 37, 2)).half().to(device)
-    first, _ = op.attention_triton(*qkv.unbind(2), tuned=SMALL)
+    first, _ = op.attention_triton(qkv, SMALL)
     qkv[:, :, :, 1] = 1000.0
     qkv[1] = -1000.0
-    second, _ = op.attention_triton(*qkv.unbind(2), tuned=SMALL)
-    assert torch.equal(first[0, :, : op.HEAD], second[0, :, : op.HEAD])
+    second, _ = op.attention_triton(qkv, SMALL)
+    assert torch.equal(first[0, :, :HEAD], second[0, :, :HEAD])
 
 
 @pytest.mark.parametrize("descriptors", [0, 1])
@@ -121,26 +125,23 @@ def test_nothing_past_the_tensor_is_used(descriptors, device):
     inner = memory[2**15 :][: qkv.numel()].view(qkv.shape)
     inner.copy_(qkv)
     tuned = SMALL | {"DESCRIPTORS": descriptors}
-    q, k, v = inner.unbind(2)
-    out, lse = op.attention_triton(q, k, v, tuned=tuned)
+    out, lse = op.attention_triton(inner, tuned)
     assert out.isfinite().all()
     memory = torch.full((qkv.numel() + 2**16,), torch.nan, dtype=torch.half, device=device)
     dout = memory[2**15 :][: out.numel()].view(out.shape)
     dout.copy_(out)
-    dqkv = torch.empty_like(inner)
-    op.attention_backward_triton(dout, q, k, v, out, lse, *dqkv.unbind(2), tuned=tuned)
-    assert dqkv.isfinite().all()
+    assert attention_backward_triton(dout, inner, out, lse, tuned).isfinite().all()
 
 
 def test_the_formulas_without_a_kernel():
     """What runs where no kernel does, against autograd in float64; no image fits one chunk."""
-    qkv = packed((2, op.REF_QUERIES + 5, 1)).requires_grad_()
+    qkv = packed((2, attention_backward.REF_QUERIES + 5, 1)).requires_grad_()
     out, lse = exact(qkv)
     torch.testing.assert_close(op.attention_qkv_packed_ref(qkv), out)
-    torch.testing.assert_close(op.lse_ref(*qkv.permute(2, 0, 3, 1, 4)[:2]), lse)
+    torch.testing.assert_close(attention_backward.lse_ref(*qkv.permute(2, 0, 3, 1, 4)[:2]), lse)
     dout = torch.randn_like(out)
     (expected,) = torch.autograd.grad(out, qkv, dout)
-    actual = op.attention_qkv_packed_backward_ref(dout, qkv, out, lse)
+    actual = attention_backward.attention_qkv_packed_backward_ref(dout, qkv, out, lse)
     torch.testing.assert_close(actual, expected)
 
 
@@ -161,35 +162,69 @@ def test_the_mask_of_the_plain_attention():
     torch.testing.assert_close(out[1:], op.attention_ref(q[1:], k[1:], v[1:]))
 
 
+@pytest.mark.parametrize("descriptors", [0, 1])
+@pytest.mark.parametrize("filler", [torch.nan, torch.inf])
+def test_other_heads_of_a_buffer_do_not_leak(filler, descriptors, device, error, tolerance):
+    """Spare lanes of a head are its neighbour's first ones; not finite, times 0 they would tell."""
+    if descriptors and not descriptors_work(device):
+        pytest.skip("descriptors need compute capability 9.0")
+    qkv = packed((2, 70, 1)).half()
+    heads = (1, 3, 5)  # between heads of something else
+    buffer = torch.full((2, 70, 7, HEAD), filler, dtype=torch.half)
+    for part, head in enumerate(heads):
+        buffer[:, :, head] = qkv[:, :, part, 0]
+    buffer = buffer.to(device)
+    tuned = SMALL | {"DESCRIPTORS": descriptors}
+    out, lse = op.attend("attention", buffer, buffer, heads, 1, None, tuned)
+    expected, gradients = reference_with_gradients(qkv, dout=out)
+    assert error(out, expected) < tolerance[torch.float16]
+    made = torch.empty_like(qkv, device=device)
+    saved = (buffer, buffer, out, lse)
+    attention_backward.backward("attention", out, saved, heads, made.unbind(2), None, tuned)
+    for part in range(3):
+        assert error(made[:, :, part], gradients[:, :, part]) < 2 * tolerance[torch.float16]
+
+
+def reference_with_gradients(qkv: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    wide = qkv.double().requires_grad_()
+    out = exact(wide)[0]
+    (gradients,) = torch.autograd.grad(out, wide, dout.cpu().double())
+    return out.detach(), gradients
+
+
+def recorded_launches(qkv: Tensor, target: tuple[int, int]) -> list[launch.Launch]:
+    with launch.record(target) as recorded:
+        out, lse = op.attention_triton(qkv)
+        attention_backward_triton(out, qkv, out, lse)
+    return recorded
+
+
 @pytest.mark.parametrize(
-    "target, tables",
-    [((8, 6), op.SM80), ((9, 0), op.SM90), ((10, 0), op.SM90), ((12, 1), op.SM120)],
+    "target, tables", [((8, 6), SM80), ((9, 0), SM90), ((10, 0), SM90), ((12, 1), SM120)]
 )
 def test_each_gpu_takes_the_configuration_of_its_family(target, tables):
-    qkv = torch.zeros(1, 40, 3, 2, op.HEAD, dtype=torch.half)
     with launch.record(target) as recorded:
-        out, lse = op.attention_triton(*qkv.unbind(2))
-        op.attention_backward_triton(
-            out, *qkv.unbind(2), out, lse, *torch.zeros_like(qkv).unbind(2)
-        )
-    forward, _, backward_kv, backward_q = (each.kwargs for each in recorded)
-    for kwargs, table in (
+        op.compile_example(torch.half)
+    forward, _, backward_kv, backward_q = recorded
+    for each, table in (
         (forward, op.FORWARD),
-        (backward_kv, op.BACKWARD_KV),
-        (backward_q, op.BACKWARD_Q),
+        (backward_kv, attention_backward.BACKWARD_KV),
+        (backward_q, attention_backward.BACKWARD_Q),
     ):
-        assert table[tables].items() <= kwargs.items()
-    assert all(op.SPLIT % entry["BLOCK_M"] == 0 for entry in op.BACKWARD_KV.values())
+        expected = dict(table[tables])
+        assert bool(expected.pop("DESCRIPTORS")) is isinstance(each.args[0], TensorDescriptor)
+        assert expected.items() <= each.kwargs.items()
+    kv = attention_backward.BACKWARD_KV.values()
+    assert all(attention_backward.SPLIT % entry["BLOCK_M"] == 0 for entry in kv)
 
 
 def test_descriptors_are_not_made_where_they_cannot_be():
-    qkv = torch.zeros(2 * 3 * 40 * 72 + 1, dtype=torch.half)[1:].view(2, 40, 3, 1, op.HEAD)
-    with launch.record((9, 0)) as recorded:
-        op.attention_triton(*qkv.unbind(2))
-    assert recorded[0].kwargs["DESCRIPTORS"] == 0  # the address is no multiple of 16 bytes
+    qkv = torch.zeros(2 * 3 * 40 * 72 + 1, dtype=torch.half)[1:].view(2, 40, 3, 1, HEAD)
+    for each in recorded_launches(qkv, (9, 0)):  # the address is no multiple of 16 bytes
+        assert not any(isinstance(arg, TensorDescriptor) for arg in each.args)
     with launch.record((8, 0)) as recorded:
-        op.attention_triton(*qkv.clone().unbind(2), tuned={"DESCRIPTORS": 1})
-    assert recorded[0].kwargs["DESCRIPTORS"] == 0
+        op.attention_triton(qkv.clone(), {"DESCRIPTORS": 1})
+    assert not any(isinstance(arg, TensorDescriptor) for arg in recorded[0].args)
 
 
 @pytest.mark.parametrize("name", ["attention_qkv_packed", "attention_qkv_packed_backward"])
@@ -201,3 +236,90 @@ def test_registration(name, device):
         out, lse = op.attention_qkv_packed_op(qkv)
         arguments = (out.clone(), qkv, out, lse)
     torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments)
+
+
+def graphs_of(function, *inputs) -> list[str]:
+    """The functions that a compiled graph calls, forward and, through autograd, backward."""
+    called: list[str] = []
+
+    def count(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if "call" in node.op)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=aot_autograd(fw_compiler=count), fullgraph=True)
+    out = compiled(*inputs)
+    if out.requires_grad:
+        out.sum().backward()
+    return called
+
+
+def test_a_compiled_graph_without_kernels_is_pytorch_s_attention(no_kernels):
+    """No log-sum-exp of ours, which costs a second pass over all scores."""
+    qkv = packed((2, 37, 2)).float()
+    leaf = qkv.clone().requires_grad_()
+    called = graphs_of(op.attention_qkv_packed, leaf)
+    assert any("scaled_dot_product" in name and "backward" in name for name in called), called
+    assert not any("pixart_rt" in name or "logsumexp" in name for name in called)
+    _, expected = reference_with_gradients(qkv, torch.ones(2, 37, 2 * HEAD))
+    torch.testing.assert_close(leaf.grad.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter takes float32")
+def test_a_compiled_graph_with_kernels_has_the_operators():
+    qkv = packed((1, 5, 1)).float()
+    called = graphs_of(op.attention_qkv_packed, qkv)
+    assert called == ["pixart_rt.attention_qkv_packed_forward.default"]
+    called = graphs_of(op.attention_qkv_packed, qkv.requires_grad_())
+    assert "pixart_rt.attention_qkv_packed.default" in called
+    assert "pixart_rt.attention_qkv_packed_backward.default" in called
+
+
+def test_a_compiled_graph_serves_every_number_of_tokens():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op.attention_qkv_packed, backend=count, fullgraph=True, dynamic=True)
+    for N in (5, 9, 16):
+        qkv = packed((2, N, 1)).float()
+        out = compiled(qkv).double()
+        torch.testing.assert_close(out, exact(qkv.double())[0], atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_a_chosen_implementation_runs_with_its_gradient(device, monkeypatch):
+    qkv = packed((2, 37, 2)).to(device, torch.float32)
+    called = []
+    plain = choice.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        choice.F, "scaled_dot_product_attention", lambda *a, **k: called.append(1) or plain(*a, **k)
+    )
+    choice.problem.cache_clear()
+    with launch.choosing("attention_qkv_packed", "sdpa"):
+        leaf = qkv.clone().requires_grad_()
+        out = op.attention_qkv_packed(leaf)
+        assert len(called) == 2  # once to find whether it runs
+        out.sum().backward()
+        again = op.attention_qkv_packed_forward(qkv)
+        assert len(called) == 3
+    expected, gradient = reference_with_gradients(qkv.cpu(), torch.ones(2, 37, 2 * HEAD))
+    torch.testing.assert_close(out.detach().cpu().double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(out, again)
+    torch.testing.assert_close(leaf.grad.cpu().double(), gradient, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="some run on a GPU")
+@pytest.mark.parametrize("name", ["cudnn", "fa3", "fa4", "cuddn"])
+def test_an_implementation_that_cannot_run_says_so_once_and_ours_does(name):
+    qkv = packed((1, 5, 1)).float()
+    choice.problem.cache_clear()
+    with launch.choosing("attention_qkv_packed", name):
+        with pytest.warns(RuntimeWarning, match=f"names the attention '{name}', which does not"):
+            out = op.attention_qkv_packed(qkv)
+        assert torch.equal(out, op.attention_qkv_packed(qkv))  # a second warning is an error here
+    torch.testing.assert_close(out.double(), exact(qkv.double())[0], atol=1e-5, rtol=1e-5)
+    assert choice.current_flash_attention_impl() is None

@@ -17,18 +17,27 @@ PRODUCTS = {
     "_attention_kernel", "_attention_backward_kv_kernel", "_attention_backward_q_kernel",
     "_absorbed_scores_kernel", "_linear_kernel",
 }  # fmt: skip
+# Of sm_90's matrix instructions, how many may begin a group of their own: all do where the
+# assembler serializes them. Attention's products are 1 to 5 instructions long, and every group
+# of them that nothing depends on in between is one.
+GROUPS_PER_PRODUCT = 0.35
+
+
+def run(*command: str) -> str:
+    """A process of its own, for Triton must not interpret in it."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What the assembler said of every kernel; a process of its own, for it must not interpret."""
+    """What the assembler said of every kernel."""
     out = tmp_path_factory.mktemp("codegen") / "codegen.json"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.codegen", "--json", str(out)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("-m", "benchmarks.codegen", "--json", str(out))
     return json.loads(out.read_text())["kernels"]
 
 
@@ -40,10 +49,32 @@ def test_every_file_is_compiled_for_every_gpu(rows):
     assert {row["file"] for row in rows if row["arch"] == "sm_70"} == ELEMENTWISE
 
 
+def named(row: dict) -> tuple:
+    return row["kernel"], row["arch"], row["dtype"], row["num_warps"], row["constexprs"]
+
+
 def test_nothing_spills(rows):
-    bad = [(row["kernel"], row["arch"], row["dtype"], row["spill_bytes"]) for row in rows
+    bad = [(*named(row), row["spill_bytes"]) for row in rows
            if row["spill_bytes"] or row["local_memory"]]  # fmt: skip
     assert not bad
+
+
+def test_the_assembler_has_nothing_to_say(rows):
+    """C7510, C7515 and their like: correct code that runs its matrix products one by one."""
+    bad = [(*named(row), row["advisories"]) for row in rows if row["advisories"]]
+    assert not bad
+
+
+def test_matrix_instructions_of_sm_90_stay_in_flight_together(rows):
+    checked = set()
+    for row in rows:
+        names = row["instructions"]
+        products = names.get("HGMMA", 0) + names.get("QGMMA", 0)
+        if products:
+            checked.add(row["kernel"])
+            groups = names.get("WARPGROUP.ARRIVE", 0)
+            assert 0 < groups <= GROUPS_PER_PRODUCT * products, (named(row), groups, products)
+    assert checked == PRODUCTS
 
 
 def test_everything_fits_in_shared_memory(rows):
@@ -69,3 +100,25 @@ def test_tensor_cores_are_used(rows):
         assert names.get("UTMALDG", 0) > 0, row["kernel"]
     for row in products(rows, "sm_120"):
         assert row["tensor_core"] > 0, row["kernel"]
+
+
+VARIANTS = """
+import torch
+from pixart_rt.kernels import attention, cross_attention, launch
+from pixart_rt.kernels.codegen import ast_source
+for file in (attention, cross_attention):
+    for N in (41, 48, 1012, 4096):
+        with launch.record((9, 0)) as recorded, launch.forcing("attention", {}):
+            file.compile_example(torch.bfloat16, 2, N)
+        for each in recorded:
+            source, options = ast_source(each)
+            print(source.fn.__name__, source.signature, source.constants, source.attrs, options)
+"""
+
+
+def test_attention_is_not_compiled_again_for_another_number_of_tokens():
+    """By what Triton specializes a launch: integers that are 1 or multiples of 16, and types."""
+    variants = run("-c", VARIANTS).splitlines()
+    assert len(variants) == 4 * (4 + 7)  # numbers of tokens, launches of each file
+    # Masked and not: forward, backward of keys and of queries; delta; scores of three lengths.
+    assert len(set(variants)) == 3 + 3 + 1 + 3

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixart_rt.kernels import attention
+from pixart_rt.kernels import attention_backward
 from pixart_rt.kernels import cross_attention as op
-from pixart_rt.kernels.attention import HEAD
+from pixart_rt.kernels.attention_tiles import HEAD
 
 # The interpreter multiplies the bit patterns of bf16, so products in it need a GPU.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -140,7 +140,7 @@ def test_backward(size, dtype, descriptors, device, error, tolerance):
 
 def test_queries_of_several_programs_add_up(device, error, tolerance, monkeypatch):
     """The dK/dV pass divides the queries; here into 3 parts, the last one ragged."""
-    monkeypatch.setattr(attention, "SPLIT", 64)
+    monkeypatch.setattr(attention_backward, "SPLIT", 64)
     q, kv, key_mask = inputs((2, 150, 33, 1))
     q, kv = q.half(), kv.half()
     wide = [each.double().requires_grad_() for each in (q, kv)]
@@ -148,7 +148,7 @@ def test_queries_of_several_programs_add_up(device, error, tolerance, monkeypatc
     leaves = [each.to(device).requires_grad_() for each in (q, kv)]
     out = op.cross_attention(*leaves, key_mask.to(device))
     (actual,) = torch.autograd.grad(out.sum(), leaves[1])
-    assert attention.splits(150) == 3
+    assert attention_backward.splits(150) == 3
     assert error(actual, expected) < 2 * tolerance[torch.float16]
 
 
@@ -183,17 +183,17 @@ def test_the_constant_form_is_the_standard_one():
 def test_the_absorbed_form_is_the_standard_one(length):
     made = layer(2, [1, length // 2, length])
     made.key_mask[1] = made.key_mask[1].roll(7)  # visible tokens need not come first
-    absorbed = op.absorb(*made[1:6], length)
+    absorbed = op.absorb(*made[1:], length)
     assert absorbed.keys.shape == absorbed.values.shape == (3, 2 * length, 144)
-    out = op.cross_attention_absorbed_ref(made.x, *absorbed, made.proj_bias)
+    out = op.cross_attention_absorbed_ref(made.x, *absorbed)
     torch.testing.assert_close(out, made.standard())
 
 
 def test_a_prompt_tensor_shorter_than_the_slots():
     made = layer(1, [3, 9])
     made = made._replace(kv=made.kv[:, :10], key_mask=made.key_mask[:, :10])
-    absorbed = op.absorb(*made[1:6], 16)
-    out = op.cross_attention_absorbed_ref(made.x, *absorbed, made.proj_bias)
+    absorbed = op.absorb(*made[1:], 16)
+    out = op.cross_attention_absorbed_ref(made.x, *absorbed)
     torch.testing.assert_close(out, made.standard())
 
 
@@ -204,7 +204,7 @@ def test_absorbed_probabilities(length, dtype, descriptors, device, error, toler
     if descriptors:
         skip_without_descriptors(device)
     made = layer(3, [1, length // 2, length], num_tokens=70)  # 3 heads: no multiple of 128 columns
-    absorbed = op.absorb(made.kv.to(dtype), *made[2:6], length)
+    absorbed = op.absorb(made.kv.to(dtype), *made[2:], length)
     x = made.x.to(dtype)
     given = [each.to(device) for each in (x, absorbed.keys, absorbed.bias)]
     tuned = {"BLOCK_M": 32, "BLOCK_K": 32, "DESCRIPTORS": descriptors}
@@ -221,18 +221,23 @@ def test_absorbed_operator(dtype, device, error, tolerance):
     """Against the standard layer, whose own rounding of q and of the output it does not have."""
     made = layer(2, [1, 17, 32])
     rounded = Layer(*(each if each.dtype == torch.bool else each.to(dtype) for each in made))
-    absorbed = op.absorb(*(each.to(device) for each in rounded[1:6]), 32)
-    out = op.cross_attention_absorbed(rounded.x.to(device), *absorbed, rounded.proj_bias.to(device))
+    absorbed = op.absorb(*(each.to(device) for each in rounded[1:]), 32)
+    out = op.cross_attention_absorbed(rounded.x.to(device), *absorbed)
     assert out.dtype == dtype
     wide = Layer(*(each if each.dtype == torch.bool else each.double() for each in rounded))
     # Keys' rounded once move scores that an outlier channel makes large.
     assert error(out, wide.standard()) < 3 * tolerance[dtype]
+    rows = torch.full((5, *out.shape[1:]), 7.0, dtype=dtype, device=device)
+    rows[1:4] = rounded.x.to(device)
+    op.add_cross_attention_absorbed(rows[1:4], *absorbed)
+    assert error(rows[1:4], wide.x + wide.standard()) < 3 * tolerance[dtype]
+    assert (rows[::4] == 7).all()  # the rows beside them are another's
 
 
 def test_too_short_a_length_is_refused():
     made = layer(1, [3, 40])
     with pytest.raises(ValueError, match="at least the 40 visible tokens"):
-        op.absorb(*made[1:6], 32)
+        op.absorb(*made[1:], 32)
 
 
 def test_choice_of_the_form():
@@ -241,7 +246,13 @@ def test_choice_of_the_form():
 
 
 @pytest.mark.parametrize(
-    "name", ["cross_attention", "cross_attention_backward", "cross_attention_absorbed"]
+    "name",
+    [
+        "cross_attention",
+        "cross_attention_backward",
+        "cross_attention_absorbed",
+        "add_cross_attention_absorbed",
+    ],
 )
 def test_registration(name, device):
     q, kv, key_mask = inputs((2, 5, 7, 2))
@@ -255,3 +266,19 @@ def test_registration(name, device):
         *_, example = op.OPERATORS
         arguments = example.example(device, torch.float32, 0)
     torch.library.opcheck(getattr(torch.ops.pixart_rt, name).default, arguments)
+
+
+def test_a_compiled_graph_without_kernels_is_pytorch_s_attention(no_kernels):
+    q, kv, key_mask = (each.float() if each.is_floating_point() else each
+                       for each in inputs((2, 5, 7, 2)))  # fmt: skip
+    called: list[str] = []
+
+    def count(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if "call" in node.op)
+        return graph.forward
+
+    torch._dynamo.reset()
+    out = torch.compile(op.cross_attention, backend=count, fullgraph=True)(q, kv, key_mask)
+    torch.testing.assert_close(out, op.cross_attention_ref(q, kv, key_mask))
+    assert any("scaled_dot_product" in name for name in called)
+    assert not any("pixart_rt" in name for name in called)

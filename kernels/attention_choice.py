@@ -25,7 +25,7 @@ from torch.nn.attention import (
     sdpa_kernel,
 )
 
-from pixart_rt.kernels.launch import choice
+from pixart_rt.kernels.launch import choice, unavailable
 
 OWN, PYTORCH = "own", "sdpa"
 BACKENDS = {
@@ -66,31 +66,29 @@ def _activate(implementation: str) -> None:
 
 
 def chosen(op: str, like: Tensor, shape: tuple[int, int]) -> str:
-    """The implementation for `like` [..., K] at (B·H, N): the tables', or ours if it cannot run."""
+    """The implementation for `like` [..., K] at (B·H, N): the tables', or ours if it cannot run.
+
+    Raises Unavailable where `choosing` names one that cannot.
+    """
     name = choice(op, like, shape, OWN)
-    if name == OWN or problem(name, like.device, like.dtype, like.shape[-1]):
+    why = "" if name == OWN else problem(name, like.device, like.dtype, like.shape[-1])
+    if why:
+        unavailable(op, name, why)
         return OWN
     return name
 
 
 @functools.cache
 def problem(implementation: str, device: torch.device, dtype: torch.dtype, head: int) -> str:
-    """Why an implementation cannot run here, found by running it; "" if it can. Warns once."""
+    """Why an implementation cannot run here, found by running it; "" if it can."""
     if implementation not in IMPLEMENTATIONS:
-        reason = f"no such implementation, only {', '.join(IMPLEMENTATIONS)}"
-    else:
-        x = torch.zeros(1, 1, PROBE_TOKENS, head, device=device, dtype=dtype)
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch lists a reason for each backend
-                attend_by(implementation, x, x, x)
-            return ""
-        except Exception as error:  # whatever a library raises: ours runs
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    warnings.warn(
-        f"a tuning table names the attention {implementation!r}, which does not run on {device} in "
-        f"{dtype} ({reason}); this package's own runs instead",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return reason
+        return f"no such implementation, only {', '.join(IMPLEMENTATIONS)}"
+    x = torch.zeros(1, 1, PROBE_TOKENS, head, device=device, dtype=dtype)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch lists a reason for each backend
+            attend_by(implementation, x, x, x)
+        return ""
+    except Exception as error:  # whatever a library raises: ours runs
+        first = (str(error).splitlines() or [""])[0]
+        return f"on {device} in {dtype} it raises {type(error).__name__}: {first}"

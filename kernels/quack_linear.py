@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pixart_rt.kernels.gate_residual import Gate
+from pixart_rt.kernels.launch import unavailable
 
 
 def _gated(acc: Any, c: Any, bias_n: Any, gate_n: Any) -> dict[str, Any]:
@@ -34,14 +34,8 @@ def _added(acc: Any, c: Any, bias_n: Any) -> dict[str, Any]:
 
 @functools.cache
 def _epilogues() -> tuple[Any, Any] | None:
-    """quack's kernels with and without a gate; None, after a warning, if it is not installed."""
+    """quack's kernels with and without a gate; None if it is not installed."""
     if importlib.util.find_spec("quack") is None:
-        warnings.warn(
-            "a tuning table names quack for linear_gate_residual, but quack-kernels is not "
-            "installed (pip install 'pixart_rt[quack]'); our own kernel runs instead",
-            RuntimeWarning,
-            stacklevel=2,
-        )
         return None
     from quack.epilogue import gemm_epilogue
     from quack.epilogue.ops import RowVecLoad
@@ -62,6 +56,8 @@ def gate_residual(
         return None
     epilogues = _epilogues()
     if epilogues is None:
+        why = "quack-kernels is not installed (pip install 'pixart_rt[quack]')"
+        unavailable("linear_gate_residual", "quack", why)
         return None
     B, O = x.shape[0], weight.shape[0]
     rows = {"bias_n": bias.float().expand(B, O).contiguous()}

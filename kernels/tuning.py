@@ -26,6 +26,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.errors import TritonError
@@ -33,19 +34,26 @@ from triton.errors import TritonError
 from pixart_rt.kernels import catalog, launch
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_triton
 from pixart_rt.kernels.attention_backward import attention_backward_triton
+from pixart_rt.kernels.attention_choice import IMPLEMENTATIONS
 from pixart_rt.kernels.cross_attention import (
     absorbed_scores_triton,
     cross_attention_backward_triton,
     cross_attention_triton,
 )
-from pixart_rt.kernels.fp8_linear import quantize_rows
+from pixart_rt.kernels.fp8_linear import fp8_linear, quantize_rows
 from pixart_rt.kernels.gate_residual import (
+    gate_residual,
     gate_residual_backward_triton,
+    gate_residual_ln_modulate,
     gate_residual_ln_modulate_triton,
     gate_residual_triton,
 )
-from pixart_rt.kernels.linear import linear_triton
-from pixart_rt.kernels.ln_modulate import ln_modulate_backward_triton, ln_modulate_triton
+from pixart_rt.kernels.linear import linear_gate_residual, linear_triton
+from pixart_rt.kernels.ln_modulate import (
+    ln_modulate,
+    ln_modulate_backward_triton,
+    ln_modulate_triton,
+)
 
 HEADS, HEAD_DIM, ROWS, TEXT = 16, 72, 6, 120
 WIDTH = HEADS * HEAD_DIM
@@ -284,12 +292,65 @@ def _attention_forms(shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     return lambda: attention_qkv_packed(qkv)
 
 
-CONTESTS: tuple[Contest, ...] = (
+def _gemm_forms(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    x, weight, bias = _linear_inputs(shape, device, dtype)
+    residual = _normal(device, dtype, *x.shape[:2], shape[2])
+    gate = (*_modulated(device, dtype, len(x)), 5)
+    return lambda: linear_gate_residual(x, weight, bias, *gate, residual)
+
+
+def _residual_forms(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """With a gate: attention's projection, which no LayerNorm follows."""
+    x, weight, bias = _linear_inputs(shape, device, dtype)
+    residual = _normal(device, dtype, *x.shape[:2], shape[2])
+    gate = (*_modulated(device, dtype, len(x)), 5)
+
+    def call() -> Tensor:
+        if launch.choice("linear_residual", x, shape, "epilogue") == "epilogue":
+            return linear_gate_residual(x, weight, bias, *gate, residual)
+        return gate_residual(residual, F.linear(x, weight, bias), *gate)
+
+    return call
+
+
+def _residual_norm_forms(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """With the LayerNorm and modulation that follow."""
+    x, weight, bias = _linear_inputs(shape, device, dtype)
+    residual = _normal(device, dtype, *x.shape[:2], shape[2])
+    rows = _modulated(device, dtype, len(x))
+
+    def call() -> tuple[Tensor, Tensor]:
+        if launch.choice("linear_residual_norm", x, shape, "cublas") == "epilogue":
+            out = linear_gate_residual(x, weight, bias, *rows, 5, residual)
+            return out, ln_modulate(out, *rows, 0)
+        branch = F.linear(x, weight, bias)
+        return gate_residual_ln_modulate(residual, branch, *rows, 5, *rows, 0)
+
+    return call
+
+
+def _fp8_forms(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    x, weight, bias = _linear_inputs(shape, device, dtype)
+    quantized = (*quantize_rows(x), *quantize_rows(weight))
+
+    def call() -> Tensor:
+        named = launch.choice("fp8_linear", quantized[0], shape, "own")
+        if named == "scaled_mm" and dtype != torch.bfloat16:
+            raise RuntimeError("PyTorch's product of rows with scales gives bfloat16 only")
+        return fp8_linear(*quantized, bias, dtype)
+
+    return call
+
+
+CONTESTS = (
+    Contest("attention_qkv_packed", IMPLEMENTATIONS, _heads, _attention_forms),
+    Contest("linear_gate_residual", ("own", "quack"), _products(*GATED), _gemm_forms),
+    Contest("linear_residual", ("epilogue", "cublas"), _products((WIDTH, WIDTH)), _residual_forms),
     Contest(
-        "attention_qkv_packed", ("own", "sdpa", "cudnn", "flash", "fa3", "fa4"), _heads,
-        _attention_forms,
+        "linear_residual_norm", ("cublas", "epilogue"), _products(*GATED), _residual_norm_forms
     ),
-)  # fmt: skip
+    Contest("fp8_linear", ("own", "scaled_mm"), _products(*FP8_SIZES), _fp8_forms),
+)
 
 
 def milliseconds(call: Call) -> float:

@@ -20,7 +20,7 @@ from pixart_rt.config import Kernels, Quality, Weights
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
 from pixart_rt.kernels.attention_products import attention_products, trains_by_products
-from pixart_rt.kernels.catalog import self_test
+from pixart_rt.kernels.catalog import FP8, MODEL, self_test
 from pixart_rt.kernels.cross_attention import cross_attention
 from pixart_rt.kernels.fp8_linear import (
     fp8_linear,
@@ -37,6 +37,7 @@ from pixart_rt.kernels.launch import SM80, choice
 from pixart_rt.kernels.linear import linear_gate_residual, linear_gelu, linear_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate, ln_modulate_fp8, ln_modulate_ref
 
+EPILOGUE, CUBLAS = "epilogue", "cublas"  # forms of a linear with gate and residual
 Normed = Any  # what `norm` gives and `linear` takes: [B, N, D], or its fp8 values and scales
 
 
@@ -107,15 +108,18 @@ class FusedOperators(Operators):
     Under autocast the residual stream stays float32 and the linears' inputs are in autocast's
     dtype: the kernels that normalize write it, and those that add to the residual read it.
 
-    A linear with gate and residual has two forms, equal in launches where a LayerNorm follows: our
-    GEMM with them in its epilogue (a table may name another GEMM for it), or cuBLAS, and then one
-    kernel for the rest. The table of the GPU chooses by (tokens, inputs, outputs). Untimed, it is
+    A linear with gate and residual has two forms, equal in launches where a LayerNorm follows: a
+    GEMM with them in its epilogue ("epilogue"; ours, or the one that a table names for
+    linear_gate_residual), or cuBLAS and one kernel for the rest ("cublas"). The GPU's table chooses
+    by (tokens, inputs, outputs), for linear_residual_norm and linear_residual apart. Untimed, it is
     cuBLAS where a LayerNorm follows, for ours would have to reach 97 % of its speed to be the
     faster one (docs/kernels.md), and ours where none does.
 
     What is not exactly an nn.Linear runs as the module it is, and the kernels do the rest: of a
     linear that carries an adapter (peft's LoRA) they would read the base weight alone.
     """
+
+    kernels = MODEL  # what `prepare` compares
 
     def __init__(self, lossless: bool = False) -> None:
         super().__init__(lossless)
@@ -125,7 +129,8 @@ class FusedOperators(Operators):
         """On a GPU, compare every kernel with its reference there first (kernels/catalog.py)."""
         parameter = next(blocks.parameters())
         if parameter.is_cuda:
-            self_test(parameter.device, parameter.dtype)
+            trains = any(each.requires_grad for each in blocks.parameters())
+            self_test(parameter.device, parameter.dtype, self.kernels, training=trains)
             capability = torch.cuda.get_device_capability(parameter.device)
             self.gemm_epilogue = capability >= SM80
 
@@ -149,7 +154,7 @@ class FusedOperators(Operators):
     def linear_residual(
         self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None
     ) -> Tensor:
-        if not self._epilogue(x, layer, "own"):
+        if not self._epilogue("linear_residual", x, layer, EPILOGUE):
             branch = self._product(x, layer)
             return gate_residual(residual, branch, *_gate(gate), self.lossless)
         return self._gemm_residual(x, layer, residual, gate)
@@ -159,7 +164,7 @@ class FusedOperators(Operators):
     ) -> tuple[Tensor, Normed]:
         if torch.compiler.is_exporting():  # as in residual_norm
             return super().linear_residual_norm(x, layer, residual, gate, rows)
-        if self._epilogue(x, layer, "cublas"):
+        if self._epilogue("linear_residual_norm", x, layer, CUBLAS):
             x = self._gemm_residual(x, layer, residual, gate)
             return x, self.norm(x, rows)
         return self._sum_norm(self._product(x, layer), residual, gate, rows)
@@ -177,11 +182,11 @@ class FusedOperators(Operators):
             residual, branch, *_gate(gate), *rows, self.lossless, _autocast_dtype(residual)
         )
 
-    def _epilogue(self, x: Tensor, layer: nn.Linear, default: str) -> bool:
+    def _epilogue(self, op: str, x: Tensor, layer: nn.Linear, default: str) -> bool:
         """Whether gate and residual are part of this linear's GEMM."""
         if not (self.gemm_epilogue and is_plain(layer)):
             return False
-        return implementation(x, layer.out_features, default) != "cublas"
+        return implementation(op, x, layer.out_features, default) == EPILOGUE
 
     def _product(self, x: Tensor, layer: nn.Linear) -> Tensor:
         return F.linear(*_autocast(x, layer)) if is_plain(layer) else self.linear(x, layer)
@@ -212,6 +217,8 @@ class Fp8Operators(FusedOperators):
     Weights have a scale for each output, activations one for each token, chosen as they are made;
     what GELU makes has one for each token and 128 channels, for no tile sees a token's all.
     """
+
+    kernels = (*MODEL, *FP8)
 
     def prepare(self, blocks: nn.Module) -> None:
         """Quantize the weights. Raises ConfigError for linears that carry adapters."""
@@ -298,27 +305,27 @@ def _autocast(x: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype)
 
 
-def implementation(x: Tensor, out: int, default: str) -> str:
-    """Which form a linear of x [B, N, I] with gate and residual has: "own", "cublas" or "quack".
+def implementation(op: str, x: Tensor, out: int, default: str) -> str:
+    """Which form a linear of x [B, N, I] with gate and residual has: EPILOGUE or CUBLAS.
 
     While a model is traced with any number of tokens it is `default`: a choice by their number
     would make one program for every number.
     """
     shape = (x.shape[0] * x.shape[1], x.shape[2], out)
     if not torch.compiler.is_compiling():
-        return choice("linear_gate_residual", x, shape, default)
+        return choice(op, x, shape, default)
     if not has_static_value(shape[0]):
         return default
-    return _traced_choice(x.device, x.dtype, shape, default)
+    return _traced_choice(op, x.device, x.dtype, shape, default)
 
 
 @torch.compiler.assume_constant_result
 def _traced_choice(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], default: str
+    op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], default: str
 ) -> str:
     """`choice` for a tracer, which shall not look at files."""
     like = torch.empty(0, dtype=dtype, device=device)
-    return choice("linear_gate_residual", like, shape, default)
+    return choice(op, like, shape, default)
 
 
 def operators(

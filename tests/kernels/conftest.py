@@ -21,10 +21,6 @@ from tests.kernels.launches import Launches, written_down
 LAST = "test_launch_compiles.py"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name == LAST)
-
-
 @pytest.fixture(scope="package", autouse=True)
 def launches() -> Iterator[Launches]:
     """What the tests of this folder have launched so far."""
@@ -38,6 +34,7 @@ def launches() -> Iterator[Launches]:
 @pytest.hookimpl(tryfirst=True)  # before pytest itself reads -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a GPU, tests of kernels run on it: `-m gpu` selects those with a device."""
+    items.sort(key=lambda item: item.path.name == LAST)
     for item in items:
         if not item.path.is_relative_to(Path(__file__).parent):
             continue

@@ -314,12 +314,15 @@ def test_a_chosen_implementation_runs_with_its_gradient(device, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some run on a GPU")
 @pytest.mark.parametrize("name", ["cudnn", "fa3", "fa4", "cuddn"])
-def test_an_implementation_that_cannot_run_says_so_once_and_ours_does(name):
+def test_an_implementation_that_cannot_run_says_so_once_and_ours_does(name, monkeypatch):
     qkv = packed((1, 5, 1)).float()
     choice.problem.cache_clear()
-    with launch.choosing("attention_qkv_packed", name):
-        with pytest.warns(RuntimeWarning, match=f"names the attention '{name}', which does not"):
-            out = op.attention_qkv_packed(qkv)
-        assert torch.equal(out, op.attention_qkv_packed(qkv))  # a second warning is an error here
+    with launch.choosing("attention_qkv_packed", name), pytest.raises(launch.Unavailable):
+        op.attention_qkv_packed(qkv)
+    monkeypatch.setattr(launch, "_told", set())
+    monkeypatch.setattr(choice, "choice", lambda *_: name)  # as a table names it on a GPU
+    with pytest.warns(RuntimeWarning, match=f"names {name} for attention_qkv_packed, which is not"):
+        out = op.attention_qkv_packed(qkv)
+    assert torch.equal(out, op.attention_qkv_packed(qkv))  # a second warning is an error here
     torch.testing.assert_close(out.double(), exact(qkv.double())[0], atol=1e-5, rtol=1e-5)
     assert choice.current_flash_attention_impl() is None

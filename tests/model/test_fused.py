@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -101,7 +101,16 @@ def products(model, inputs):
 
 # A block: attention's projection, cross-attention's and the MLP's second; a last block's MLP has no
 # LayerNorm after it.
-FORMS = {None: 1 + 2, "own": 3 * 2, "cublas": 0}
+FORMS = {None: 1 + 2, "epilogue": 3 * 2, "cublas": 0}
+
+
+@contextmanager
+def choosing(form):
+    """This form of a linear with gate and residual, with and without a LayerNorm after it."""
+    with ExitStack() as stack:
+        for op in ("linear_residual", "linear_residual_norm") if form else ():
+            stack.enter_context(launch.choosing(op, form))
+        yield
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -112,7 +121,7 @@ def test_both_forms_of_gate_and_residual(form, device):
     inputs = [each.to(device) for each in inputs_of(config, 7)]
     expected, wanted = gradients(model, inputs)
     model.zero_grad()
-    with launch.choosing("linear_gate_residual", form) if form else nullcontext():
+    with choosing(form):
         assert products(model.use(Kernels.FUSED), inputs) == FORMS[form]
         actual, found = gradients(model, inputs)
     assert relative(actual, expected) < 1e-5
@@ -121,7 +130,7 @@ def test_both_forms_of_gate_and_residual(form, device):
         assert relative(gradient, wanted[name]) < 5e-5, name
 
 
-@pytest.mark.parametrize("form", ["own", "cublas"])
+@pytest.mark.parametrize("form", ["epilogue", "cublas"])
 def test_a_compiled_model_has_the_form_of_its_shapes(form, no_kernels):
     """Where the number of tokens is fixed; where it is any, the default."""
     config = replace(CONFIG, num_layers=2)
@@ -134,7 +143,7 @@ def test_a_compiled_model_has_the_form_of_its_shapes(form, no_kernels):
         if dynamic:
             torch._dynamo.mark_dynamic(inputs[0], 1)
             torch._dynamo.mark_dynamic(inputs[1], 1)
-        with launch.choosing("linear_gate_residual", form), torch.no_grad():
+        with choosing(form), torch.no_grad():
             compiled(*inputs)
         (graph,) = counter.graphs
         nodes = [n for n in graph.graph.nodes if "linear_gate_residual" in str(n.target)]
@@ -262,7 +271,7 @@ def test_compiled_training_step(no_kernels):
 # Weights of keys past the image may overflow float16; they reach only rows that are not stored.
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
-@pytest.mark.parametrize("form", [None, "own"])
+@pytest.mark.parametrize("form", [None, "epilogue"])
 def test_autocast_keeps_the_residual_stream_in_float32(form, device):
     """Under autocast, as in training: as near float64 as the reference under the same autocast."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
@@ -275,8 +284,7 @@ def test_autocast_keeps_the_residual_stream_in_float32(form, device):
     errors = {}
     for kernels in Kernels:
         model.zero_grad()
-        chosen = launch.choosing("linear_gate_residual", form) if form else nullcontext()
-        with torch.autocast(device.type, dtype), chosen:
+        with torch.autocast(device.type, dtype), choosing(form):
             _, found = gradients(model.use(kernels), inputs, small)
         errors[kernels] = {n: relative(g, wanted[n]) for n, g in found.items()}
         assert all(g.dtype == torch.float32 for g in found.values())
@@ -297,7 +305,7 @@ class Counter(TorchDispatchMode):
 def test_selective_checkpointing_recomputes_elementwise_only(no_kernels):
     model = random_model().use(Kernels.FUSED)
     inputs = inputs_of(CONFIG, 37)
-    with launch.choosing("linear_gate_residual", "own"):
+    with choosing("epilogue"):
         _, wanted = gradients(model, inputs)
     model.zero_grad()
     for block in model.blocks:
@@ -307,7 +315,7 @@ def test_selective_checkpointing_recomputes_elementwise_only(no_kernels):
             use_reentrant=False,
             context_fn=partial(create_selective_checkpoint_contexts, checkpointing.policy),
         )
-    with Counter() as counter, launch.choosing("linear_gate_residual", "own"):
+    with Counter() as counter, choosing("epilogue"):
         _, found = gradients(model, inputs)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name])

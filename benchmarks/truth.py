@@ -18,12 +18,15 @@ from pixart_rt.kernels import catalog, launch
 RESUME = "--resume"
 
 
+EVERY = tuple(operator.name for operator in catalog.OPERATORS)
+
+
 def kernels_tested(device: torch.device, *dtypes: torch.dtype, training: bool = False) -> None:
     """Compare every kernel with its reference on this GPU. Without a GPU there is nothing to do."""
     if device.type == "cuda":
         self_test: Any = catalog.self_test
         for dtype in dtypes:
-            self_test(device, dtype, training=training)
+            self_test(device, dtype, EVERY, training=training)
 
 
 def refused() -> list[str]:

@@ -7,7 +7,7 @@ that of the default.
 
     {"gpu": ..., "date": ..., "versions": ...,
      "operators": {op: {dtype: {shape: {...}}}}, "choices": {op: {dtype: {shape: name}}},
-     "not_tried": ["op shape", ...]}
+     "not_tried": ["op shape", ...], "failed": ["op shape: why", ...]}
 
 Entries are keyed by what an operator's time depends on (launch.config), so no shape's entry is
 another's.
@@ -369,6 +369,7 @@ def tune(
     report: Callable[[str], None] = lambda line: None,
     seconds: float = float("inf"),
     workers: int = 0,
+    save: Callable[[dict[str, Any]], None] = lambda table: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
     """The table of the fastest configuration and implementation at every shape.
@@ -376,12 +377,21 @@ def tune(
     `shapes` are (rows of a step, tokens of an image). Configurations come first: a contest is
     between tuned kernels. Nothing is begun after `seconds`; what was not tried is listed. Kernels
     that the self-test refused on this GPU are not tuned. With `workers` that many processes compile
-    the candidates of SUBJECTS beforehand, into Triton's cache.
+    the candidates of SUBJECTS beforehand, into Triton's cache. `save` gets the table so far, after
+    every entry.
     """
     sizes = list(shapes or ((B, N) for B, N in itertools.product(BATCHES, TOKENS)))
     began, name = clock(), str(dtype).removeprefix("torch.")
     found: dict[str, dict[str, Any]] = {"operators": {}, "choices": {}}
-    not_tried = list[str]()
+    not_tried, failed = list[str](), list[str]()
+    table: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter",
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        **found,
+        "not_tried": not_tried,
+        "failed": failed,
+    }
     refused = {op for op, index in launch.refused() if index == (device.index or 0)}
     if workers:
         precompile(device, dtype, sizes, workers, seconds / 2)
@@ -394,30 +404,31 @@ def tune(
         if measured.op in refused:
             report(f"{said}: not tuned, the self-test refused the kernel")
             return
-        call = measured.make(shape, device, dtype)
-        if isinstance(measured, Subject):
-            best, line = _fastest(measured, call, timer)
+        try:
+            call = measured.make(shape, device, dtype)
+            if isinstance(measured, Subject):
+                best, line = _fastest(measured, call, timer)
+            else:
+                best, line = _winner(measured, call, timer)
+        except (TritonError, RuntimeError) as error:  # the inputs' own kernels, or memory
+            failed.append(f"{said}: {_why(error)}")
+            report(failed[-1])
+            return
+        if best is None:
+            failed.append(f"{said}: {line}")
         else:
-            best, line = _winner(measured, call, timer)
-        if best is not None:
             kept = "float8_e4m3fn" if measured.op.startswith("fp8") else name
             entries = found[kind].setdefault(measured.op, {}).setdefault(kept, {})
             entries[launch.shape_key(shape)] = best
         report(f"{said}: {line}")
+        save(table)
 
     for subject, shape in _ordered(subjects, sizes):
         run("operators", subject, shape)
     with launch.using(found):
         for contest, shape in _ordered(contests, sizes):
             run("choices", contest, shape)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return {
-        "gpu": gpu,
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        **found,
-        "not_tried": not_tried,
-    }
+    return table
 
 
 def merged(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
@@ -454,7 +465,11 @@ def _outputs(call: Call) -> list[Tensor] | str:
     try:
         return catalog.flat(call())
     except (TritonError, RuntimeError) as error:
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return _why(error)
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _wrong(actual: list[Tensor], expected: list[Tensor]) -> bool:

@@ -173,7 +173,7 @@ def main_numbers(work: Path, small: bool) -> list[Job]:
         loop(work, 256),
         loop(work, 512),
         image_folder(work, small),
-        bench(work, "tune", "tune", "benchmarks.tune", limit=200),
+        bench(work, "tune", "tune", "benchmarks.tune", "--minutes", 2.5, limit=200),
         training(work, 256, TRAINED, "--steps", 3),
         training(work, 512, TRAINED, "--steps", 3),
         *images(work, small),

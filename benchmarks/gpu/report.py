@@ -409,9 +409,14 @@ def profile_table(found: dict[str, Any]) -> str:
 
 
 def tuned_table(found: dict[str, Any]) -> str:
-    operators = found["tuned"].get("operators", {})
-    lines = [(name, json.dumps(entries)) for name, entries in operators.items()]
-    return table(("operator", "fastest configurations"), lines) if lines else ""
+    lines = [
+        (name, json.dumps(entries))
+        for kind in ("operators", "choices")
+        for name, entries in found["tuned"].get(kind, {}).items()
+    ]
+    left = found["tuned"].get("not_tried", [])
+    lines += [("not tried for time", ", ".join(left))] if left else []
+    return table(("operator", "fastest configurations and implementations"), lines) if lines else ""
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -277,27 +277,29 @@ def test_with_a_gpu_the_kernels_tests_are_found_by_their_mark() -> None:
     assert "test_solver.py::" not in said[1]
 
 
-def test_tables_are_kept_after_every_operator(
-    benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("ends", [True, False])
+def test_tables_are_kept_after_every_entry(
+    benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: bool
 ) -> None:
     tune, provenance = benchmark_module("tune"), benchmark_module("provenance")
-    names = ["ln_modulate", "broken", "attention"]
-    monkeypatch.setattr(tune.tuning, "SUBJECTS", [SimpleNamespace(op=name) for name in names])
     out = tmp_path / "t.json"
 
-    def search(device: Any, dtype: Any, *, subjects: Any, **_: Any) -> dict[str, Any]:
-        (subject,) = subjects
-        if subject.op == "attention":
-            assert list(json.loads(out.read_text())["table"]["operators"]) == ["ln_modulate"]
-        if subject.op == "broken":
-            raise ValueError("no configuration")
-        return {"gpu": "a GPU", "operators": {subject.op: {"bfloat16": {}}}}
+    def search(device: Any, dtype: Any, *, save: Any, seconds: float, **_: Any) -> dict[str, Any]:
+        assert seconds == 9
+        table = {"operators": {"ln_modulate": {}}, "failed": ["attention 1x2: no memory"]}
+        save(table)
+        assert json.loads(out.read_text())["table"] == table
+        if not ends:
+            raise ValueError("the driver is gone")
+        return table
 
     monkeypatch.setattr(tune.tuning, "tune", search)
     save = provenance.Saver(out, "tune", measured=True)
-    values = tune.run(torch.device("cpu"), lambda call: 0.0, save)
-    assert list(values["table"]["operators"]) == ["ln_modulate", "attention"]
-    assert [row["agrees"] for row in values["rows"]] == [True, False, True]
+    values = tune.run(torch.device("cpu"), lambda call: 0.0, save, 9)
+    assert list(values["table"]["operators"]) == ["ln_modulate"]
+    failed = [row["failed"] for row in json.loads(out.read_text())["rows"]]
+    assert failed[0] == "attention 1x2: no memory" and len(failed) == (1 if ends else 2)
+    assert ends or "the driver is gone" in failed[1]
 
 
 @pytest.mark.slow

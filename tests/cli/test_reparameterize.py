@@ -60,7 +60,7 @@ def test_bad_use_is_one_line(run: Callable[..., Any], dit: Path, tmp_path: Path)
         ((dit, out, "--t-block", "median"), 2, "median"),
         ((dit, out, *SMALL, "--which", "ema"), 2, "has plain tensors"),
         ((tmp_path / "absent.pt", out), 1, "absent.pt does not exist"),
-        ((dit, dit, *SMALL), 2, "--force"),
+        ((dit, dit, *SMALL), 2, "is a file; name a folder"),
     ):
         outcome = run("reparameterize", *words)
         assert outcome.code == code, words

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.gate_residual import gate_residual_ref
-from pixart_rt.kernels.launch import SM89, Operator, capability, choice, launch, runs_triton
+from pixart_rt.kernels.launch import SM89, Operator, capability, choice, direct, launch, runs_triton
 from pixart_rt.kernels.linear import SCALE_GROUP, linear_triton
 from pixart_rt.kernels.ln_modulate import quantize_rows_ref
 
@@ -116,15 +116,19 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
-@torch.library.custom_op("pixart_rt::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """[..., D] to float8_e4m3fn [..., D] and float32 row scales [...]: x = e4m3·scale."""
     if runs_triton("quantize_rows", x, SM89):
         return quantize_rows_triton(x)
     return quantize_rows_ref(x)
 
 
-@quantize_rows.register_fake
+quantize_rows_op = torch.library.custom_op(
+    "pixart_rt::quantize_rows", _quantize_rows, mutates_args=()
+)
+
+
+@quantize_rows_op.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     y = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     return y, x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -155,8 +159,7 @@ def _scaled_mm(
     return y.view(*x.shape[:-1], -1)
 
 
-@torch.library.custom_op("pixart_rt::fp8_linear", mutates_args=())
-def fp8_linear_op(
+def _fp8_linear(
     x: Tensor,
     x_scale: Tensor,
     weight: Tensor,
@@ -177,6 +180,9 @@ def fp8_linear_op(
     return reference(x, x_scale, weight, weight_scale, bias, dtype)
 
 
+fp8_linear_op = torch.library.custom_op("pixart_rt::fp8_linear", _fp8_linear, mutates_args=())
+
+
 @fp8_linear_op.register_fake
 def _(
     x: Tensor,
@@ -190,8 +196,7 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("pixart_rt::fp8_linear_gelu_quantized", mutates_args=())
-def fp8_linear_gelu_quantized(
+def _fp8_linear_gelu_quantized(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """gelu(y), tanh form, in float8_e4m3fn [B, N, O] with scales of groups [B, O/128, N]."""
@@ -203,7 +208,12 @@ def fp8_linear_gelu_quantized(
     return fp8_linear_gelu_quantized_ref(x, x_scale, weight, weight_scale, bias)
 
 
-@fp8_linear_gelu_quantized.register_fake
+fp8_linear_gelu_quantized_op = torch.library.custom_op(
+    "pixart_rt::fp8_linear_gelu_quantized", _fp8_linear_gelu_quantized, mutates_args=()
+)
+
+
+@fp8_linear_gelu_quantized_op.register_fake
 def _(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -211,8 +221,7 @@ def _(
     return x.new_empty((B, N, O)), x_scale.new_empty((B, -(-O // SCALE_GROUP), N))
 
 
-@torch.library.custom_op("pixart_rt::fp8_linear_residual", mutates_args=())
-def fp8_linear_residual(
+def _fp8_linear_residual(
     x: Tensor,
     x_scale: Tensor,
     weight: Tensor,
@@ -235,7 +244,12 @@ def fp8_linear_residual(
     ).contiguous()
 
 
-@fp8_linear_residual.register_fake
+fp8_linear_residual_op = torch.library.custom_op(
+    "pixart_rt::fp8_linear_residual", _fp8_linear_residual, mutates_args=()
+)
+
+
+@fp8_linear_residual_op.register_fake
 def _(
     x: Tensor,
     x_scale: Tensor,
@@ -255,7 +269,9 @@ def fp8_linear(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """y of the formula above, [B, N, O] in `dtype`."""
-    return fp8_linear_op(x, x_scale, weight, weight_scale, bias, False, dtype)
+    call = _fp8_linear if direct(x, x_scale, weight, weight_scale, bias) else fp8_linear_op
+    y: Tensor = call(x, x_scale, weight, weight_scale, bias, False, dtype)
+    return y
 
 
 def fp8_linear_gelu(
@@ -263,7 +279,36 @@ def fp8_linear_gelu(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """gelu(y), tanh form, [B, N, O] in `dtype`."""
-    return fp8_linear_op(x, x_scale, weight, weight_scale, bias, True, dtype)
+    call = _fp8_linear if direct(x, x_scale, weight, weight_scale, bias) else fp8_linear_op
+    y: Tensor = call(x, x_scale, weight, weight_scale, bias, True, dtype)
+    return y
+
+
+def fp8_linear_gelu_quantized(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gelu(y), tanh form, in float8_e4m3fn [B, N, O] with scales of groups [B, O/128, N]."""
+    plain = direct(x, x_scale, weight, weight_scale, bias)
+    call = _fp8_linear_gelu_quantized if plain else fp8_linear_gelu_quantized_op
+    y, scale = call(x, x_scale, weight, weight_scale, bias)
+    return y, scale
+
+
+def fp8_linear_residual(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor,
+    table: Tensor | None, shared: Tensor | None, row: int, residual: Tensor,
+) -> Tensor:  # fmt: skip
+    """residual + gate·y [B, N, O] in residual's dtype; without table and shared the gate is 1."""
+    plain = direct(x, x_scale, weight, weight_scale, bias, table, shared, residual)
+    call = _fp8_linear_residual if plain else fp8_linear_residual_op
+    out: Tensor = call(x, x_scale, weight, weight_scale, bias, table, shared, row, residual)
+    return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., D] to float8_e4m3fn [..., D] and float32 row scales [...]: x = e4m3·scale."""
+    y, scale = (_quantize_rows if direct(x) else quantize_rows_op)(x)
+    return y, scale
 
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

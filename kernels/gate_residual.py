@@ -579,8 +579,9 @@ def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
         for gate in ((table, shared, 5), None):
             gate_residual_triton(x, branch, gate)
             for store in (False, True):
+                gate_table, gate_shared, gate_row = gate or (None, None, 0)
                 gate_residual_ln_modulate_triton(
-                    x, branch, *(gate or (None, None, 0)), table, shared, 0,
+                    x, branch, gate_table, gate_shared, gate_row, table, shared, 0,
                     out_dtype=dtype, stats=store,
                 )  # fmt: skip
             ln_modulate_backward_triton(branch, x, stats, table, shared, 0, x, branch, gate)

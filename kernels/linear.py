@@ -43,6 +43,7 @@ from pixart_rt.kernels.launch import (
     capability,
     choice,
     config,
+    direct,
     interpreting,
     launch,
     runs_triton,
@@ -409,8 +410,7 @@ def _named(x: Tensor, weight: Tensor) -> str:
     return choice("linear_gate_residual", x, shape, "own")
 
 
-@torch.library.custom_op("pixart_rt::linear_gate_residual", mutates_args=())
-def linear_gate_residual_op(
+def _linear_gate_residual(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -437,6 +437,11 @@ def linear_gate_residual_op(
     return out, product if store else product.new_empty(0)
 
 
+linear_gate_residual_op = torch.library.custom_op(
+    "pixart_rt::linear_gate_residual", _linear_gate_residual, mutates_args=()
+)
+
+
 @linear_gate_residual_op.register_fake
 def _(
     x: Tensor,
@@ -453,8 +458,7 @@ def _(
     return residual.new_empty(shape), x.new_empty(shape if store else (0,))
 
 
-@torch.library.custom_op("pixart_rt::linear_gelu", mutates_args=())
-def linear_gelu_op(
+def _linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, lossless: bool, store: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, product [B, N, O] for the backward; empty unless `store`)."""
@@ -466,6 +470,9 @@ def linear_gelu_op(
     product = F.linear(x, weight, bias)
     y = F.gelu(product, approximate="tanh")
     return y, product if store else product.new_empty(0)
+
+
+linear_gelu_op = torch.library.custom_op("pixart_rt::linear_gelu", _linear_gelu, mutates_args=())
 
 
 @linear_gelu_op.register_fake
@@ -561,6 +568,10 @@ def linear_gate_residual(
     lossless: bool = False,
 ) -> Tensor:
     """residual + gate·(x·Wᵀ + b), [B, N, O] in residual's dtype. Differentiable in all tensors."""
+    if direct(x, weight, bias, table, shared, residual):
+        return _linear_gate_residual(
+            x, weight, bias, table, shared, row, residual, lossless, False
+        )[0]
     store = _trains(x, weight, bias, table, shared, residual)
     out: Tensor = linear_gate_residual_op(
         x, weight, bias, table, shared, row, residual, lossless, store
@@ -572,14 +583,16 @@ def linear_residual(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, lossless: bool = False
 ) -> Tensor:
     """residual + x·Wᵀ + b, [B, N, O], in residual's dtype. Differentiable in every tensor."""
-    out: Tensor = linear_gate_residual_op(
-        x, weight, bias, None, None, 0, residual, lossless, False
-    )[0]
+    plain = direct(x, weight, bias, residual)
+    call = _linear_gate_residual if plain else linear_gate_residual_op
+    out: Tensor = call(x, weight, bias, None, None, 0, residual, lossless, False)[0]
     return out
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, lossless: bool = False) -> Tensor:
     """gelu(x·Wᵀ + b), tanh form, [B, N, O]. Differentiable in every tensor."""
+    if direct(x, weight, bias):
+        return _linear_gelu(x, weight, bias, lossless, False)[0]
     y: Tensor = linear_gelu_op(x, weight, bias, lossless, _trains(x, weight, bias))[0]
     return y
 

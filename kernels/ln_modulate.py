@@ -494,8 +494,8 @@ def compile_example(dtype: torch.dtype, B: int = 2, N: int = 4096) -> None:
     """Every launch of this file for B rows of N tokens at XL's width, for `launch.record`."""
     x = torch.empty(B, N, 1152, dtype=dtype, device="meta")
     table, shared = x.new_empty(6, 1152), x.new_empty(B, 6, 1152, dtype=torch.float32)
-    for stats in (False, True):
-        ln_modulate_triton(x, table, shared, 0, stats=stats)
+    for store in (False, True):
+        ln_modulate_triton(x, table, shared, 0, stats=store)
     if capability(x) >= SM89:
         ln_modulate_triton(x, table, shared, 0, fp8=True)
     stats = x.new_empty(B, N, 2, dtype=torch.float32)

@@ -331,13 +331,13 @@ def _residual_norm_forms(shape: Shape, device: torch.device, dtype: torch.dtype)
 
 def _fp8_forms(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     x, weight, bias = _linear_inputs(shape, device, dtype)
-    quantized = (*quantize_rows(x), *quantize_rows(weight))
+    (x, x_scale), (weight, weight_scale) = quantize_rows(x), quantize_rows(weight)
 
     def call() -> Tensor:
-        named = launch.choice("fp8_linear", quantized[0], shape, "own")
+        named = launch.choice("fp8_linear", x, shape, "own")
         if named == "scaled_mm" and dtype != torch.bfloat16:
             raise RuntimeError("PyTorch's product of rows with scales gives bfloat16 only")
-        return fp8_linear(*quantized, bias, dtype)
+        return fp8_linear(x, x_scale, weight, weight_scale, bias, dtype)
 
     return call
 
@@ -404,6 +404,7 @@ def tune(
         if measured.op in refused:
             report(f"{said}: not tuned, the self-test refused the kernel")
             return
+        best: Configuration | str | None
         try:
             call = measured.make(shape, device, dtype)
             if isinstance(measured, Subject):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pixart_rt.kernels import linear as op
 
@@ -111,6 +112,32 @@ def test_a_wider_residual(name, device, error):
     for gradient, right, leaf in zip(actual, exact, leaves, strict=True):
         assert gradient.dtype == leaf.dtype
         assert error(gradient, right) < 2 * LOOSE[half]
+
+
+def test_inference_calls_the_launcher_and_training_the_operator(device, monkeypatch):
+    calls = []
+    for name in ("linear_gate_residual_op", "linear_gelu_op"):
+        inner = getattr(op, name)
+        monkeypatch.setattr(op, name, lambda *a, inner=inner: calls.append(inner) or inner(*a))
+    for name, (call, ours, _) in CASES.items():
+        tensors = [each.to(device) for each in tensors_of(name, (2, 5, 72, 40), torch.float32)]
+        leaves = [each.clone().requires_grad_() for each in tensors]
+        with torch.no_grad():
+            direct = call(ours, leaves)
+        assert torch.equal(direct, call(ours, tensors))
+        assert not calls
+        assert torch.equal(direct, call(ours, leaves).detach()) and len(calls) == 1
+        calls.clear()
+
+
+def test_descriptors_are_those_that_triton_makes():
+    """Made without its checks, and so without its constructor."""
+    matrix = torch.empty(3, 37, 144, dtype=torch.float16)
+    ours = vars(op._descriptor(matrix, 3 * 37, 144, [64, 32]))
+    theirs = vars(TensorDescriptor(matrix.view(-1, 144), [3 * 37, 144], [144, 1], [64, 32]))
+    assert ours.pop("base") is matrix
+    assert theirs.pop("base").data_ptr() == matrix.data_ptr()
+    assert ours == theirs
 
 
 SAME_CODE = """

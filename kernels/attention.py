@@ -45,7 +45,7 @@ from pixart_rt.kernels.attention_tiles import (
     takes_traced,
     zero_tile,
 )
-from pixart_rt.kernels.launch import SM80, SM90, Operator, launch
+from pixart_rt.kernels.launch import SM80, SM90, Operator, ceil_div, direct, launch
 
 # Tiles, warps and stages by the compute capability they start at. Chosen from the compiler's
 # resource report (docs/kernels.md: no spills, tensor cores, shared memory of the smallest member of
@@ -170,7 +170,7 @@ def attend(
     lse = q.new_empty(B, H, N, dtype=torch.float32)
     chosen, on = configuration(op, (B * H, N), FORWARD, tuned, (q, kv))
     launch(
-        _attention_kernel, (triton.cdiv(N, chosen["BLOCK_M"]), H, B),
+        _attention_kernel, (ceil_div(N, chosen["BLOCK_M"]), H, B),
         *sources(q, chosen["BLOCK_M"], on), *sources(kv, chosen["BLOCK_N"], on), key_mask,
         (*heads, q.stride(1), kv.stride(1)), N, T, out, lse,
         K=K, **chosen,
@@ -267,7 +267,11 @@ def attention_qkv_packed(qkv: Tensor) -> Tensor:
     name = chosen(op, qkv, (qkv.shape[0] * qkv.shape[3], qkv.shape[1]))
     if name != OWN:
         return _by(name, qkv)
-    return attention_qkv_packed_op(qkv)[0] if takes(op, qkv) else attention_qkv_packed_ref(qkv)
+    if not takes(op, qkv):
+        return attention_qkv_packed_ref(qkv)
+    if direct(qkv):
+        return attention_triton(qkv.contiguous())[0]
+    return attention_qkv_packed_op(qkv)[0]
 
 
 def _example(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from pixart_rt.kernels.attention_tiles import (
     store_rows,
     zero_tile,
 )
-from pixart_rt.kernels.launch import SM80, SM90, launch
+from pixart_rt.kernels.launch import SM80, SM90, ceil_div, launch
 
 # Queries that a program of the masked dK/dV pass adds up, whole tiles: T = 120 alone fills no GPU.
 SPLIT = 512
@@ -302,9 +302,7 @@ def backward(
     (B, H, N), T, K = lse.shape, kv.shape[1], q.shape[-1]
     dout = dout.contiguous()
     delta = torch.empty_like(lse)
-    launch(
-        _delta_kernel, (triton.cdiv(N, DELTA["BLOCK_M"]), H, B), dout, out, N, delta, K=K, **DELTA
-    )
+    launch(_delta_kernel, (ceil_div(N, DELTA["BLOCK_M"]), H, B), dout, out, N, delta, K=K, **DELTA)
     dout = dout.view(B, N, H, K)
     for name, table in ((f"{op}_backward_kv", BACKWARD_KV), (f"{op}_backward_q", BACKWARD_Q)):
         chosen, on = configuration(name, (B * H, N), table, tuned, (q, kv, dout))
@@ -315,21 +313,21 @@ def backward(
         )  # fmt: skip
         layout = (*heads, q.stride(1), kv.stride(1))
         if table is BACKWARD_KV:
-            programs = triton.cdiv(T, block_n) * (1 if key_mask is None else splits(N))
+            programs = ceil_div(T, block_n) * (1 if key_mask is None else splits(N))
             launch(
                 _attention_backward_kv_kernel, (programs, H, B),
                 *inputs, (*layout, dk.stride(-3)), N, T, (dk, dv), K=K, SPLIT=SPLIT, **chosen,
             )  # fmt: skip
         else:
             launch(
-                _attention_backward_q_kernel, (triton.cdiv(N, block_m), H, B),
+                _attention_backward_q_kernel, (ceil_div(N, block_m), H, B),
                 *inputs, (*layout, dq.stride(1)), N, T, dq, K=K, **chosen,
             )  # fmt: skip
 
 
 def splits(num_queries: int) -> int:
     """How many parts the masked dK/dV pass divides the queries into."""
-    return triton.cdiv(num_queries, SPLIT)
+    return ceil_div(num_queries, SPLIT)
 
 
 def attention_backward_triton(

@@ -48,7 +48,17 @@ from pixart_rt.kernels.attention_tiles import (
     takes,
     takes_traced,
 )
-from pixart_rt.kernels.launch import SM80, SM90, Operator, capability, config, launch, runs_triton
+from pixart_rt.kernels.launch import (
+    SM80,
+    SM90,
+    Operator,
+    capability,
+    ceil_div,
+    config,
+    direct,
+    launch,
+    runs_triton,
+)
 
 # Chosen as those of attention.py.
 SCORES: dict[tuple[int, int], Config] = {
@@ -272,7 +282,7 @@ def absorbed_scores_triton(
     p = x.new_empty(B, N, H * L)
     launch(
         _absorbed_scores_kernel,
-        (triton.cdiv(H * L, COLUMNS), triton.cdiv(N, chosen["BLOCK_M"]), B),
+        (ceil_div(H * L, COLUMNS), ceil_div(N, chosen["BLOCK_M"]), B),
         *sources, bias, N, H * L, p, D=D, L=L, COLUMNS=COLUMNS, **chosen,
     )  # fmt: skip
     return p
@@ -332,6 +342,8 @@ def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
         runs = takes("cross_attention", q)
     if not runs:
         return cross_attention_ref(q, kv, key_mask)
+    if direct(q, kv, key_mask):
+        return cross_attention_triton(q, kv, key_mask)[0]
     out: Tensor = cross_attention_op(q, kv, key_mask)[0]
     return out
 

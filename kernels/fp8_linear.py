@@ -33,7 +33,16 @@ import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.gate_residual import gate_residual_ref
-from pixart_rt.kernels.launch import SM89, Operator, capability, choice, direct, launch, runs_triton
+from pixart_rt.kernels.launch import (
+    SM89,
+    Operator,
+    capability,
+    choice,
+    direct,
+    launch,
+    power_of_2,
+    runs_triton,
+)
 from pixart_rt.kernels.linear import SCALE_GROUP, linear_triton
 from pixart_rt.kernels.ln_modulate import quantize_rows_ref
 
@@ -108,7 +117,7 @@ def quantize_rows_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     D = x.shape[-1]
     y = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    block = triton.next_power_of_2(D)
+    block = power_of_2(D)
     launch(
         _quantize_rows_kernel, (scale.numel(),), x, y, scale, D=D, BLOCK_D=block,
         num_warps=8 if block > 2048 else 4,

@@ -31,9 +31,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixart_rt.kernels.launch import SM70, Operator, config, direct, launch, runs_triton
-from pixart_rt.kernels.ln_modulate import (
+from pixart_rt.kernels.launch import (
+    SM70,
+    Operator,
     ceil_div,
+    config,
+    direct,
+    launch,
+    power_of_2,
+    runs_triton,
+)
+from pixart_rt.kernels.ln_modulate import (
     elementwise_tile,
     forward_tile,
     ln_modulate_backward_ref,
@@ -42,7 +50,6 @@ from pixart_rt.kernels.ln_modulate import (
     modulated,
     modulation,
     normalized,
-    power_of_2,
     rounded,
     row_stats,
     spread,

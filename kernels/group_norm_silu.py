@@ -27,8 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixart_rt.kernels.launch import SM70, Operator, config, launch, runs_triton
-from pixart_rt.kernels.ln_modulate import ceil_div, power_of_2
+from pixart_rt.kernels.launch import (
+    SM70,
+    Operator,
+    ceil_div,
+    config,
+    launch,
+    power_of_2,
+    runs_triton,
+)
 
 # Elements that a program holds at once. Chosen from the compiler's resource report
 # (docs/kernels.md), not from timings.

@@ -41,6 +41,7 @@ from pixart_rt.kernels.launch import (
     SM90,
     Operator,
     capability,
+    ceil_div,
     choice,
     config,
     direct,
@@ -369,14 +370,14 @@ def linear_backward_triton(dy: Tensor, product: Tensor, gate: Gate | None) -> tu
     dy = dy.contiguous()
     B, N, O = product.shape
     dproduct = torch.empty_like(product)
-    programs = triton.cdiv(N, BACKWARD["ROWS"])
+    programs = ceil_div(N, BACKWARD["ROWS"])
     partial = product.new_empty(B, programs, 2, O, dtype=torch.float32)
     arguments, row = None, 0
     if gate is not None:
         table, shared, row = gate[0].contiguous(), gate[1].contiguous(), gate[2]
         arguments = (table, shared, shared.stride(0))
     launch(
-        _linear_backward_kernel, (triton.cdiv(O, BACKWARD["BLOCK_D"]), programs, B),
+        _linear_backward_kernel, (ceil_div(O, BACKWARD["BLOCK_D"]), programs, B),
         dy, product, arguments, N, row, dproduct, partial, D=O, **BACKWARD,
     )  # fmt: skip
     return dproduct, partial.sum(1)

@@ -34,9 +34,11 @@ from pixart_rt.kernels.launch import (
     SM89,
     Operator,
     capability,
+    ceil_div,
     config,
     direct,
     launch,
+    power_of_2,
     runs_triton,
 )
 
@@ -335,16 +337,6 @@ def ln_modulate_backward_triton(
         GATE_R=0 if gate is None else gate[0].shape[0], **tuned,
     )  # fmt: skip
     return dx, dbranch, partial.sum(1)
-
-
-def ceil_div(size: int, part: int) -> int:
-    """How many parts cover size. triton.cdiv costs 10 µs of host time, its wrapper."""
-    return -(-size // part)
-
-
-def power_of_2(size: int) -> int:
-    """The next power of two, as triton.next_power_of_2 in less host time."""
-    return 1 << (size - 1).bit_length()
 
 
 def spread(sums: Tensor, like: Tensor, row: int) -> Tensor:

@@ -93,5 +93,5 @@ $(LOWEST)/.installed: constraints-lowest.txt pyproject.toml setup.py
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
 	  -c constraints-lowest.txt $(TORCH_ARGS) "$(LOWEST_TORCH)"
 	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
-	  -c constraints-lowest.txt -e ".[train,data,tensorboard]" pytest
+	  -c constraints-lowest.txt -e ".[train,data,tensorboard,quant]" pytest
 	@touch $@

@@ -237,6 +237,7 @@ PRODUCTS = {  # of matrices: hours on a CPU at XL's shapes
     torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm,
     torch.ops.aten._addmm_activation, torch.ops.aten._scaled_mm,
 }  # fmt: skip
+IN_PLACE = {torch.ops.aten.addmm_, torch.ops.aten.baddbmm_}
 
 
 class NoProducts(TorchDispatchMode):
@@ -252,6 +253,8 @@ class NoProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.seen[func.overloadpacket] += 1
+        if func.overloadpacket in IN_PLACE:
+            return args[0]
         if func.overloadpacket in PRODUCTS:
             shapes = [
                 tree_map_only(Tensor, lambda t: t.to("meta"), part) for part in (args, kwargs)

@@ -491,7 +491,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     _, branch, gate_table, gate_shared, gate_row, table, shared, row, _, _, ctx.stats = inputs
     out, _, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(out, branch.contiguous(), stats, gate_table, gate_shared, table, shared)
+    # Without a gate the branch's gradient is x's: of the branch only its dtype would be read.
+    plain = gate_table is None and branch.dtype == out.dtype
+    kept = out if plain else branch.contiguous()
+    ctx.save_for_backward(out, kept, stats, gate_table, gate_shared, table, shared)
     ctx.rows = gate_row, row
 
 

@@ -141,17 +141,19 @@ def direct(*tensors: Tensor | None) -> bool:
 
     The dispatcher costs 15 to 25 µs a call, of an operator registered from Python; a step of XL has
     250 calls. It is needed where something listens (a compiler, a mode, vmap, a tensor that is no
-    plain one) or a gradient is wanted.
+    plain one or has no data) or a gradient is wanted.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        tensor is None or (type(tensor) in _PLAIN and not (grad and tensor.requires_grad))
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_meta or (grad and tensor.requires_grad):
+            return False
+    return True
 
 
 @contextmanager

@@ -104,13 +104,13 @@ def _tile(num_tokens, O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 # Epilogues: the product's tile, the epilogue's arguments, its tensor descriptor (not among them:
-# Triton's launcher does not unpack descriptors in tuples), and where the tile is:
+# Triton's launcher does not unpack descriptors in tuples), a gate's row, and where the tile is:
 # (image, first row of all images, first column, offsets in y, their mask, columns, their mask).
 
 
 @triton.jit
 def _plain(
-    acc, extra, described, place,
+    acc, extra, described, row, place,
     O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """The product itself."""
@@ -119,7 +119,7 @@ def _plain(
 
 @triton.jit
 def _gelu(
-    acc, extra, described, place,
+    acc, extra, described, row, place,
     O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """gelu(product), tanh form."""
@@ -128,15 +128,15 @@ def _gelu(
 
 @triton.jit
 def _gate_residual(
-    acc, extra, described, place,
+    acc, extra, described, row, place,
     O: tl.constexpr, DTYPE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """residual + gate·product. The residual comes by descriptor or by pointer; no table, no gate.
 
-    extra: residual pointer, table, shared, the gate's row, elements of an image in shared.
+    extra: residual pointer, table, shared, elements of an image in shared.
     """
     image, start, col, at, mask, cols, col_mask = place
-    pointer, table_ptr, shared_ptr, row, stride = extra
+    pointer, table_ptr, shared_ptr, stride = extra
     if table_ptr is not None:
         mine = shared_ptr + image * stride
         gate = modulation(table_ptr, mine, row, cols, col_mask, O, DTYPE, ROUND)
@@ -148,18 +148,18 @@ def _gate_residual(
     return acc + residual.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # what a tuple holds is specialized all the same
+@triton.jit(do_not_specialize=["num_tokens", "row"])  # what a tuple holds would be all the same
 def _linear_kernel(
-    x_ptr, weight_ptr, described, scales, bias_ptr, extra, num_tokens,
+    x_ptr, weight_ptr, described, vectors, extra, num_tokens, row,
     outputs,
     I: tl.constexpr, O: tl.constexpr, EPILOGUE: tl.constexpr, ROUND: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x and weight by pointers or by DESCRIPTORS. scales: of x's rows or of its groups of 128
-    columns, of weight's rows; outputs: y, the product, the scales of y's groups. What there is none
-    of is None."""
-    x_scale_ptr, group_scale_ptr, weight_scale_ptr = scales
+    """x and weight by pointers or by DESCRIPTORS. vectors: the bias, and the scales of x's rows or
+    of its groups of 128 columns, and of weight's rows; outputs: y, the product, the scales of y's
+    groups. What there is none of is None."""
+    bias_ptr, x_scale_ptr, group_scale_ptr, weight_scale_ptr = vectors
     y_ptr, product_ptr, y_scale_ptr = outputs
     image = tl.program_id(1).to(tl.int64)  # int64: the offset of a token can pass 2**31
     tile_m, tile_n = _tile(num_tokens, O, BLOCK_M, BLOCK_N)
@@ -210,7 +210,7 @@ def _linear_kernel(
     if product_ptr is not None:
         tl.store(product_ptr + start * O + at, acc.to(PRODUCT), mask=mask)
     place = (image, start, tile_n * BLOCK_N, at, mask, cols, col_mask)
-    acc = EPILOGUE(acc, extra, described, place, O, DTYPE, ROUND)
+    acc = EPILOGUE(acc, extra, described, row, place, O, DTYPE, ROUND)
     if y_scale_ptr is not None:  # the tile's columns are one group: BLOCK_N is 128
         largest = tl.max(tl.where(col_mask[None, :], tl.abs(acc), 0.0), axis=1)
         scale = tl.maximum(largest, 1e-12) / 448.0
@@ -345,20 +345,20 @@ def linear_triton(
             _descriptor(sources[0], B * N, I, [block_m, block_k]),
             _descriptor(sources[1], O, I, [block_n, block_k]),
         )
-    extra, tile, epilogue = None, None, _gelu if gelu else _plain
+    row, extra, tile, epilogue = 0, None, None, _gelu if gelu else _plain
     if residual is not None:
         residual = residual.contiguous()
-        table = shared = row = None
+        table = shared = None
         if gate is not None:
             table, shared, row = gate[0].contiguous(), gate[1].contiguous(), gate[2]
         if described and _describable(residual):
             tile = _descriptor(residual, B * N, O, [block_m, block_n])
         stride = None if shared is None else shared.stride(0)
-        extra = (residual if tile is None else None, table, shared, row, stride)
+        extra = (residual if tile is None else None, table, shared, stride)
         epilogue = _gate_residual
     launch(
         _linear_kernel, (-(-N // block_m) * -(-O // block_n), B),
-        *sources, tile, (row_scale, group_scale, weight_scale), bias, extra, N,
+        *sources, tile, (bias, row_scale, group_scale, weight_scale), extra, N, row,
         (y, None, aside) if quantizes else (y, aside, None),
         I=I, O=O, EPILOGUE=epilogue, ROUND=lossless, DESCRIPTORS=described, **tuned,
     )  # fmt: skip

@@ -216,9 +216,10 @@ def test_another_controlnet_is_another_build(pipeline_folder, controlnet, tmp_pa
     checkpoint = read_controlnet(controlnet, read_transformer(folder).config)
     checkpoint.state["copies.0.after_proj.bias"] += 1
     write_controlnet(checkpoint, tmp_path / "other")
-    second = build(str(folder), tmp_path / "b", config, controlnet=tmp_path / "other")
+    other = tmp_path / "other"
+    second = build(str(folder), tmp_path / "b", config, controlnet=other, force=True)
     assert not second.cached and second.manifest.key != first.manifest.key
-    plain = build(str(folder), tmp_path / "b", config)
+    plain = build(str(folder), tmp_path / "b", config, force=True)
     assert plain.manifest.control is None and not plain.cached
 
 

@@ -16,6 +16,7 @@ cp -r .wheels "$copy"
 commit=$(git rev-parse HEAD)$(git diff --quiet HEAD || echo +)
 export OUT=$copy/out
 unset PYTHONPATH
+export OMP_NUM_THREADS=1 # two jobs side by side, perhaps on two cores: more threads only wait
 alone=() # without a network, where this machine lets us take it away
 if unshare -rn ip link set lo up 2>/dev/null; then
   alone=(unshare -rn sh -c 'ip link set lo up; exec "$@"' sh)

@@ -37,6 +37,8 @@ def transformer_activations(
     its norm after the cross-attention (4a), its output where all rows have keys and values, which
     is then a variable of the block (1a), the MLP's hidden state (4a), and beside these 8 or 9
         fused                 the new x and its norm                                      2a
+        fused, fast           the same; norms and hidden state have half the size, and the
+                              hidden state a scale for every 128 columns             -1.5a - 2a
         reference, lossless   the new x, normed, and the two tensors that modulate it     4a
         reference, high       the same, in float32                                        a + 3w
     with w = B·N·D·4. Throughout, of float32, the modulation of images and rows, 6 rows of it made
@@ -50,7 +52,9 @@ def transformer_activations(
     s, D = SIZE[precision], config.hidden_size
     one, wide = rows * num_tokens * D * s, rows * num_tokens * D * WIDE
     named = 4 if constant or length else 5
-    if fused:
+    if fused and quality is Quality.FAST:
+        block = (2 * named + 5) * one // 2 + rows * num_tokens * (4 * D // 128) * WIDE
+    elif fused:
         block = (named + 6) * one
     elif quality is Quality.LOSSLESS:
         block = (named + 8) * one

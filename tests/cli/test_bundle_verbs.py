@@ -56,7 +56,8 @@ def test_inspect_shows_what_was_measured_of_plugins(run: Callable[..., Any], cop
     manifest = Manifest.read(copy)
     found = Measurement(plain=9, plugins=8.5, right=True, difference="", shapes={}, date="")
     variant = PluginVariant(parts=("p.engine",), parity={"rms": 0.25}, measured={"RTX": found})
-    entry = replace(manifest.components["transformer"], plugins=variant)
+    entry = manifest.components["transformer"]
+    entry = replace(entry, plugins=variant, files={**entry.files, "p.engine": "0" * 64})
     (copy / "manifest.json").write_text(manifest.with_entry("transformer", entry).to_json())
     shown = " ".join(word for word in run("inspect", copy).out.split() if word != "│")
     for text in ("p.engine", "plugins parity: rms 0.25", "measured on RTX 9 ms", "(faster)"):

@@ -85,8 +85,9 @@ def test_vram_at_the_build_is_applied_recorded_and_obeyed(run: Run, tmp_path: Pa
     record: dict[str, Any] = {}
     for _ in range(2):
         done = run(
-            "build", "--model", "tiny", "--res", 256, "--out", out, "--vram", limit, "--json"
-        )
+            "build", "--model", "tiny", "--res", 256, "--out", out, "--vram", limit, "--json",
+            "--force",
+        )  # fmt: skip
         assert done.code == 0, done.err
         record = json.loads(done.out)["build"]["memory"]
         limit = RESERVE + record["peak"] - 1

@@ -379,6 +379,7 @@ def test_the_dispatcher_is_passed_by_only_where_nothing_listens():
     assert launch.direct(x, None)
     assert not launch.direct(x, weight)  # a gradient is wanted
     assert not launch.direct(x.as_subclass(Own))
+    assert not launch.direct(x.to("meta"))
     with torch.no_grad():
         assert launch.direct(x, weight)
         with Listens():

@@ -79,7 +79,6 @@ def test_a_step_of_xl_launches_at_every_size(bfloat16) -> None:
     assert bfloat16["descriptors"] > sum(bfloat16["ran"].values())  # tiles come by TMA
 
 
-@pytest.mark.xfail(strict=True, reason="rows are specialized: 0, 1 and others are three variants")
 def test_no_row_of_a_table_is_a_variant_of_its_own(bfloat16) -> None:
     compiled = {name: bfloat16["compiled"][name] for name in OPERATORS_WITH_ROWS}
     assert max(compiled.values()) <= 1

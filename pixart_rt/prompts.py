@@ -174,7 +174,8 @@ class PromptEncoder:
         """Embeddings [B, T, C] of tokens on the device: by the graph of these shapes, if there is
         one or it is captured now (graphs.py), else by the text encoder. No cache is asked.
         """
-        may_capture = self.graphs.automatic and self.text_encoder.capturable
+        # A caller's own wrapper need not say that it is.
+        may_capture = self.graphs.automatic and getattr(self.text_encoder, "capturable", False)
         embeds = None
         if may_capture or len(self.graphs):
             run = self._run if may_capture else None

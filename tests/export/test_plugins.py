@@ -278,7 +278,9 @@ def test_a_build_without_a_gpu_keeps_both_engines_and_runs_the_plain(
     }  # fmt: skip
     assert not (result.path / ".work").exists()
     assert build(str(pipeline_folder(32)), tmp_path / "b", WITH_PLUGINS).cached
-    plain = build(str(pipeline_folder(32)), tmp_path / "b", replace(WITH_PLUGINS, plugins=False))
+    plain = build(
+        str(pipeline_folder(32)), tmp_path / "b", replace(WITH_PLUGINS, plugins=False), force=True
+    )
     assert not plain.cached and plain.manifest.components["transformer"].plugins is None
 
 

@@ -84,7 +84,8 @@ def test_the_training_scripts_run(tmp_path):
     run("export", "--root", str(root), "--run", str(root), "--out", str(out))
     assert (out / "model_index.json").exists()
     once = (out / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
-    run("export", "--root", str(out), "--run", str(root), "--out", str(out))  # over itself
+    itself = ("--root", str(out), "--run", str(root), "--out", str(out))
+    run("export", *itself, "--force")
     assert (out / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == once
     run("loss_curve", str(root), "--out", str(root / "loss.png"))
     assert (root / "loss.png").stat().st_size > 0

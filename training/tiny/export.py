@@ -1,7 +1,7 @@
 """Gather the trained parts into one diffusers folder, weights in float16.
 
     pixart-rt train recipes/tiny.toml --out runs/tiny
-    python -m pixart_rt.training.tiny.export --run runs/tiny --out pixart_rt/assets/tiny
+    python -m pixart_rt.training.tiny.export --run runs/tiny --out tiny-new
 
 Tokenizer, text encoder and VAE are those under --root, by default the shipped ones: the run was
 trained with these. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the
@@ -23,7 +23,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from pixart_rt.files import replacing
+from pixart_rt.files import PIPELINE, check_folder, replacing_folder
 from pixart_rt.model.locate import TINY
 
 MULTISCALE = "05-aesthetics-1024/transformer-ema"
@@ -50,10 +50,14 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
     )
 
 
-def export(root: Path, multiscale: Path, square: Path, out: Path) -> int:
-    """Write the folder, which may be `root`, and return its size in bytes."""
+def export(root: Path, multiscale: Path, square: Path, out: Path, force: bool) -> int:
+    """Write the folder, which may be `root`, and return its size in bytes.
+
+    With `force` one that an earlier export wrote is replaced.
+    """
+    check_folder(out, PIPELINE, force=force)
     pipeline = build_pipeline(root, PixArtTransformer2DModel.from_pretrained(multiscale))
-    with replacing(out) as new:
+    with replacing_folder(out, PIPELINE, force=force) as new:
         pipeline.save_pretrained(new)
         PixArtTransformer2DModel.from_pretrained(square).save_pretrained(new / "transformer_256")
         for folder in ("transformer", "transformer_256", "vae", "text_encoder"):
@@ -86,9 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=TINY, help="the other parts")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="of recipes/tiny.toml")
-    parser.add_argument("--out", type=Path, default=Path("pixart_rt/assets/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("tiny-new"))
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
-    size = export(args.root, args.run / MULTISCALE, args.run / SQUARE, args.out)
+    size = export(args.root, args.run / MULTISCALE, args.run / SQUARE, args.out, args.force)
     print(f"{size / 1e6:.1f} MB in {args.out}")
 
 

@@ -3,15 +3,18 @@
 #   TORCH       what pip installs first, alone, so that nothing later replaces it
 #   TORCH_ARGS  extra pip arguments for that step. A machine without a GPU saves gigabytes with
 #               make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+#   WORKERS     test processes side by side, each with its share of the cores
 #   LOWEST_TORCH  the same for `make test-lowest`; PyPI's is the CUDA build, 3 GB
 
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 LOWEST_TORCH ?= torch==2.11.0
 
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 25
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
@@ -35,13 +38,13 @@ demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
 	@echo "The images are in $(CURDIR)/demo/contact-sheet.png"
 
 test: $(STAMP) ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not exhaustive" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not exhaustive" $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not gpu and not slow and not exhaustive" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not slow and not exhaustive" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## what `make test` only samples, exhaustively
-	$(BIN)/python -m pytest -m "exhaustive and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "exhaustive and not gpu" $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST)/.installed ## kernels, model and benches with the lowest versions (3 GB)
 	$(LOWEST)/bin/python -m pytest -m "not gpu and not exhaustive" $(PYTEST_ARGS) \

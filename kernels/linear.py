@@ -292,6 +292,11 @@ _DESCRIPTOR = {  # of its fields, those that have a default: later versions of T
 }
 
 
+def widened(matrix: Tensor) -> Tensor:
+    """fp8 values in float32, for Triton's interpreter, which multiplies no fp8."""
+    return matrix.float()
+
+
 def linear_triton(
     x: Tensor,
     weight: Tensor,
@@ -338,8 +343,8 @@ def linear_triton(
         x_scale, weight_scale = scales[0].contiguous(), scales[1].contiguous()
         row_scale, group_scale = (x_scale, None) if x_scale.dim() == 2 else (None, x_scale)
         assert group_scale is None or SCALE_GROUP % block_k == 0, (block_k, "in a group of 128")
-        if interpreting():  # the interpreter multiplies no fp8
-            sources = (x.float(), weight.float())
+        if interpreting():
+            sources = (widened(x), widened(weight))
     if described:
         sources = (
             _descriptor(sources[0], B * N, I, [block_m, block_k]),

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # read when torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 import torch
 
 if not torch.cuda.is_available():  # Triton reads this once, when it is first imported
@@ -21,6 +25,20 @@ def pytest_configure(config: pytest.Config) -> None:
     reason = interpreter_refuses(triton.__version__, numpy.__version__)
     if reason and triton.knobs.runtime.interpret:
         raise pytest.UsageError(reason)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers, a file's tests stay in one; so do all that launch kernels.
+
+    tests/kernels/test_launch_compiles.py compiles what the others of its folder have launched.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent)
+        apart = file.parts[0] != "kernels" or file.stem in ("test_codegen", "test_jit_sm90")
+        item.add_marker(pytest.mark.xdist_group(str(file) if apart else "kernels"))
 
 
 def interpreter_refuses(triton: str, numpy: str) -> str:

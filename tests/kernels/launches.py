@@ -19,8 +19,9 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pixart_rt.kernels import linear
+
 Spec = dict[str, Any]  # of JSON's types
-INTERPRETED_ONLY = {"UPCAST": False}  # constants that differ on a GPU: it multiplies fp8
 
 
 class Launches:
@@ -32,7 +33,6 @@ class Launches:
     def add(self, kernel: Any, grid: tuple[int, ...], args: Any, kwargs: Any) -> None:
         if not kernel.fn.__module__.startswith("pixart_rt."):
             return  # a test's own
-        kwargs = {**kwargs, **{k: v for k, v in INTERPRETED_ONLY.items() if k in kwargs}}
         spec = {
             "kernel": encode(kernel)["function"],
             "grid": list(grid),
@@ -55,10 +55,10 @@ def encode(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return {"tuple": [encode(part) for part in value]}
     if isinstance(value, Tensor):
-        return {"tensor": _name(value.dtype), "aligned": value.data_ptr() % 16 == 0}
+        return {"tensor": _name(_dtype(value)), "aligned": value.data_ptr() % 16 == 0}
     if isinstance(value, TensorDescriptor):
         return {
-            "descriptor": _name(value.base.dtype),
+            "descriptor": _name(_dtype(value.base)),
             "shape": list(value.shape), "strides": list(value.strides),
             "block": list(value.block_shape),
         }  # fmt: skip
@@ -102,6 +102,18 @@ def _kind(value: Any) -> Any:
     return value
 
 
+def _dtype(tensor: Tensor) -> torch.dtype:
+    """Its dtype on a GPU."""
+    return getattr(tensor, "stands_for", tensor.dtype)
+
+
+def _widened(matrix: Tensor) -> Tensor:
+    """What the interpreter multiplies in place of fp8, marked as what a GPU multiplies."""
+    wide = matrix.float()
+    wide.stands_for = matrix.dtype  # type: ignore[attr-defined]
+    return wide
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -116,5 +128,8 @@ def written_down(launches: Launches) -> Iterator[None]:
             launches.add(self, grid, args, kwargs)
         return run(self, *args, grid=grid, warmup=warmup, **kwargs)
 
-    with mock.patch.object(InterpretedFunction, "run", also):
+    with (
+        mock.patch.object(InterpretedFunction, "run", also),
+        mock.patch.object(linear, "widened", _widened),
+    ):
         yield

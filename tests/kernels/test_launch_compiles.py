@@ -62,6 +62,9 @@ def test_all_compile(tmp_path: Path) -> None:
     specs = json.loads(written.read_text())
     assert len(specs) >= LEAST
     assert len(Counter(spec["kernel"][1] for spec in specs)) >= 14  # kernels
+    linears = [spec for spec in specs if spec["kernel"][1] == "_linear_kernel"]
+    read = {spec["args"][0].get("descriptor", spec["args"][0].get("tensor")) for spec in linears}
+    assert "float8_e4m3fn" in read  # which the interpreter multiplies in float32
     check(specs, tmp_path / "launches.json")
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.provenance import write_result
-from pixart_rt.kernels.attention import HEAD, attention_ref
+from pixart_rt.kernels.attention import attention_ref
 from pixart_rt.kernels.attention_products import attention_products
+from pixart_rt.kernels.attention_tiles import HEAD
 
 HEADS, TEXT = 2, 32
 # px, images, tokens. The largest first: a process keeps its memory, as a run of many steps does.

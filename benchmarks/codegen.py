@@ -33,8 +33,8 @@ from pixart_rt.kernels import launch
 from pixart_rt.kernels.catalog import FILES
 from pixart_rt.kernels.codegen import Resources, ast_source, compile_launch
 from pixart_rt.kernels.cross_attention import Absorbed
+from pixart_rt.model.operators import operators
 from pixart_rt.model.transformer import Block, CrossText
-from pixart_rt.ops import operators
 
 TARGETS = {  # compute capability -> dtypes; sm_70 has no tensor cores in Triton, nor bfloat16
     (7, 0): (torch.float16,),

@@ -33,11 +33,11 @@ from benchmarks.truth import failure, refused
 from benchmarks.turns import alone
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.config import EngineConfig, Precision, Quality, SamplingConfig
-from pixart_rt.denoising import Item, _key
 from pixart_rt.export.build import build
-from pixart_rt.graphs import Graphs
-from pixart_rt.pipeline import PixArtPipeline
-from pixart_rt.prompts import Encoded
+from pixart_rt.inference.cuda_graphs import Graphs
+from pixart_rt.inference.denoiser import Item, _key
+from pixart_rt.inference.pipeline import PixArtPipeline
+from pixart_rt.inference.prompts import Encoded
 
 TOLERANCE = 1e-3
 PROMPTS = (12, 30, 100)  # tokens: absorbed at 16 and at 32, attended as they are

@@ -23,9 +23,11 @@ import torch
 from benchmarks.provenance import ROOT, write_result
 from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import Manifest
+from pixart_rt.checkpoints.bundle_module import DenoiserModule, TextEncoderModule
 from pixart_rt.config import EngineConfig, Kernels, Precision, Weights
 from pixart_rt.export.build import build
-from pixart_rt.export.graph import transformer_inputs
+from pixart_rt.export.onnx_export import transformer_inputs
+from pixart_rt.inference.vae_tiling import Tiling
 from pixart_rt.memory.activations import (
     text_activations,
     transformer_activations,
@@ -47,13 +49,11 @@ from pixart_rt.memory.weights import (
     transformer_weights,
     vae_weights,
 )
-from pixart_rt.model.load import DenoiserModule, TextEncoderModule
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Encoder, keep_dtype
-from pixart_rt.model.text_side import TextSide
+from pixart_rt.model.text_kv import TextSide
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, VaeDecoder, vae_from_config
-from pixart_rt.tiling import Tiling
 
 DOC = ROOT / "docs" / "memory.md"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

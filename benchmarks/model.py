@@ -33,7 +33,7 @@ from benchmarks.truth import failure, kernels_tested, refused
 from benchmarks.turns import alone, compiler_waits
 from benchmarks.weights import diffusers_model, random_state
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Quality
-from pixart_rt.model.conditioning import patchify, position_table, unpatchify
+from pixart_rt.model.embeddings import patchify, position_table, unpatchify
 from pixart_rt.model.transformer import PixArtTransformer
 
 RESOLUTIONS = (256, 512, 1024)

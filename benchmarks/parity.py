@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benchmarks.provenance import ROOT, write_result
 from pixart_rt.buckets import RESOLUTIONS, Bucket, buckets
+from pixart_rt.checkpoints import tensor_names
+from pixart_rt.checkpoints.configs import config_to_json
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint, load_transformer
 from pixart_rt.config import RANDOM_XL, SIGMA_XL_2_1024, XL_2_256, ModelConfig
-from pixart_rt.model import keys
-from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer
-from pixart_rt.model.checkpoint_config import config_to_json
-from pixart_rt.model.conditioning import patchify, position_table, unpatchify
+from pixart_rt.model.embeddings import patchify, position_table, unpatchify
 from pixart_rt.model.transformer import PixArtTransformer
 
 BOUND = 1e-4
@@ -43,8 +43,12 @@ def make_pair(config: ModelConfig, seed: int) -> Pair:
     for parameter in reference.parameters():
         std = 0.3 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
         torch.nn.init.normal_(parameter, std=std, generator=generator)
-    state = keys.to_ours(
-        reference.state_dict(), config, keys.diffusers_names, known=[], source="the reference"
+    state = tensor_names.to_ours(
+        reference.state_dict(),
+        config,
+        tensor_names.diffusers_names,
+        known=[],
+        source="the reference",
     )
     return reference, load_transformer(TransformerCheckpoint(config, state, None, "random"))
 

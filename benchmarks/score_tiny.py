@@ -90,7 +90,7 @@ def diffusers_generator(args: argparse.Namespace) -> Generate:
 
 def bundle_generator(args: argparse.Namespace) -> Generate:
     """Images from this project's own pipeline over a built bundle."""
-    from pixart_rt.pipeline import PixArtPipeline
+    from pixart_rt.inference.pipeline import PixArtPipeline
 
     pipeline = PixArtPipeline.from_bundle(args.bundle)
 

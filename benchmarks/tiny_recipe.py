@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from benchmarks.provenance import write_result
 from pixart_rt.config import Precision
-from pixart_rt.training.phases import Machine, phase_trainer
-from pixart_rt.training.ranks import Ranks, start_ranks
+from pixart_rt.training.process_group import Ranks, start_ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, read_recipe
+from pixart_rt.training.run import Machine, phase_trainer
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.source import open_scenes, phase_buckets
 

@@ -44,19 +44,19 @@ from benchmarks.timing import ceilings, start_afresh
 from benchmarks.truth import failure, kernels_tested, refused
 from benchmarks.turns import alone, compiler_waits
 from benchmarks.weights import diffusers_model, random_state
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
+from pixart_rt.checkpoints import tensor_names
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Precision
-from pixart_rt.model import keys
+from pixart_rt.data.batch import Batch
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.draws import draw
+from pixart_rt.training.distributed import DTYPES
 from pixart_rt.training.dropout import NullText, drop_captions
 from pixart_rt.training.flops import peak_flops, step_flops, text_model
-from pixart_rt.training.objective import TextObjective
-from pixart_rt.training.parallel import DTYPES
-from pixart_rt.training.ranks import Ranks, start_ranks
+from pixart_rt.training.objectives.denoising import TextObjective
+from pixart_rt.training.process_group import Ranks, start_ranks
 from pixart_rt.training.run_settings import Checkpointing, RunSettings
+from pixart_rt.training.sample_rng import draw
 from pixart_rt.training.trainer import Trainer
 
 RESOLUTIONS = (256, 512, 1024)
@@ -210,7 +210,7 @@ class Peer:
         loss.backward()
         found = _gradients(self.model)
         gradients = {
-            ours: torch.cat([found[name] for name in keys.diffusers_names(ours)])
+            ours: torch.cat([found[name] for name in tensor_names.diffusers_names(ours)])
             for ours in self.case.state
         }
         self.optimizer.zero_grad()

@@ -6,9 +6,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
+from pixart_rt.checkpoints import tensor_names
+from pixart_rt.checkpoints.configs import config_to_json
 from pixart_rt.config import ModelConfig
-from pixart_rt.model import keys
-from pixart_rt.model.checkpoint_config import config_to_json
 
 
 def random_state(
@@ -19,7 +19,7 @@ def random_state(
     """
     random = torch.Generator(device).manual_seed(seed)
     state = {}
-    for name, shape in keys.expected_shapes(config).items():
+    for name, shape in tensor_names.expected_shapes(config).items():
         spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.1
         state[name] = torch.empty(shape, device=device).normal_(std=spread, generator=random).cpu()
     return state
@@ -29,6 +29,6 @@ def diffusers_model(config: ModelConfig, state: dict[str, Tensor]) -> PixArtTran
     """On the CPU, float32."""
     values = {k: v for k, v in config_to_json(config).items() if not k.startswith("_")}
     model = PixArtTransformer2DModel(**values)
-    tensors = keys.from_ours(state, config, keys.diffusers_names)
+    tensors = tensor_names.from_ours(state, config, tensor_names.diffusers_names)
     model.load_state_dict(tensors, strict=False)  # its position table is computed
     return model

@@ -20,10 +20,10 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransfor
 from transformers import T5Config, T5EncoderModel
 
 import pixart_rt
+from pixart_rt.checkpoints.configs import config_to_json
 from pixart_rt.config import XL_2_1024_MS
 from pixart_rt.files import replacing
 from pixart_rt.memory.shapes import SD_VAE_SHAPE
-from pixart_rt.model.checkpoint_config import config_to_json
 from pixart_rt.model.text_encoder import T5_XXL
 
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"

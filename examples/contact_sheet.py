@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from pixart_rt import PixArtError, PixArtPipeline
-from pixart_rt.images import contact_sheet, write_png
+from pixart_rt.inference.images import contact_sheet, write_png
 
 SCENES = (  # prompt, aspect ratio as width:height
     ("a red circle above a blue square", "1:1"),

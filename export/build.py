@@ -26,19 +26,19 @@ import pixart_rt
 from pixart_rt.backends import choose_backend, default_device, get_backend
 from pixart_rt.buckets import buckets
 from pixart_rt.bundle import BUNDLE, MANIFEST, Manifest, damaged_files, hash_files, writing
+from pixart_rt.checkpoints.bundle_module import VAE_ENCODER, save_module
 from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
-from pixart_rt.export.compile import compile_component
-from pixart_rt.export.engine import check_targets
-from pixart_rt.export.parts import DTYPES, Plan, plan_component
-from pixart_rt.export.plugins import check_plugin_targets
-from pixart_rt.export.preview import write_preview
-from pixart_rt.export.source import Source, open_source
+from pixart_rt.export.checkpoint_source import Source, open_source
+from pixart_rt.export.component_build import compile_component
+from pixart_rt.export.component_spec import DTYPES, Plan, plan_component
+from pixart_rt.export.engines import check_targets
+from pixart_rt.export.plugins.graph import check_plugin_targets
+from pixart_rt.export.preview_colors import write_preview
 from pixart_rt.files import check_folder
-from pixart_rt.model.load import VAE_ENCODER, save_module
-from pixart_rt.model.text_side import TEXT_SIDE
+from pixart_rt.inference.schedulers import stored_scheduler
+from pixart_rt.model.text_kv import TEXT_SIDE
 from pixart_rt.model.vae import VaeEncoder
-from pixart_rt.schedulers import stored_scheduler
 from pixart_rt.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def build(
     cfg_null: the unconditional convention; by default what the checkpoint says.
     max_memory: bytes a text encoder's engine may take to build; by default 80 % of what is free.
     heads, sample_size, max_text_tokens: what a checkpoint may not tell (see
-        pixart_rt.model.checkpoint).
+        pixart_rt.checkpoints.transformer).
     controlnet: a ControlNet's folder or .pth, trained for `model`; the bundle's transformer then
         takes control images.
     memory: what was predicted of the bundle's memory; kept in the manifest's `build`.
@@ -170,15 +170,17 @@ def bundle_key(source: Source, config: EngineConfig, num_parts: dict[str, int]) 
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+GRAPH_CODE = (
+    "model/*.py", "checkpoints/*.py", "kernels/*.py", "export/*.py", "export/*/*.py",
+    "backends/trt/*plugin*.py",
+)  # fmt: skip
+
+
 def _code_sha256() -> str:
     """The hash of our own code that a graph is made by."""
     root = Path(pixart_rt.__file__).parent
     digest = hashlib.sha256(__version__.encode())
-    for path in sorted(
-        p
-        for part in ("model/*.py", "kernels/*.py", "export/*.py", "backends/*plugin*.py", "ops.py")
-        for p in root.glob(part)
-    ):
+    for path in sorted(p for part in GRAPH_CODE for p in root.glob(part)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -4,9 +4,9 @@
     x0     = p·x + q·eps                       p = 1/alpha_s, q = -sigma_s/alpha_s
     x_next = a·x + b·x0 + c·x0_last            2M multistep update (arXiv:2211.01095, Algorithm 2)
 
-The six numbers of a step are a row [8] of a table on the device (pixart_rt/schedulers.py fills
-it), or a row for each image [B, 8], so that a captured graph serves every schedule and guidance
-scale.
+The six numbers of a step are a row [8] of a table on the device, filled by
+pixart_rt/inference/schedulers.py, or a row for each image [B, 8], so that a captured graph serves
+every schedule and guidance scale.
 
 B images, N tokens, C latent channels, P = p·p pixels of a patch. x, x0, x0_last and x_next are
 float32 [B, N, C·P] in the order of the model's input; output is the model's [B or 2B, N, P·O], the

@@ -25,11 +25,11 @@ from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
     from pixart_rt.export.build import build
-    from pixart_rt.pipeline import PixArtPipeline, Request
+    from pixart_rt.inference.pipeline import PixArtPipeline, Request
 
 _LAZY = {
-    "PixArtPipeline": "pixart_rt.pipeline",
-    "Request": "pixart_rt.pipeline",
+    "PixArtPipeline": "pixart_rt.inference.pipeline",
+    "Request": "pixart_rt.inference.pipeline",
     "build": "pixart_rt.export.build",
 }
 
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'pixart_rt' has no attribute {name!r}")
     from importlib import import_module
 
-    from pixart_rt.quiet import quiet_imports
+    from pixart_rt.torchao_import import quiet_imports
 
     with quiet_imports():
         return getattr(import_module(_LAZY[name]), name)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from pixart_rt.approximate import Approximation
+from pixart_rt.approximations import Approximation
 from pixart_rt.buckets import PIXELS_PER_TOKEN, RESOLUTIONS, token_range
 from pixart_rt.errors import ConfigError
 

@@ -120,7 +120,7 @@ def version(distribution: str) -> str | None:
 
 def buildable_targets() -> list[str]:
     """What TensorRT-RTX builds for here, GPU or not; nothing where it is not installed."""
-    from pixart_rt.backends.trt import supported_targets
+    from pixart_rt.backends.trt.backend import supported_targets
     from pixart_rt.errors import BackendError
 
     try:

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pixart_rt.backends.parts import Chain, FunctionPart, forms_of, part_inputs
+from pixart_rt.backends.engine_files import Chain, FunctionPart, forms_of, part_inputs
+from pixart_rt.checkpoints.bundle_module import DenoiserModule, TextEncoderModule
 from pixart_rt.config import Kernels, ModelConfig, Quality
-from pixart_rt.loop import LoopInputs, TextInputs, run_loop
-from pixart_rt.model.load import DenoiserModule, TextEncoderModule
+from pixart_rt.inference.prompts import PromptEncoder, TextTokens
+from pixart_rt.inference.step_cache import Skipping
+from pixart_rt.inference.token_loop import LoopInputs, TextInputs, run_loop
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.prompts import PromptEncoder, TextTokens
-from pixart_rt.reuse import Skipping
 
 META = torch.device("meta")
 CONFIG = ModelConfig(num_layers=2, num_heads=2, caption_channels=32, micro_conditioning=False)

@@ -15,7 +15,7 @@ from pixart_rt.backends import get_backend
 from pixart_rt.config import EngineConfig, Precision, text_lengths
 from pixart_rt.errors import ConfigError
 from pixart_rt.export.build import build, default_precision
-from pixart_rt.export.verify import verify_bundle
+from pixart_rt.export.numerics import verify_bundle
 
 PROMPT = "a red circle above a blue square"
 

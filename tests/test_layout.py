@@ -19,31 +19,30 @@ ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixar
 # Bottom first. A file imports from its own layer and from those before it, with two exceptions:
 # the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"kernels", "errors", "version", "quiet"}),
-    frozenset({"ops", "approximate", "batch", "buckets", "config", "files"}),
-    frozenset({"model", "bundle", "images", "similarity"}),
-    frozenset(
-        {
-            "backends",
-            "control",
-            "denoising",
-            "graphs",
-            "loop",
-            "memory",
-            "plan",
-            "preview",
-            "prompts",
-            "reuse",
-            "schedulers",
-            "tiling",
-        }
-    ),
-    frozenset({"pipeline", "doctor"}),
-    frozenset({"bench", "data", "evaluation", "export", "fidelity", "training"}),
+    frozenset({"kernels", "errors", "version", "torchao_import"}),
+    frozenset({"approximations", "buckets", "config", "files"}),
+    frozenset({"model", "bundle"}),
+    frozenset({"checkpoints"}),
+    frozenset({"backends"}),
+    frozenset({"inference", "memory", "data"}),
+    frozenset({"doctor"}),
+    frozenset({"export", "training"}),
+    frozenset({"bench", "evaluation"}),
     frozenset({"cli", "__main__"}),
 )
-BESIDE = LAYERS[5]
+BESIDE = ({"inference", "data"}, {"export", "training"}, {"bench", "evaluation"})
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def layer_table() -> str:
+    """LAYERS as CONTRIBUTING.md shows them, the top first; `|` stands between neighbours."""
+    pairs = [" | ".join(sorted(pair)) for pair in BESIDE]
+    lines = []
+    for layer in reversed(LAYERS):
+        paired = [text for text, pair in zip(pairs, BESIDE, strict=True) if pair <= layer]
+        others = sorted(layer - set().union(*(pair for pair in BESIDE if pair <= layer)))
+        lines.append("    " + ", ".join(paired + [name for name in others if name != "__main__"]))
+    return "\n".join(lines)
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -90,6 +89,10 @@ def test_the_sources_were_found() -> None:
     assert {"config", "cli.build", "kernels.attention", "export.build"} <= FILES.keys()
 
 
+def test_contributing_shows_the_layers() -> None:
+    assert f"\n{layer_table()}\n" in (ROOT / "CONTRIBUTING.md").read_text(), layer_table()
+
+
 def test_every_module_has_a_layer() -> None:
     heads = {name.partition(".")[0] for name in FILES} - {"__init__"}
     assert heads <= RANK.keys(), f"give {heads - RANK.keys()} a place in LAYERS"
@@ -104,8 +107,9 @@ def test_imports_point_inwards(name: str) -> None:
             continue
         assert target in RANK, f"{name} imports pixart_rt.{imported}, which has no layer"
         assert RANK[target] <= RANK[importer], f"{name} imports {imported}, a layer above it"
-        if importer in BESIDE:
-            assert target not in BESIDE, f"{name} imports {imported}, its neighbour"
+        assert not any({importer, target} <= pair for pair in BESIDE), (
+            f"{name} imports {imported}, its neighbour"
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("kernels.")])
@@ -116,12 +120,14 @@ def test_kernels_need_torch_and_triton_only(name: str) -> None:
     assert all(each.startswith("kernels.") for each in own_imports(FILES[name]))
 
 
-@pytest.mark.parametrize("name", ["pipeline", "plan", "prompts"])
+@pytest.mark.parametrize(
+    "name", ["inference.pipeline", "inference.request_plan", "inference.prompts"]
+)
 def test_the_pipeline_knows_no_concrete_backend(name: str) -> None:
     seen = {each for each in own_imports(FILES[name]) if each.startswith("backends")}
     allowed = {"backends.get_backend", "backends.choose_backend", "backends.default_device",
                "backends.loading.Loader"}  # fmt: skip
-    assert {each for each in seen if not each.startswith("backends.base.")} <= allowed
+    assert {each for each in seen if not each.startswith("backends.component.")} <= allowed
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import EngineConfig, Quality
 from pixart_rt.errors import ConfigError
-from pixart_rt.export.verify import verify_bundle
+from pixart_rt.export.numerics import verify_bundle
 from pixart_rt.kernels import launch
 
 SCRIPT = Path(__file__).parent / "golden" / "make_quality.py"

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pixart_rt.checkpoints.bundle_module import DenoiserModule
 from pixart_rt.config import RANDOM_XL, Kernels, ModelConfig, Quality
-from pixart_rt.loop import LoopInputs, TextInputs
-from pixart_rt.model.load import DenoiserModule
+from pixart_rt.inference.token_loop import LoopInputs, TextInputs
 from pixart_rt.model.transformer import PixArtTransformer
 
 STANDARD = 0  # the form of the prompt's text; others are the length that it is absorbed at

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pixart_rt.errors import CheckpointError
-from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.process_group import Ranks
 
 FOLDER = "checkpoints"
 PROGRESS = "progress.json"
@@ -37,7 +37,7 @@ _FAILURES = (Exception, CheckpointException)  # DCP wraps any rank's error in a 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Where a run was. All random numbers follow from the step (pixart_rt/batch.py)."""
+    """Where a run was. All random numbers follow from the step (pixart_rt/data/batch.py)."""
 
     step: int  # steps done
     skipped: int = 0  # of them not finite, and left out

@@ -2,7 +2,7 @@
 
 One caption in ten is replaced (arXiv:2207.12598; 0.1 in PixArt-alpha's code). By what is one of
 three published conventions, a setting that the checkpoint keeps (CfgNull in config.py): training
-and sampling must agree, and pixart_rt/prompts.py is the other side.
+and sampling must agree, and pixart_rt/inference/prompts.py is the other side.
 
 B samples, T text tokens, C caption channels.
 """

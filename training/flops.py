@@ -26,8 +26,8 @@ from enum import StrEnum
 import torch
 
 from pixart_rt.config import ModelConfig
-from pixart_rt.model.conditioning import FREQUENCY_CHANNELS
-from pixart_rt.training.dit import DiTConfig
+from pixart_rt.model.dit import DiTConfig
+from pixart_rt.model.embeddings import FREQUENCY_CHANNELS
 
 TEXT_LINEAR = "cross_attn.kv_linear"  # the linear of a block that reads captions
 

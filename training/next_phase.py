@@ -12,11 +12,11 @@ from dataclasses import replace
 
 import torch
 
+from pixart_rt.checkpoints.tensor_names import expected_shapes
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import ConfigError
-from pixart_rt.model.checkpoint import TransformerCheckpoint
-from pixart_rt.model.keys import expected_shapes
-from pixart_rt.training.initialize import initial_value
+from pixart_rt.training.weight_init import initial_value
 
 _MAY_CHANGE = ("sample_size", "interpolation_scale", "micro_conditioning")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pixart_rt.errors import ConfigError
-from pixart_rt.training.warmup import Warmup
+from pixart_rt.training.optim.warmup import Warmup
 
 PIXART_PARAMETERS = 610_856_096  # XL/2 without micro-conditioning
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.config import ModelConfig, Precision
 from pixart_rt.errors import ConfigError
+from pixart_rt.training.optim.warmup import Warmup
 from pixart_rt.training.presets import PRESETS, Preset, Settings
+from pixart_rt.training.reparameterize_settings import TextStart
 from pixart_rt.training.run_settings import OptimizerKind
-from pixart_rt.training.settings_file import read_settings
-from pixart_rt.training.text_start import TextStart
-from pixart_rt.training.warmup import Warmup
+from pixart_rt.training.toml_settings import read_settings
 
 
 class Stage(StrEnum):

@@ -28,14 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixart_rt.bundle import sha256
+from pixart_rt.checkpoints.dit import DiTCheckpoint, read_dit
+from pixart_rt.checkpoints.tensor_names import expected_shapes
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.config import CfgNull
 from pixart_rt.files import TRANSFORMER, check_model
-from pixart_rt.model.checkpoint import TransformerCheckpoint, write_diffusers, write_pth
-from pixart_rt.model.conditioning import sinusoid
-from pixart_rt.model.keys import expected_shapes
-from pixart_rt.training.dit_checkpoint import DiTCheckpoint, read_dit
-from pixart_rt.training.initialize import initial_value
-from pixart_rt.training.text_start import TBlock, TextStart
+from pixart_rt.model.embeddings import sinusoid
+from pixart_rt.training.reparameterize_settings import TBlock, TextStart
+from pixart_rt.training.weight_init import initial_value
 from pixart_rt.version import __version__
 
 

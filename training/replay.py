@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pixart_rt.errors import CheckpointError
-from pixart_rt.training.clipping import clip_gradients
-from pixart_rt.training.draws import draw
+from pixart_rt.training.optim.clipping import clip_gradients
+from pixart_rt.training.sample_rng import draw
 from pixart_rt.training.trainer import Trainer
 
 

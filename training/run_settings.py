@@ -1,6 +1,6 @@
 """How a phase is run: what the optimiser does, in which precision, over how many ranks.
 
-Imports no torch. A recipe's phase gives most of it (phases.py); the rest is the machine's.
+Imports no torch. A recipe's phase gives most of it (run.py); the rest is the machine's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
-from pixart_rt.training.warmup import Warmup, cosine_end
+from pixart_rt.training.optim.warmup import Warmup, cosine_end
 
 
 class OptimizerKind(StrEnum):

@@ -4,12 +4,12 @@
     trainer.run()
 
     out/checkpoints/    checkpoints.py
-    out/log.jsonl       a line every `log_every` steps (log.py)
+    out/log.jsonl       a line every `log_every` steps (log_writers.py)
     out/skipped.jsonl   the samples of steps that were not finite; replay.py runs one again
 
 A step is a function of the state and of (seed, step): all that is random is drawn for a sample's id
-(draws.py). So a run that was killed goes on as if it had not been. The step waits for the device
-nowhere; values are read where a line is logged.
+(sample_rng.py). So a run that was killed resumes as if it had not been. The step never waits for
+the device; values are read where a line is logged.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import Precision
+from pixart_rt.data.batch import Batch
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.files import locked, replacing
 from pixart_rt.training.checkpoints import FOLDER as CHECKPOINTS
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
-from pixart_rt.training.clipping import clip_gradients, step_if_finite
 from pixart_rt.training.communication import profiled
-from pixart_rt.training.draws import Draws, draw
-from pixart_rt.training.ema import Ema
+from pixart_rt.training.distributed import DTYPES, spread
 from pixart_rt.training.flops import peak_flops
-from pixart_rt.training.log import JSONL, Log, Place, open_log
-from pixart_rt.training.loss_scale import LossScale
-from pixart_rt.training.lr import set_lr
-from pixart_rt.training.meter import Meter
-from pixart_rt.training.muon import muon_groups
-from pixart_rt.training.objective import Objective
-from pixart_rt.training.optimizers import make_optimizer
-from pixart_rt.training.parallel import DTYPES, spread
-from pixart_rt.training.ranks import Ranks
-from pixart_rt.training.reproducible import TreeSum, sum_over_ranks, take_gradients
+from pixart_rt.training.log_writers import JSONL, Log, Place, open_log
+from pixart_rt.training.metrics import Meter
+from pixart_rt.training.objectives.denoising import Objective
+from pixart_rt.training.optim.clipping import clip_gradients, step_if_finite
+from pixart_rt.training.optim.ema import Ema
+from pixart_rt.training.optim.factory import make_optimizer
+from pixart_rt.training.optim.learning_rate import set_lr
+from pixart_rt.training.optim.loss_scale import LossScale
+from pixart_rt.training.optim.muon import muon_groups
+from pixart_rt.training.process_group import Ranks
+from pixart_rt.training.reproducible_sums import TreeSum, sum_over_ranks, take_gradients
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, RunSettings
+from pixart_rt.training.sample_rng import Draws, draw
 
 _log = logging.getLogger(__name__)
 

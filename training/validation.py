@@ -21,19 +21,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket, bucket_for_aspect
+from pixart_rt.checkpoints.hub import locate
+from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.config import Kernels, ModelConfig, SamplingConfig, Scheduler
+from pixart_rt.data.batch import Batch
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.images import as_image, contact_sheet, write_png
-from pixart_rt.model.captions import PromptTokenizer
-from pixart_rt.model.locate import locate
-from pixart_rt.model.text_encoder import read_text_encoder
+from pixart_rt.inference.images import as_image, contact_sheet, write_png
+from pixart_rt.inference.schedulers import make_scheduler, uses_learned_variance
+from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, read_vae
-from pixart_rt.schedulers import make_scheduler, uses_learned_variance
 from pixart_rt.training.dropout import drop_captions, null_text
-from pixart_rt.training.objective import Positions, predict_noise
+from pixart_rt.training.objectives.denoising import Positions, predict_noise
 
 FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
 VAE_SCALE = 8  # pixels per latent pixel

@@ -9,7 +9,7 @@ from pixart_rt.errors import BackendError, ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from pixart_rt.backends.base import Availability, Backend
+    from pixart_rt.backends.component import Availability, Backend
 
 BACKENDS = (
     "onnxruntime",
@@ -31,11 +31,11 @@ def get_backend(name: str) -> Backend:
     if name not in BACKENDS:
         raise ConfigError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
     if name in ("tensorrt-rtx", "tensorrt"):
-        from pixart_rt.backends.trt import TensorRTBackend
+        from pixart_rt.backends.trt.backend import TensorRTBackend
 
         return TensorRTBackend(name)
     if name.startswith("onnxruntime"):
-        from pixart_rt.backends.ort import OnnxRuntimeBackend
+        from pixart_rt.backends.onnx_runtime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(tensorrt=name == "onnxruntime-tensorrt")
     if name == "aoti":
@@ -43,10 +43,10 @@ def get_backend(name: str) -> Backend:
 
         return AotInductorBackend()
     if name == "torch-compile":
-        from pixart_rt.backends.compiled import CompiledBackend
+        from pixart_rt.backends.pytorch.compiled import CompiledBackend
 
         return CompiledBackend()
-    from pixart_rt.backends.eager import EagerBackend
+    from pixart_rt.backends.pytorch.eager import EagerBackend
 
     return EagerBackend()
 
@@ -88,7 +88,7 @@ def runs_here(backend: str, targets: tuple[str, ...]) -> bool:
         return True
     import torch
 
-    from pixart_rt.backends.parts import capability
+    from pixart_rt.backends.engine_files import capability
 
     return torch.cuda.is_available() and capability(torch.device("cuda")) in targets
 
@@ -99,7 +99,7 @@ def available_backends() -> dict[str, Availability]:
 
 
 def _builder_of(target: tuple[str, ...]) -> tuple[str, str]:
-    from pixart_rt.backends.trt import supported_targets
+    from pixart_rt.backends.trt.backend import supported_targets
 
     target = tuple(name.lower() for name in target)
     known = supported_targets("tensorrt-rtx")  # a BackendError with the fix if not installed
@@ -118,6 +118,6 @@ def _only_on_cpu(name: str) -> bool:
     """Whether a backend that works here would leave the GPU unused."""
     if name != "onnxruntime":
         return False
-    from pixart_rt.backends.ort import has_cuda
+    from pixart_rt.backends.onnx_runtime import has_cuda
 
     return not has_cuda()

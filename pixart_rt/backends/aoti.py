@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixart_rt.backends.base import Availability, Component
-from pixart_rt.backends.parts import (
+from pixart_rt.backends.component import Availability, Component
+from pixart_rt.backends.engine_files import (
     Chain,
     FunctionPart,
     capability,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pixart_rt.backends import default_device, get_backend
-from pixart_rt.backends.base import Backend, Component
+from pixart_rt.backends.component import Backend, Component
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import TextPlace
 from pixart_rt.errors import BackendError
@@ -55,7 +55,7 @@ class Loader:
         if kind not in self._backends:
             backend = get_backend(kind)
             if self._cuda_graphs and kind == "tensorrt-rtx":
-                from pixart_rt.backends.trt import TensorRTBackend
+                from pixart_rt.backends.trt.backend import TensorRTBackend
 
                 backend = TensorRTBackend(kind, cuda_graphs=True)
             self._backends[kind] = backend
@@ -69,6 +69,6 @@ class Loader:
                 f"offloading the text encoder was asked, but {bundle} has it in {kind}; only plain "
                 "PyTorch can be moved: build with --text-encoder torch"
             )
-        from pixart_rt.backends.eager import EagerBackend
+        from pixart_rt.backends.pytorch.eager import EagerBackend
 
         return EagerBackend().load(bundle, manifest, name, place, offload=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from pixart_rt.config import ModelConfig
 from pixart_rt.kernels.cross_attention import Form, choose_form
-from pixart_rt.model.conditioning import FREQUENCY_CHANNELS
+from pixart_rt.model.embeddings import FREQUENCY_CHANNELS
 from pixart_rt.model.text_encoder import T5Config
 
 KERNEL = 3  # of every convolution in the VAE but the shortcuts

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import torch
 
+from pixart_rt.checkpoints.controlnet import write_controlnet
+from pixart_rt.checkpoints.pipeline_folder import COMPONENTS
 from pixart_rt.cli.training_job import Job, Progress, check_shapes, open_base, train_and_write
 from pixart_rt.data.edges import EdgeKind, edge_finder
 from pixart_rt.data.training_data import TrainingData, is_store, open_data, paired
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import CONTROLNET
 from pixart_rt.model.controlnet import ControlNetTransformer
-from pixart_rt.model.controlnet_checkpoint import write_controlnet
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
-from pixart_rt.model.pipeline_folder import COMPONENTS
-from pixart_rt.training.controlnet import ControlNetObjective, trained
+from pixart_rt.training.device_defaults import usual_kernels
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.machine import usual_kernels
-from pixart_rt.training.ranks import start_ranks
-from pixart_rt.training.source import feed_of, null_of, sampler_of
+from pixart_rt.training.objectives.controlnet import ControlNetObjective, trained
+from pixart_rt.training.process_group import start_ranks
+from pixart_rt.training.sample_source import feed_of, null_of, sampler_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

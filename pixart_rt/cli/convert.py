@@ -57,7 +57,7 @@ def convert(
     check_model(dst, TRANSFORMER, force=force)
     with Steps() as progress:
         progress(f"converting {src}", 0, 1)
-        from pixart_rt.model.checkpoint import convert as convert_checkpoint  # torch
+        from pixart_rt.checkpoints.transformer import convert as convert_checkpoint  # torch
 
         summary = convert_checkpoint(
             src,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from pixart_rt.approximate import FirstBlockCache, StepCache
+from pixart_rt.approximations import FirstBlockCache, StepCache
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, print_tables
 from pixart_rt.cli.prompts_file import read_prompts
@@ -23,7 +23,7 @@ from pixart_rt.files import check_file, replacing
 from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
-    from pixart_rt.fidelity import Judged, Variant
+    from pixart_rt.evaluation.fidelity import Judged, Variant
 
 Thresholds = Annotated[
     list[float] | None, typer.Option(help="A threshold; repeat it to compare several.")
@@ -81,8 +81,10 @@ def fidelity(
     manifest = Manifest.read(bundle)
     with Steps() as progress:
         progress(f"loading {bundle}", 0, 1)
-        from pixart_rt.fidelity import PROMPTS, Variant, judge
-        from pixart_rt.pipeline import PixArtPipeline  # torch, diffusers: seconds to import
+        from pixart_rt.evaluation.fidelity import PROMPTS, Variant, judge
+        from pixart_rt.inference.pipeline import (
+            PixArtPipeline,  # torch, diffusers: seconds to import
+        )
 
         variants = [Variant(name=name, **values) for name, values in names]
         variants += [_loaded(*each) for each in students]
@@ -142,8 +144,8 @@ def _student(text: str) -> tuple[Path, Scheduler, int]:
 
 
 def _loaded(folder: Path, sampler: Scheduler, steps: int) -> Variant:
-    from pixart_rt.fidelity import Variant
-    from pixart_rt.pipeline import PixArtPipeline
+    from pixart_rt.evaluation.fidelity import Variant
+    from pixart_rt.inference.pipeline import PixArtPipeline
 
     return Variant(
         name=f"{folder.name} {sampler} {steps}",

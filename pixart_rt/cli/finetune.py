@@ -42,7 +42,7 @@ from pixart_rt.errors import ConfigError
 from pixart_rt.files import ADAPTER, PIPELINE, TRANSFORMER
 from pixart_rt.files import CONTROLNET as CONTROLNET_FOLDER
 from pixart_rt.model.controlnet_config import ControlVariant
-from pixart_rt.training.finetune_settings import (
+from pixart_rt.training.finetune.settings import (
     CONTROLNET,
     DREAMBOOTH,
     LCM,
@@ -216,8 +216,8 @@ def lcm(
         progress("starting", 0, 1)
         from pixart_rt.cli import lcm_training  # torch: seconds
         from pixart_rt.cli.training_job import Job
-        from pixart_rt.training.lcm import FULL
-        from pixart_rt.training.lcm import LORA as LCM_LORA
+        from pixart_rt.training.objectives.lcm import FULL
+        from pixart_rt.training.objectives.lcm import LORA as LCM_LORA
 
         settings, lora = replace(FULL, guidance_w=guidance_w), None
         if adapter:

@@ -10,7 +10,7 @@ import typer
 
 from pixart_rt.config import Precision
 from pixart_rt.files import Kind, check_into, check_model
-from pixart_rt.training.finetune_settings import LoraTargets
+from pixart_rt.training.finetune.settings import LoraTargets
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
 Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of pictures.")]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.bundle import sha256
+from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, is_pipeline, write_model
 from pixart_rt.cli.training_job import (
     Base,
     Job,
@@ -32,21 +33,20 @@ from pixart_rt.data.instances import (
     encode_instances,
     pictures_of,
 )
-from pixart_rt.data.loading import Batches
+from pixart_rt.data.loader import Batches
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import ADAPTER, PIPELINE, TRANSFORMER
-from pixart_rt.model.pipeline_folder import COMPONENTS, is_pipeline, write_model
 from pixart_rt.model.transformer import PixArtTransformer
+from pixart_rt.training.device_defaults import usual_kernels
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.dreambooth import DreamBoothObjective
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.finetune_settings import LoraSettings
-from pixart_rt.training.lora import adapters_in, add_lora, save_lora
-from pixart_rt.training.machine import usual_kernels
-from pixart_rt.training.pairs import PairedSampler
-from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.finetune.lora import adapters_in, add_lora, save_lora
+from pixart_rt.training.finetune.settings import LoraSettings
+from pixart_rt.training.objectives.dreambooth import DreamBoothObjective
+from pixart_rt.training.prior_pairs import PairedSampler
+from pixart_rt.training.process_group import start_ranks
+from pixart_rt.training.sample_source import null_of
 from pixart_rt.training.sampler import BucketSampler, RankIds
-from pixart_rt.training.source import null_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

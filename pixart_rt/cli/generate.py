@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pixart_rt.approximate import one_approximation
+from pixart_rt.approximations import one_approximation
 from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.cli.console import Steps, note, print_json
@@ -21,8 +21,8 @@ from pixart_rt.version import __version__
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from pixart_rt.inference.pipeline import PipelineOutput, PixArtPipeline
     from pixart_rt.memory.fit import LoadChoice
-    from pixart_rt.pipeline import PipelineOutput, PixArtPipeline
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -106,7 +106,7 @@ def generate(
       pixart-rt generate "a small green star" --bundle engines/tiny-1024 -o star.png --aspect 3:2
       pixart-rt generate "two circles" --bundle engines/tiny-1024 -o sheet.png -n 4 --grid --seed 7
     """
-    from pixart_rt.images import refuse_existing
+    from pixart_rt.inference.images import refuse_existing
 
     _check_text(prompt, negative)
     paths = _output_paths(output, num, grid)
@@ -231,7 +231,9 @@ def _run(
     total, done = sampling.num_inference_steps * batches, 0
     with Steps() as progress:
         progress(f"loading {bundle}", 0, total)
-        from pixart_rt.pipeline import PixArtPipeline  # torch, diffusers: seconds to import
+        from pixart_rt.inference.pipeline import (
+            PixArtPipeline,  # torch, diffusers: seconds to import
+        )
 
         def count(pipe: PixArtPipeline, step: int, _timestep: Any, tensors: Any) -> None:
             nonlocal done
@@ -325,7 +327,7 @@ def _approximations(
 def _write(
     result: PipelineOutput, facts: list[dict[str, Any]], paths: list[Path], grid: bool, force: bool
 ) -> list[Path]:
-    from pixart_rt.images import contact_sheet, write_png
+    from pixart_rt.inference.images import contact_sheet, write_png
 
     images: list[Image] = result.images
     if not grid:

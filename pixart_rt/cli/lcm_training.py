@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, is_pipeline, write_model
 from pixart_rt.cli.training_job import (
     Base,
     Job,
@@ -26,17 +27,16 @@ from pixart_rt.config import Scheduler
 from pixart_rt.data.training_data import is_store, open_data
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import ADAPTER, PIPELINE
-from pixart_rt.model.pipeline_folder import COMPONENTS, is_pipeline, write_model
-from pixart_rt.training.adapter_off import adapter_off
+from pixart_rt.training.device_defaults import usual_kernels
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.finetune_settings import LoraSettings
-from pixart_rt.training.lcm import ConsistencyDistillation, LcmSettings
-from pixart_rt.training.lcm_pipeline import use_lcm_scheduler
-from pixart_rt.training.lora import adapters_in, add_lora, save_lora
-from pixart_rt.training.machine import usual_kernels
-from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.finetune.adapter_switch import adapter_off
+from pixart_rt.training.finetune.lcm_pipeline import use_lcm_scheduler
+from pixart_rt.training.finetune.lora import adapters_in, add_lora, save_lora
+from pixart_rt.training.finetune.settings import LoraSettings
+from pixart_rt.training.objectives.lcm import ConsistencyDistillation, LcmSettings
+from pixart_rt.training.process_group import start_ranks
 from pixart_rt.training.run_settings import Parallel
-from pixart_rt.training.source import feed_of, null_of, sampler_of
+from pixart_rt.training.sample_source import feed_of, null_of, sampler_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -84,10 +84,11 @@ def _merge(
     force: bool,
 ) -> dict[str, Any]:
     """Read both, then write; nothing is written before everything fits."""
-    from pixart_rt.model import adapters, pipeline_folder
-    from pixart_rt.model.checkpoint import read_transformer
-    from pixart_rt.model.locate import locate, transformer_path
-    from pixart_rt.training.lcm_pipeline import use_lcm_scheduler
+    from pixart_rt.checkpoints import lora as adapters
+    from pixart_rt.checkpoints import pipeline_folder
+    from pixart_rt.checkpoints.hub import locate, transformer_path
+    from pixart_rt.checkpoints.transformer import read_transformer
+    from pixart_rt.training.finetune.lcm_pipeline import use_lcm_scheduler
 
     found = adapters.read_adapter(adapter)
     if lcm:

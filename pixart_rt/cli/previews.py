@@ -11,7 +11,7 @@ from pixart_rt.files import check_into
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pixart_rt.pipeline import PixArtPipeline
+    from pixart_rt.inference.pipeline import PixArtPipeline
 
 
 def check_previews(folder: Path, bundle: Path, *, force: bool) -> None:
@@ -25,7 +25,7 @@ def check_previews(folder: Path, bundle: Path, *, force: bool) -> None:
             f"--preview {folder} was asked, which is not empty; choose another folder, or replace "
             "its files with --force"
         )
-    from pixart_rt.preview import ColourPreview
+    from pixart_rt.inference.preview import ColourPreview
 
     ColourPreview.read(bundle)
 
@@ -39,7 +39,7 @@ class PreviewWriter:
 
     def __call__(self, pipe: PixArtPipeline, step: int, tensors: dict[str, Tensor]) -> None:
         """Called after every step with what the pipeline gives its callback."""
-        from pixart_rt.images import write_png
+        from pixart_rt.inference.images import write_png
 
         number = step + 1
         if number % self._every == 0:

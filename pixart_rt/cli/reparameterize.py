@@ -11,7 +11,7 @@ import typer
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import CfgNull
 from pixart_rt.files import TRANSFORMER, check_model
-from pixart_rt.training.text_start import TBlock, TextStart
+from pixart_rt.training.reparameterize_settings import TBlock, TextStart
 
 DEFAULT = TextStart()
 

@@ -66,7 +66,7 @@ def ablation(
     from pixart_rt.training.ablation.report import write
     from pixart_rt.training.ablation.run import Ablation, seconds_per_step
     from pixart_rt.training.ablation.shapes import costs
-    from pixart_rt.training.ranks import start_ranks
+    from pixart_rt.training.process_group import start_ranks
 
     asked = {
         "resolution": resolution, "captions": captions, "num_layers": layers, "batch": batch,

@@ -19,10 +19,10 @@ from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parall
 from pixart_rt.training.tiny.kinds import Scenes
 
 if TYPE_CHECKING:
-    from pixart_rt.model.checkpoint import TransformerCheckpoint
-    from pixart_rt.training.phases import Machine, Validate
-    from pixart_rt.training.ranks import Ranks
+    from pixart_rt.checkpoints.transformer import TransformerCheckpoint
+    from pixart_rt.training.process_group import Ranks
     from pixart_rt.training.recipe import Phase, Recipe
+    from pixart_rt.training.run import Machine, Validate
     from pixart_rt.training.tiny.source import SceneSource
 
 LOGS = ("console", "jsonl", "tensorboard", "wandb")
@@ -164,9 +164,12 @@ def train(
     _check_places(out, paths, pipeline, encoder, validate_with)
     _check_results(read, chosen, out)
     from pixart_rt.data.training_data import open_data  # torch: seconds
-    from pixart_rt.training.log import Place
-    from pixart_rt.training.machine import usual_kernels, usual_precision
-    from pixart_rt.training.phases import (
+    from pixart_rt.training.device_defaults import usual_kernels, usual_precision
+    from pixart_rt.training.log_writers import Place
+    from pixart_rt.training.process_group import start_ranks
+    from pixart_rt.training.recipe_report import report
+    from pixart_rt.training.replay import replay as run_again
+    from pixart_rt.training.run import (
         Machine,
         is_done,
         phase_folder,
@@ -174,9 +177,6 @@ def train(
         result_path,
         run_phase,
     )
-    from pixart_rt.training.ranks import start_ranks
-    from pixart_rt.training.recipe_report import report
-    from pixart_rt.training.replay import replay as run_again
 
     if reproducible:
         import torch
@@ -248,7 +248,7 @@ def train(
 
 def _num_parameters(recipe: Recipe) -> int:
     """Of the text model without micro-conditioning."""
-    from pixart_rt.model.keys import expected_shapes
+    from pixart_rt.checkpoints.tensor_names import expected_shapes
 
     return sum(shape.numel() for shape in expected_shapes(recipe.model.config()).values())
 
@@ -297,8 +297,8 @@ def _check_places(
 
     The run's folder may hold anything: its phases look after their own (training/trainer.py).
     """
-    from pixart_rt.model.locate import locate_whole
-    from pixart_rt.model.pipeline_folder import COMPONENTS, is_pipeline  # torch: seconds
+    from pixart_rt.checkpoints.hub import locate_whole
+    from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, is_pipeline  # torch: seconds
 
     check_into(out)
     for phase, path in data.items():
@@ -319,8 +319,8 @@ def _check_places(
 
 def _check_results(recipe: Recipe, phases: list[Phase], out: Path) -> None:
     """Refuse now phases whose weights could not be written at their end. Raises ConfigError."""
-    from pixart_rt.training.phases import DONE, phase_folder, result_path
     from pixart_rt.training.recipe import Weights
+    from pixart_rt.training.run import DONE, phase_folder, result_path
 
     for phase in phases:
         folder = phase_folder(recipe, phase, out)
@@ -336,16 +336,16 @@ def _check_results(recipe: Recipe, phases: list[Phase], out: Path) -> None:
 
 def _located(model: str, phase: Phase) -> Path:
     """The checkpoint of a path, of tiny or of a hub id, for a phase."""
-    from pixart_rt.model.locate import locate, transformer_path
+    from pixart_rt.checkpoints.hub import locate, transformer_path
 
     return transformer_path(locate(model, ["transformer"]), model, phase.resolution)
 
 
 def _whole(transformer: Path, model: str, out: Path) -> Path:
     """A copy of the pipeline `model` with this transformer."""
-    from pixart_rt.model.checkpoint import read_transformer
-    from pixart_rt.model.locate import locate
-    from pixart_rt.model.pipeline_folder import COMPONENTS, write_model
+    from pixart_rt.checkpoints.hub import locate
+    from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, write_model
+    from pixart_rt.checkpoints.transformer import read_transformer
 
     write_model(read_transformer(transformer), out, pipeline=locate(model, COMPONENTS))
     return out
@@ -375,7 +375,7 @@ def _drawing(
     model: str, prompts: tuple[str, ...], machine: Machine, ranks: Ranks
 ) -> Callable[[TransformerCheckpoint, Path], Validate]:
     """What draws the images of a phase; prompts are encoded when the phase begins."""
-    from pixart_rt.training.parallel import DTYPES
+    from pixart_rt.training.distributed import DTYPES
     from pixart_rt.training.validation import Validation, ValidationSettings
 
     autocast = None if machine.precision is Precision.FP32 else DTYPES[machine.precision]
@@ -418,7 +418,7 @@ def _scenes(phase: Phase, out: Path, ranks: Ranks) -> SceneSource:
 
 
 def _started(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int, samples: int) -> str:
-    from pixart_rt.training.phases import global_batch, run_settings
+    from pixart_rt.training.run import global_batch, run_settings
 
     settings = run_settings(recipe, phase, machine, num_ranks)
     batch = global_batch(recipe, phase, machine)

@@ -17,24 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixart_rt.batch import Batch
+from pixart_rt.checkpoints.hub import locate, transformer_path
+from pixart_rt.checkpoints.transformer import (
+    TransformerCheckpoint,
+    load_transformer,
+    read_transformer,
+)
 from pixart_rt.cli.finetune_options import check_outputs, run_folder_of
 from pixart_rt.config import Precision
+from pixart_rt.data.batch import Batch
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import Kind
-from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer, read_transformer
-from pixart_rt.model.locate import locate, transformer_path
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.checkpoints import remove_checkpoints
-from pixart_rt.training.finetune_settings import FinetuneSettings
-from pixart_rt.training.log import Place
-from pixart_rt.training.machine import check_kernels, usual_kernels, usual_precision
-from pixart_rt.training.objective import Objective
-from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.device_defaults import check_kernels, usual_kernels, usual_precision
+from pixart_rt.training.finetune.settings import FinetuneSettings
+from pixart_rt.training.log_writers import Place
+from pixart_rt.training.objectives.denoising import Objective
+from pixart_rt.training.optim.warmup import Warmup
+from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.source import Source
+from pixart_rt.training.sample_source import Source
 from pixart_rt.training.trainer import Feed, StepResult, Trainer
-from pixart_rt.training.warmup import Warmup
 
 Progress = Callable[[str, int, int], None]
 LOG = (Place.CONSOLE, Place.JSONL)

@@ -105,7 +105,7 @@ def _table_at(path: Path) -> dict[str, Any] | None:
 
 def _tune_bundle(bundle: Path) -> None:
     """Measure a bundle's plugins here; one line a component, and which of its engines will run."""
-    from pixart_rt.export.choose import choose_in_bundle
+    from pixart_rt.export.plugin_choice import choose_in_bundle
 
     for name, found in choose_in_bundle(bundle).items():
         chosen = "with plugins" if found.faster else "without plugins"

@@ -36,7 +36,7 @@ def verify(
     """
     Manifest.read(bundle)  # a folder that is no bundle is refused before torch is loaded
     with Steps() as progress:
-        from pixart_rt.export.verify import verify_bundle
+        from pixart_rt.export.numerics import verify_bundle
 
         results = verify_bundle(bundle, progress)
     passed = all(result.ok is not False for result in results)

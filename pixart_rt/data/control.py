@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
+from pixart_rt.data.batch import Batch
 from pixart_rt.data.crop import fit, nearest, open_rgb
 from pixart_rt.data.edges import EdgeFinder, Edges
 from pixart_rt.data.encode import FeatureEncoder

@@ -1,6 +1,6 @@
 """The frozen encoders of the training data: pictures to VAE moments, captions to T5 features.
 
-Captions are cleaned and tokenized as for generation (model/captions.py). The text encoder sees a
+Captions are cleaned and tokenized as for generation (model/tokenizer.py). The text encoder sees a
 batch padded to its longest caption instead of the model's maximum; masked, that changes rounding
 only. B images, H×W pixels, C latent channels, h×w = H/8×W/8, E text width.
 """
@@ -22,13 +22,14 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixart_rt.bundle import sha256
+from pixart_rt.checkpoints.configs import DEFAULT_TEXT_TOKENS
+from pixart_rt.checkpoints.hub import locate
+from pixart_rt.checkpoints.text_encoder import read_text_encoder
+from pixart_rt.checkpoints.transformer import FAMILY_TEXT_TOKENS
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, DataError
-from pixart_rt.model.captions import PromptTokenizer
-from pixart_rt.model.checkpoint import FAMILY_TEXT_TOKENS
-from pixart_rt.model.checkpoint_config import DEFAULT_TEXT_TOKENS
-from pixart_rt.model.locate import locate
-from pixart_rt.model.text_encoder import T5Encoder, read_text_encoder
+from pixart_rt.model.text_encoder import T5Encoder
+from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.vae import read_vae
 
 FOLDERS = ("vae", "text_encoder", "tokenizer")

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixart_rt.batch import Batch, draw_noise
 from pixart_rt.buckets import Bucket
+from pixart_rt.data.batch import Batch, draw_noise
 from pixart_rt.data.crop import fit, nearest, open_rgb
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.folder import ImageFolder

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pixart_rt.batch import Batch, draw_noise
 from pixart_rt.buckets import Bucket
+from pixart_rt.data.batch import Batch, draw_noise
 from pixart_rt.data.crop import fit, nearest, open_rgb, read_size
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.folder import Images

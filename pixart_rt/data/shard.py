@@ -23,8 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pixart_rt.data.checksum import checksum
 from pixart_rt.data.manifest import ROW
+from pixart_rt.data.shard_checksum import checksum
 from pixart_rt.errors import DataError
 
 ROWS, SKIPPED = b"pixart_rt.rows", b"pixart_rt.skipped"

@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.batch import Batch, draw_noise
 from pixart_rt.buckets import Bucket
-from pixart_rt.data.checksum import checksum
+from pixart_rt.data.batch import Batch, draw_noise
 from pixart_rt.data.manifest import (
     CLASSES,
     EMPTY_PROMPT,
@@ -33,6 +32,7 @@ from pixart_rt.data.manifest import (
     shard_name,
 )
 from pixart_rt.data.sample import bfloat16_from_bytes, pad_text
+from pixart_rt.data.shard_checksum import checksum
 from pixart_rt.errors import ConfigError, DataError
 
 OPEN_SHARDS = 256  # mapped at a time; each holds a file open, of which systems allow 1024

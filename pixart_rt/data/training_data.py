@@ -1,4 +1,4 @@
-"""A store or a folder of pictures as what a trainer takes (the Source of training/source.py)."""
+"""A store or a folder of pictures as a trainer takes it: Source of training/sample_source.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pixart_rt.data.class_folder import open_images
 from pixart_rt.data.control import ControlledSource, PairedSource
 from pixart_rt.data.edges import EdgeFinder
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder, usual_text_precision
-from pixart_rt.data.loading import Batches, FeatureSource
+from pixart_rt.data.loader import Batches, FeatureSource
 from pixart_rt.data.manifest import MANIFEST
 from pixart_rt.data.online import OnlineSource
 from pixart_rt.data.store import FeatureStore

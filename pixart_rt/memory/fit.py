@@ -8,10 +8,10 @@ from pathlib import Path
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import EngineConfig, Precision, TextPlace
 from pixart_rt.errors import CapacityError, ConfigError
+from pixart_rt.inference.vae_tiling import Tiling
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.shapes import bundle_shape, find_shape
 from pixart_rt.memory.tiers import RESERVE, Choice, choices, choose, too_small
-from pixart_rt.tiling import Tiling
 
 
 def fit_engine(

@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 
 from pixart_rt.buckets import buckets, token_range
 from pixart_rt.config import ModelConfig, Precision, Quality, TextPlace, Weights, text_lengths
+from pixart_rt.inference.prompts import CACHED_PROMPTS, CACHED_TEXT_BYTES
+from pixart_rt.inference.request_plan import PLAN_BYTES
+from pixart_rt.inference.vae_tiling import Tiling, tile_size
 from pixart_rt.memory.activations import (
     WIDE,
     text_activations,
@@ -34,9 +37,6 @@ from pixart_rt.memory.weights import (
     transformer_weights,
     vae_weights,
 )
-from pixart_rt.plan import PLAN_BYTES
-from pixart_rt.prompts import CACHED_PROMPTS, CACHED_TEXT_BYTES
-from pixart_rt.tiling import Tiling, tile_size
 
 LATENT_SHRINK = 8  # pixels per latent pixel
 LATENT_COPIES = 6  # noise, latents and x0 before and after a step, both halves' prediction

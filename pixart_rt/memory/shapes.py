@@ -12,6 +12,7 @@ from typing import Any
 
 import pixart_rt
 from pixart_rt.bundle import MANIFEST, Manifest
+from pixart_rt.checkpoints.configs import Flags, config_from_json
 from pixart_rt.config import (
     PUBLISHED,
     RANDOM_XL,
@@ -21,7 +22,6 @@ from pixart_rt.config import (
     ModelConfig,
 )
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.model.checkpoint_config import Flags, config_from_json
 from pixart_rt.model.text_encoder import T5_XXL, T5Config
 
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"

@@ -1,4 +1,4 @@
-"""Bytes of what the blocks see of prompts, kept and while it is made (model/text_side.py).
+"""Bytes of what the blocks see of prompts, kept and while it is made (model/text_kv.py).
 
 L blocks, T text tokens, D width, H heads, s bytes of the precision. A prompt's keys and values are
 L·T·2·D·s; its absorbed form of n slots is L·H·n·(2·D·s + 4), with n = 16, 32 or 64: for XL/2 in 16

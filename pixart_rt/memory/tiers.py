@@ -15,9 +15,9 @@ from decimal import Decimal, InvalidOperation
 
 from pixart_rt.config import Quality, TextPlace, Weights
 from pixart_rt.errors import CapacityError, ConfigError
+from pixart_rt.inference.vae_tiling import Tiling
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.shapes import ModelShape
-from pixart_rt.tiling import Tiling
 
 GIB = 1 << 30
 # What a prediction leaves free: the CUDA context and its modules, the workspaces of cuBLAS and

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
+from pixart_rt.model.operators import Operators, Rows
 from pixart_rt.model.transformer import (
     SHIFT_MSA,
     Block,
@@ -35,7 +36,6 @@ from pixart_rt.model.transformer import (
     PixArtTransformer,
     local,
 )
-from pixart_rt.ops import Operators, Rows
 
 Text = CrossText | Captions
 COPIES = "copies."  # what the names of a ControlNet's own parameters begin with

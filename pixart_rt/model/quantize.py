@@ -13,7 +13,7 @@ from torch import nn
 
 from pixart_rt.config import Weights
 from pixart_rt.errors import BackendError
-from pixart_rt.quiet import quiet_imports
+from pixart_rt.torchao_import import quiet_imports
 
 
 def quantize_weights(module: nn.Module, weights: Weights) -> None:

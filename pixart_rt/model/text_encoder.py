@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixart_rt.errors import CheckpointError
-from pixart_rt.model.tensors import TensorFolder
 
 MASKED = -1e9  # added to float32 scores of padding; exp() of it is exactly 0
 
@@ -195,51 +194,7 @@ def _coarse_buckets(exact: int, count: int, furthest: int) -> list[int]:
     ]
 
 
-def read_text_encoder(
-    folder: Path, dtype: torch.dtype, start: int = 0, stop: int | None = None
-) -> T5Encoder:
-    """Layers start to stop of a transformers T5EncoderModel folder, in `dtype`.
-
-    Only those layers are read. In float16 the `wo` weights stay float32 (see above); norms
-    always do. Raises CheckpointError for missing or truncated weights.
-    """
-    config = T5Config.read(folder)
-    tensors = TensorFolder(folder)
-    with torch.device("meta"):
-        encoder = T5Encoder(config, start, stop)
-    state = {}
-    for name, parameter in encoder.named_parameters():
-        tensor = tensors[_transformers_name(name, start, tensors)]
-        if tensor.shape != parameter.shape:
-            raise CheckpointError(
-                f"{folder}: {name} is {tuple(tensor.shape)}, its config says "
-                f"{tuple(parameter.shape)}"
-            )
-        state[name] = tensor.to(keep_dtype(name, dtype))
-    encoder.load_state_dict(state, assign=True)
-    return encoder.eval().requires_grad_(False)
-
-
 def keep_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a T5 parameter when the encoder runs in `dtype`."""
     in_float32 = "norm" in name or (dtype == torch.float16 and ".wo." in name)
     return torch.float32 if in_float32 else dtype
-
-
-def _transformers_name(name: str, start: int, tensors: TensorFolder) -> str:
-    """Our parameter name in transformers' words."""
-    if name == "embed.weight":
-        tied = "encoder.embed_tokens.weight"
-        return "shared.weight" if "shared.weight" in tensors else tied
-    if name == "relative.weight":
-        return "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    if name == "final_norm.weight":
-        return "encoder.final_layer_norm.weight"
-    _, index, module, _ = name.split(".")
-    sublayer = {
-        "attn_norm": "layer.0.layer_norm",
-        "mlp_norm": "layer.1.layer_norm",
-        **{part: f"layer.0.SelfAttention.{part}" for part in "qkvo"},
-        **{part: f"layer.1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")},
-    }
-    return f"encoder.block.{start + int(index)}.{sublayer[module]}.weight"

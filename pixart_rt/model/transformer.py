@@ -29,15 +29,15 @@ from pixart_rt.kernels.cross_attention import (
     add_cross_attention_absorbed,
     cross_attention_absorbed,
 )
-from pixart_rt.model.conditioning import FREQUENCY_CHANNELS, sinusoid
-from pixart_rt.ops import Normed, Operators, Rows, operators
+from pixart_rt.model.embeddings import FREQUENCY_CHANNELS, sinusoid
+from pixart_rt.model.operators import Normed, Operators, Rows, operators
 
 MODULATION_ROWS = 7  # shift, scale, gate of attention; of the MLP; the embedding of the last layer
 SHIFT_MSA, GATE_MSA, SHIFT_MLP, GATE_MLP = 0, 2, 3, 5  # rows; each scale follows its shift
 
 
 def local(table: Tensor) -> Tensor:
-    """A block's table. One that is replicated over ranks (training/parallel.py) is read as this
+    """A block's table. One that is replicated over ranks (training/distributed.py) is read as this
     rank's tensor: the end of a block reads the next one's, which FSDP has not gathered yet."""
     return table.to_local() if isinstance(table, DTensor) else table
 
@@ -260,7 +260,7 @@ class FinalLayer(nn.Module):
 
 
 class BlockCache(Protocol):
-    """Whether the blocks after the first may be left out of a call (reuse.py)."""
+    """Whether the blocks after the first may be left out of a call (step_cache.py)."""
 
     def reused(self, before: Tensor, after: Tensor) -> Tensor | None:
         """x [R, N, D] after the last block, for x before and after the first; None: compute it."""
@@ -338,7 +338,7 @@ class PixArtTransformer(nn.Module):
 
         rows [R] are the images' indices: row r is image rows[r] with the r-th text. Until the first
         block's cross-attention rows of one image are equal, and computed once. `text` has an entry
-        for each block (model/text_side.py). Returns [R, N, outputs], by default all. A `cache` may
+        for each block (model/text_kv.py). Returns [R, N, outputs], by default all. A `cache` may
         stand in for the blocks after the first.
         """
         x, y, modulation = self._embed(tokens, pos_embed, modulation)

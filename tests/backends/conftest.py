@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pixart_rt.bundle import ComponentEntry, Manifest, hash_files
+from pixart_rt.checkpoints.bundle_module import DenoiserModule, HiddenModule, TextEncoderModule
 from pixart_rt.config import ModelConfig
-from pixart_rt.model.load import DenoiserModule, HiddenModule, TextEncoderModule
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config

@@ -6,8 +6,8 @@ import torch
 from pixart_rt.backends import get_backend
 from pixart_rt.backends.aoti import _check_device
 from pixart_rt.errors import BackendError, BundleError, ConfigError
-from pixart_rt.export.engine import build_aoti
-from pixart_rt.export.graph import export_program, transformer_graph, transformer_inputs
+from pixart_rt.export.engines import build_aoti
+from pixart_rt.export.onnx_export import export_program, transformer_graph, transformer_inputs
 
 from .conftest import CONFIG
 

@@ -14,10 +14,10 @@ from torch import nn
 from pixart_rt import doctor
 from pixart_rt.backends import get_backend
 from pixart_rt.backends.architectures import check_architecture, covers, lacking
-from pixart_rt.backends.parts import check_device
+from pixart_rt.backends.engine_files import check_device
+from pixart_rt.checkpoints.bundle_module import save_module
 from pixart_rt.cli.doctor import _machine
 from pixart_rt.errors import BackendError
-from pixart_rt.model.load import save_module
 
 from .conftest import T5
 

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from pixart_rt.backends.arena import Arena
+from pixart_rt.backends.trt.arena import Arena
 from pixart_rt.errors import BackendError
 
 

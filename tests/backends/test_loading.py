@@ -13,12 +13,12 @@ from torch import nn
 
 from pixart_rt.backends import loading
 from pixart_rt.backends.loading import Loader
-from pixart_rt.backends.offload import Offloaded
+from pixart_rt.backends.pytorch.offload import Offloaded
 from pixart_rt.bundle import Manifest
+from pixart_rt.checkpoints import bundle_module
+from pixart_rt.checkpoints.bundle_module import save_module
 from pixart_rt.config import TextPlace, Weights
 from pixart_rt.errors import BackendError, BundleError
-from pixart_rt.model import load as loading_of_modules
-from pixart_rt.model.load import save_module
 from pixart_rt.model.transformer import PixArtTransformer
 
 from .conftest import CONFIG, T5, TEXT_TOKENS
@@ -165,9 +165,9 @@ def test_nothing_requires_a_gradient_when_the_kernels_are_chosen(
         return real(core, *args)
 
     monkeypatch.setattr(PixArtTransformer, "use", use)
-    real_load = loading_of_modules.load_module
+    real_load = bundle_module.load_module
     monkeypatch.setattr(  # as a loader that forgot it
-        loading_of_modules, "load_module", lambda *args: real_load(*args).requires_grad_(True)
+        bundle_module, "load_module", lambda *args: real_load(*args).requires_grad_(True)
     )
     Loader().load(folder, manifest, "transformer", "cpu")
     assert seen == [False]

@@ -13,9 +13,12 @@ import pytest
 import torch
 import triton
 
-from pixart_rt.backends import cuda_driver, trt, trt_engine, trt_plugins
-from pixart_rt.backends.cuda_driver import Driver
-from pixart_rt.backends.plugin_kernels import (
+from pixart_rt.backends.trt.backend import TensorRTBackend, cuda_driver, import_library
+from pixart_rt.backends.trt.backend import backend as trt
+from pixart_rt.backends.trt.backend import engine as trt_engine
+from pixart_rt.backends.trt.backend import plugins as trt_plugins
+from pixart_rt.backends.trt.cuda_driver import Driver
+from pixart_rt.backends.trt.plugin_kernels import (
     OPERATORS,
     KernelImage,
     KernelSpec,
@@ -24,10 +27,9 @@ from pixart_rt.backends.plugin_kernels import (
     pack,
     unpack,
 )
-from pixart_rt.backends.trt import TensorRTBackend, import_library
 from pixart_rt.bundle import Manifest, Measurement, PluginVariant
 from pixart_rt.errors import BackendError, BundleError
-from pixart_rt.export.plugins import compile_kernels
+from pixart_rt.export.plugins.graph import compile_kernels
 from pixart_rt.kernels.attention import _attention_kernel, attention_qkv_packed_ref
 from pixart_rt.kernels.ln_modulate import _ln_modulate_kernel, ln_modulate_ref
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pixart_rt import backends
-from pixart_rt.backends import BACKENDS, choose_backend, get_backend, ort
-from pixart_rt.backends.base import Availability
-from pixart_rt.backends.ort import OnnxRuntimeBackend
+from pixart_rt.backends import BACKENDS, choose_backend, get_backend, onnx_runtime
+from pixart_rt.backends.component import Availability
+from pixart_rt.backends.onnx_runtime import OnnxRuntimeBackend
 from pixart_rt.doctor import report
 from pixart_rt.errors import BackendError, ConfigError
 
@@ -67,7 +67,7 @@ class Installed:
 def test_auto_on_a_gpu_never_takes_what_would_leave_it_idle(monkeypatch, has_cuda, best):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "get_backend", Installed)
-    monkeypatch.setattr(ort, "has_cuda", lambda: has_cuda)
+    monkeypatch.setattr(onnx_runtime, "has_cuda", lambda: has_cuda)
     name, why = choose_backend()
     assert name == best
     assert "on this GPU" in why

@@ -8,14 +8,15 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 
-from pixart_rt.backends import get_backend, trt_engine
-from pixart_rt.backends.arena import Arena
-from pixart_rt.backends.base import Availability
-from pixart_rt.backends.runtime_cache import RuntimeCache, cache_folder
-from pixart_rt.backends.trt import import_library, supported_targets
-from pixart_rt.backends.trt_engine import Engine, deserialize, fitting_profile
+from pixart_rt.backends import get_backend
+from pixart_rt.backends.component import Availability
+from pixart_rt.backends.trt.arena import Arena
+from pixart_rt.backends.trt.backend import engine as trt_engine
+from pixart_rt.backends.trt.backend import import_library, supported_targets
+from pixart_rt.backends.trt.cache import RuntimeCache, cache_folder
+from pixart_rt.backends.trt.engine import Engine, deserialize, fitting_profile
 from pixart_rt.errors import BackendError, BundleError
-from pixart_rt.export.graph import export_onnx, transformer_graph, transformer_inputs
+from pixart_rt.export.onnx_export import export_onnx, transformer_graph, transformer_inputs
 
 from .conftest import CONFIG
 
@@ -201,7 +202,7 @@ def test_engine_equals_pytorch(
     make_bundle, tmp_path, transformer, monkeypatch, library, side_stream
 ):
     """Two profiles, several sizes, back to back on the default and on another stream."""
-    from pixart_rt.export.engine import build_tensorrt
+    from pixart_rt.export.engines import build_tensorrt
 
     if not (state := get_backend(library).available()).ok:
         pytest.skip(state.reason)
@@ -235,7 +236,7 @@ def test_engine_equals_pytorch(
 
 @pytest.mark.gpu
 def test_a_truncated_engine_is_a_bundle_error(make_bundle, tmp_path, transformer):
-    from pixart_rt.export.engine import build_tensorrt
+    from pixart_rt.export.engines import build_tensorrt
 
     if not (state := get_backend("tensorrt-rtx").available()).ok:
         pytest.skip(state.reason)

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pixart_rt.model.checkpoint import read_transformer
-from pixart_rt.model.locate import TINY
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.transformer import read_transformer
 from pixart_rt.training.trainer import Trainer
 
 PROMPT = "a photo of sks circle"

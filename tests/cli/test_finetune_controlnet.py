@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_rt.model.checkpoint import read_transformer
-from pixart_rt.model.controlnet_checkpoint import read_controlnet
-from pixart_rt.model.locate import TINY
+from pixart_rt.checkpoints.controlnet import read_controlnet
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.transformer import read_transformer
 
 SIZES = [(64, 64), (40, 90), (64, 64), (40, 90)]
 

@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pixart_rt import PixArtPipeline
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint, read_transformer
 from pixart_rt.config import EngineConfig
 from pixart_rt.export.build import build
-from pixart_rt.model.checkpoint import TransformerCheckpoint, read_transformer
-from pixart_rt.model.locate import TINY
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
 SIZES = [(64, 64), (40, 90), (64, 64), (40, 90)]

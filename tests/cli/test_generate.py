@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import Manifest
-from pixart_rt.images import read_metadata
+from pixart_rt.inference.images import read_metadata
 from pixart_rt.version import __version__
 
 PROMPT = "a red circle above a blue square"

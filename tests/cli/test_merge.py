@@ -13,10 +13,10 @@ from diffusers import PixArtAlphaPipeline
 from safetensors.torch import load_file
 
 from pixart_rt.bundle import sha256
-from pixart_rt.model.adapters import read_adapter
-from pixart_rt.model.checkpoint import load_transformer, read_transformer
-from pixart_rt.training.finetune_settings import LoraSettings
-from pixart_rt.training.lora import add_lora, lora_state, save_lora
+from pixart_rt.checkpoints.lora import read_adapter
+from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
+from pixart_rt.training.finetune.lora import add_lora, lora_state, save_lora
+from pixart_rt.training.finetune.settings import LoraSettings
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

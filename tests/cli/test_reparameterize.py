@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from pixart_rt.checkpoints.dit import WEIGHTS, DiTCheckpoint, write_dit
+from pixart_rt.checkpoints.transformer import read_transformer
 from pixart_rt.cli.reparameterize import Which
-from pixart_rt.model.checkpoint import read_transformer
-from pixart_rt.training.dit import DiT, DiTConfig
-from pixart_rt.training.dit_checkpoint import WEIGHTS, DiTCheckpoint, write_dit
+from pixart_rt.model.dit import DiT, DiTConfig
 
 
 @pytest.fixture

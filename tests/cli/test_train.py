@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_rt.model.checkpoint import load_transformer, read_transformer
-from pixart_rt.model.locate import TINY
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
 from pixart_rt.training.validation import Validation, ValidationSettings
 
 RECIPE = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pixart_rt.bundle import Measurement
-from pixart_rt.export import choose
+from pixart_rt.export import plugin_choice
 from pixart_rt.kernels import catalog, tuning
 
 
@@ -76,7 +76,7 @@ def test_a_bundle_s_plugins_are_measured_and_the_choice_is_said(run, monkeypatch
             plain=12.5, plugins=10.25, right=False, difference="rms error 1", shapes={}, date=""
         ),
     }
-    monkeypatch.setattr(choose, "choose_in_bundle", lambda bundle: found)
+    monkeypatch.setattr(plugin_choice, "choose_in_bundle", lambda bundle: found)
     outcome = run("tune", "--bundle", tmp_path)
     assert (outcome.code, outcome.out.strip()) == (0, str(tmp_path))
     words = " ".join(outcome.err.split())

@@ -15,15 +15,15 @@ from pixart_rt.data.class_folder import ClassFolder, open_images
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.extract import ExtractConfig, Extraction
 from pixart_rt.data.folder import ImageFolder
-from pixart_rt.data.loading import StepDataset
+from pixart_rt.data.loader import StepDataset
 from pixart_rt.data.manifest import CLASSES, INDEX, LABELS, MANIFEST, shard_name
 from pixart_rt.data.online import OnlineSource
 from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import DataError
+from pixart_rt.model.dit import DiT, DiTConfig
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.dit import DiT, DiTConfig
-from pixart_rt.training.draws import draw
-from pixart_rt.training.objective import ClassObjective
+from pixart_rt.training.objectives.denoising import ClassObjective
+from pixart_rt.training.sample_rng import draw
 
 NAMES = ["n02", "Zebra", "n01", "ü"]  # sorted: Zebra, n01, n02, ü
 FILES = {  # class by picture, from 0

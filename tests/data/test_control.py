@@ -17,7 +17,7 @@ from pixart_rt.data.crop import bucket_table, fit, nearest, open_rgb
 from pixart_rt.data.edges import Canny
 from pixart_rt.data.extract import ExtractConfig, Extraction
 from pixart_rt.data.folder import METADATA, ImageFolder
-from pixart_rt.data.loading import StepDataset
+from pixart_rt.data.loader import StepDataset
 from pixart_rt.data.online import OnlineSource
 from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import DataError

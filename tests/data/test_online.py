@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.folder import ImageFolder
-from pixart_rt.data.loading import StepDataset
+from pixart_rt.data.loader import StepDataset
 from pixart_rt.data.online import OnlineSource
 from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import ConfigError, DataError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pixart_rt.data.checksum import checksum
 from pixart_rt.data.sample import bfloat16_from_bytes, bfloat16_to_bytes, pad_text
+from pixart_rt.data.shard_checksum import checksum
 
 
 def test_text_is_padded_and_masked():

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pixart_rt.batch import draw_noise
 from pixart_rt.buckets import buckets
 from pixart_rt.data import store as store_module
-from pixart_rt.data.loading import StepDataset
+from pixart_rt.data.batch import draw_noise
+from pixart_rt.data.loader import StepDataset
 from pixart_rt.data.manifest import INDEX, MANIFEST, StoreManifest, shard_name
 from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import ConfigError, DataError

@@ -16,11 +16,17 @@ from safetensors.torch import load_file, save_file
 from pixart_rt.bundle import Manifest, damaged_files
 from pixart_rt.config import CfgNull, EngineConfig, ModelConfig, Precision
 from pixart_rt.errors import BuildError, BundleError, CheckpointError, ConfigError, NumericsError
-from pixart_rt.export import compile as compiling
+from pixart_rt.export import component_build
 from pixart_rt.export.build import build, default_precision
-from pixart_rt.export.parts import DTYPES, part_bytes, predicted_peak, split_layers, vae_profiles
-from pixart_rt.export.source import open_source, random_transformer
-from pixart_rt.export.verify import difference, verify_bundle
+from pixart_rt.export.checkpoint_source import open_source, random_transformer
+from pixart_rt.export.component_spec import (
+    DTYPES,
+    part_bytes,
+    predicted_peak,
+    split_layers,
+    vae_profiles,
+)
+from pixart_rt.export.numerics import difference, verify_bundle
 from pixart_rt.model.text_encoder import T5_XXL
 
 TORCH_256 = EngineConfig(resolution=256, backend="torch")
@@ -155,14 +161,14 @@ def test_a_failed_build_leaves_everything_as_it_was(
 ) -> None:
     out = tmp_path / "out" / "b"
     good = build(str(folder), out, TORCH_256).manifest
-    real = compiling.save_module
+    real = component_build.save_module
 
     def fail(place: Path, *arguments: object) -> None:
         if place.name == where:
             raise OSError(28, "No space left on device")
         real(place, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiling, "save_module", fail)
+    monkeypatch.setattr(component_build, "save_module", fail)
     with pytest.raises(OSError, match="No space"):
         build(
             str(folder), out, EngineConfig(resolution=256, backend="torch", max_batch=3), force=True
@@ -194,14 +200,14 @@ def test_a_wrong_engine_fails_the_gate_and_names_the_layer(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graph is exported from a module whose block 1 was altered: float32 must notice."""
-    real = compiling.export_onnx
+    real = component_build.export_onnx
 
     def spoil(graph, path):
         if graph.component == "transformer":
             graph.module.core.blocks[1].mlp.fc2.bias.data += 0.05
         real(graph, path)
 
-    monkeypatch.setattr(compiling, "export_onnx", spoil)
+    monkeypatch.setattr(component_build, "export_onnx", spoil)
     config = EngineConfig(resolution=256, components=("transformer",))
     with pytest.raises(
         NumericsError, match=r"transformer in fp32 .*first bad layer: core\.blocks\.1 "
@@ -351,7 +357,7 @@ def test_an_lcm_checkpoint_is_sampled_with_lcm(folder: Path, tmp_path: Path) -> 
 
 
 def test_random_weights_keep_activations_finite_in_half() -> None:
-    from pixart_rt.export.graph import transformer_inputs
+    from pixart_rt.export.onnx_export import transformer_inputs
 
     config = ModelConfig(num_layers=12, num_heads=4, caption_channels=64)
     inputs = transformer_inputs(config, batch=2, num_tokens=20)

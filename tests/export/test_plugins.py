@@ -11,25 +11,25 @@ import pytest
 import torch
 
 from pixart_rt.backends import get_backend
-from pixart_rt.backends.plugin_kernels import KernelSpec, unpack
-from pixart_rt.backends.trt import TensorRTBackend
+from pixart_rt.backends.trt.backend import TensorRTBackend
+from pixart_rt.backends.trt.plugin_kernels import KernelSpec, unpack
 from pixart_rt.bundle import Manifest, PluginVariant, damaged_files
+from pixart_rt.checkpoints.bundle_module import DenoiserModule
 from pixart_rt.config import EngineConfig, ModelConfig, Precision
 from pixart_rt.errors import BuildError, ConfigError
-from pixart_rt.export import plugin_compiler
-from pixart_rt.export import plugins as plugins_module
 from pixart_rt.export.build import build
-from pixart_rt.export.engine import build_tensorrt
-from pixart_rt.export.graph import Graph, export_onnx, transformer_graph, transformer_inputs
-from pixart_rt.export.plugins import (
+from pixart_rt.export.checkpoint_source import random_transformer
+from pixart_rt.export.engines import build_tensorrt
+from pixart_rt.export.onnx_export import Graph, export_onnx, transformer_graph, transformer_inputs
+from pixart_rt.export.plugins.graph import (
     compile_kernels,
     export_with_plugins,
     kernels_of,
     with_functions,
 )
-from pixart_rt.export.source import random_transformer
-from pixart_rt.export.worker import Refused
-from pixart_rt.model.load import DenoiserModule
+from pixart_rt.export.plugins.graph import compiler as plugin_compiler
+from pixart_rt.export.plugins.graph import graph as plugins_module
+from pixart_rt.export.worker.protocol import Refused
 
 CONFIG = ModelConfig(
     num_layers=2, num_heads=2, caption_channels=32, max_text_tokens=20, sample_size=32,
@@ -306,8 +306,8 @@ def test_plugins_for_a_gpu_that_is_too_old(tmp_path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_an_engine_with_plugins_equals_pytorch(tmp_path, monkeypatch, library, dtype) -> None:
     """Several sizes, back to back, on a stream of the caller's."""
-    from pixart_rt.backends import trt
-    from pixart_rt.backends.parts import capability
+    from pixart_rt.backends.engine_files import capability
+    from pixart_rt.backends.trt.backend import backend as trt
     from pixart_rt.bundle import ComponentEntry
 
     if not (state := get_backend(library).available()).ok:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from pixart_rt.config import EngineConfig, Precision, Quality
 from pixart_rt.export.build import build
-from pixart_rt.pipeline import PixArtPipeline
+from pixart_rt.inference.pipeline import PixArtPipeline
 
 GOLDEN = Path(__file__).with_name("quality.safetensors")
 PROMPT = "a red circle above a blue square"

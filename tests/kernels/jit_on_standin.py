@@ -25,11 +25,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.standin_driver import NoProducts, StandInDriver, resources, standing_in
 from pixart_rt.config import Kernels, Quality
+from pixart_rt.inference.token_loop import LoopInputs, run_loop
 from pixart_rt.kernels.catalog import FILES
 from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate
 from pixart_rt.kernels.linear import linear_gate_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate
-from pixart_rt.loop import LoopInputs, run_loop
 from pixart_rt.model.transformer import PixArtTransformer
 from tests.capture_clean import WAITS
 from tests.kernels.launches import Spec, decode

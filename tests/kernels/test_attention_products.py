@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_rt import ops
 from pixart_rt.kernels import attention_products as op
+from pixart_rt.model import operators
 
 # B, H, N, T: one query and one key; odd numbers; several images and heads; text.
 SHAPES = [(1, 1, 1, 1), (2, 3, 37, 37), (3, 2, 70, 70), (3, 2, 65, 11)]
@@ -78,12 +78,12 @@ def test_the_model_trains_by_it_and_samples_without(monkeypatch):
         called.append(arguments)
         return op.attention_products(*arguments)
 
-    monkeypatch.setattr(ops, "attention_products", noted)
+    monkeypatch.setattr(operators, "attention_products", noted)
     q, k, v, mask, _ = inputs((2, 3, 9, 9), seed=1)
     qkv = torch.stack([q, k, v]).permute(1, 3, 0, 2, 4).requires_grad_()  # [B, N, 3, H, K]
     rows = q.transpose(1, 2).bfloat16().requires_grad_()
     kv = torch.stack([k, v]).permute(1, 3, 0, 2, 4).bfloat16().requires_grad_()
-    model = ops.Operators()
+    model = operators.Operators()
     expected = exact(q, k, v, None).transpose(1, 2).flatten(2)
     expected_masked = exact(q, k, v, mask).transpose(1, 2).flatten(2)
     with torch.no_grad():

@@ -8,9 +8,9 @@ from diffusers import DPMSolverMultistepScheduler
 
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import ConfigError
+from pixart_rt.inference.schedulers import dpmpp_coefficients, make_scheduler
 from pixart_rt.kernels import solver as op
-from pixart_rt.model.conditioning import patchify, unpatchify
-from pixart_rt.schedulers import dpmpp_coefficients, make_scheduler
+from pixart_rt.model.embeddings import patchify, unpatchify
 
 
 @pytest.mark.parametrize("guided", [True, False])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pixart_rt.checkpoints.bundle_module import DenoiserModule, TextEncoderModule
 from pixart_rt.config import ModelConfig, Precision
-from pixart_rt.export.graph import transformer_inputs
+from pixart_rt.export.onnx_export import transformer_inputs
 from pixart_rt.memory.shapes import VaeShape
-from pixart_rt.model.load import DenoiserModule, TextEncoderModule
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config

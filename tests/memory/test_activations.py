@@ -27,7 +27,7 @@ from pixart_rt.memory.text_side import (
 )
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Config
-from pixart_rt.model.text_side import PromptText, TextSide
+from pixart_rt.model.text_kv import PromptText, TextSide
 
 from .conftest import DTYPES, Make
 

@@ -15,14 +15,14 @@ from pixart_rt.bundle import Manifest
 from pixart_rt.config import EngineConfig, Precision, TextPlace, Weights
 from pixart_rt.errors import CapacityError
 from pixart_rt.export.build import build
+from pixart_rt.inference.prompts import NULL_PROMPT, load_null
+from pixart_rt.inference.vae_tiling import TiledDecoder, Tiling
 from pixart_rt.memory.fit import fit_bundle
 from pixart_rt.memory.forecast import Forecast, Setting, forecast
 from pixart_rt.memory.measure import peak_bytes
 from pixart_rt.memory.shapes import bundle_shape
 from pixart_rt.memory.text_side import Words, absorbed_bytes
 from pixart_rt.memory.tiers import RESERVE
-from pixart_rt.prompts import NULL_PROMPT, load_null
-from pixart_rt.tiling import TiledDecoder, Tiling
 
 STEPS = 3
 LONG = "a small yellow circle above a large purple square on white " * 4
@@ -91,7 +91,9 @@ def test_a_request_s_peak_in_tiles(
     """Of the 32x32 latents: one image and one tile at a time, beside all images."""
     tiling = Tiling(tile=size, overlap=size // 4)
     pipe = PixArtPipeline.from_bundle(bundle, "cpu")
-    monkeypatch.setattr("pixart_rt.pipeline.TiledDecoder", partial(TiledDecoder, tiling=tiling))
+    monkeypatch.setattr(
+        "pixart_rt.inference.pipeline.TiledDecoder", partial(TiledDecoder, tiling=tiling)
+    )
     measured, whole = (
         peak_bytes(
             lambda: pipe(prompts, num_inference_steps=STEPS, output_type="pt", vae_tiling=tiled)  # noqa: B023

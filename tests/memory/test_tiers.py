@@ -10,11 +10,11 @@ import pytest
 from pixart_rt.bundle import ComponentEntry, Manifest
 from pixart_rt.config import EngineConfig, Precision, Quality, TextPlace, Weights
 from pixart_rt.errors import CapacityError, ConfigError
+from pixart_rt.inference.vae_tiling import Tiling
 from pixart_rt.memory.fit import fit_engine
 from pixart_rt.memory.forecast import Setting, forecast
 from pixart_rt.memory.shapes import bundle_shape, find_shape
 from pixart_rt.memory.tiers import GIB, RESERVE, choices, choose, parse_bytes, tiers
-from pixart_rt.tiling import Tiling
 
 XL = find_shape("PixArt-alpha/PixArt-XL-2-1024-MS", 1024)
 

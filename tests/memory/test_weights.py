@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from pixart_rt.checkpoints.bundle_module import DenoiserModule
 from pixart_rt.config import (
     SIGMA_XL_2_1024,
     XL_2_256,
@@ -26,9 +27,8 @@ from pixart_rt.memory.weights import (
     transformer_weights,
     vae_weights,
 )
-from pixart_rt.model.load import DenoiserModule
 from pixart_rt.model.text_encoder import T5_XXL, T5Config, T5Encoder, keep_dtype
-from pixart_rt.model.text_side import TextSide
+from pixart_rt.model.text_kv import TextSide
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from pixart_rt.checkpoints import tensor_names
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint, load_transformer
 from pixart_rt.config import ModelConfig
-from pixart_rt.model import keys
-from pixart_rt.model.checkpoint import TransformerCheckpoint, load_transformer
 from pixart_rt.model.transformer import PixArtTransformer
 
 
@@ -57,7 +57,9 @@ def ours_of():
 
     def make(model: PixArtTransformer2DModel, config: ModelConfig) -> PixArtTransformer:
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        ours = keys.to_ours(state, config, keys.diffusers_names, known=[], source="the reference")
+        ours = tensor_names.to_ours(
+            state, config, tensor_names.diffusers_names, known=[], source="the reference"
+        )
         return load_transformer(TransformerCheckpoint(config, ours, None, "the reference"))
 
     return make

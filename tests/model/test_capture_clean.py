@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pixart_rt.config import Quality
+from pixart_rt.inference.token_loop import run_loop
 from pixart_rt.kernels.solver import cfg_dpmpp_step
-from pixart_rt.loop import run_loop
 from pixart_rt.model.text_encoder import T5_XXL, T5Encoder, keep_dtype
 from tests.capture_clean import CaptureClean, NotCapturable
 from tests.xl_loop import STANDARD, denoiser, loop_inputs, xl

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixart_rt.checkpoints.bundle_module import DenoiserModule
 from pixart_rt.config import Kernels, ModelConfig
 from pixart_rt.errors import ConfigError
+from pixart_rt.inference.step_cache import FirstBlockRun
 from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
-from pixart_rt.model.load import DenoiserModule
-from pixart_rt.model.text_side import PromptText, TextSide
+from pixart_rt.model.text_kv import PromptText, TextSide
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.reuse import FirstBlockRun
 from tests.conftest import randomize
 from tests.model.plain_controlnet import plain_controlnet
 

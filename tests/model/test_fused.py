@@ -14,15 +14,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from pixart_rt import ops
 from pixart_rt.buckets import buckets
+from pixart_rt.checkpoints import tensor_names
 from pixart_rt.config import Kernels, ModelConfig, Quality
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels import checkpointing, launch
 from pixart_rt.kernels.decompositions import decompositions
 from pixart_rt.kernels.fp8_linear import fp8_linear_gelu
-from pixart_rt.model import keys
-from pixart_rt.model.conditioning import patchify, position_table
+from pixart_rt.model import operators as ops
+from pixart_rt.model.embeddings import patchify, position_table
 from pixart_rt.model.transformer import PixArtTransformer
 
 CONFIG = ModelConfig(
@@ -209,8 +209,8 @@ def test_lossless_is_diffusers_bit_by_bit():
         parameter.data.normal_(std=spread)
     ours = PixArtTransformer(CONFIG)
     ours.load_state_dict(
-        keys.to_ours(
-            theirs.state_dict(), CONFIG, keys.diffusers_names, known=[], source="diffusers"
+        tensor_names.to_ours(
+            theirs.state_dict(), CONFIG, tensor_names.diffusers_names, known=[], source="diffusers"
         )
     )
     theirs, ours = theirs.bfloat16().eval(), ours.bfloat16().eval()

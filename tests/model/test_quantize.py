@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from pixart_rt.checkpoints.bundle_module import DenoiserModule
 from pixart_rt.config import Kernels, ModelConfig, Precision, Quality, Weights
 from pixart_rt.errors import BackendError
-from pixart_rt.export.graph import transformer_inputs
+from pixart_rt.export.onnx_export import transformer_inputs
 from pixart_rt.memory.weights import SIZE, text_weights, transformer_weights
-from pixart_rt.model.load import DenoiserModule
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
 from pixart_rt.model.transformer import PixArtTransformer

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import T5Config as TransformersConfig
 from transformers import T5EncoderModel
 
+from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import CheckpointError
-from pixart_rt.model.captions import PromptTokenizer, clean_caption
-from pixart_rt.model.text_encoder import T5Config, read_text_encoder, relative_bucket
+from pixart_rt.model.text_encoder import T5Config, relative_bucket
+from pixart_rt.model.tokenizer import PromptTokenizer, clean_caption
 
 LENGTHS = (1, 2, 37, 119, 120)
 ONE = T5Config(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_heads=1, num_layers=1)

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixart_rt.config import XL_2_1024_MS, Kernels
 from pixart_rt.kernels import launch
+from pixart_rt.model.operators import Rows, operators
 from pixart_rt.model.transformer import Block, Captions
-from pixart_rt.ops import Rows, operators
 
 IMAGES, TOKENS = 2, 4096
 AUTOCAST, PLAIN = torch.float32, torch.bfloat16  # weights' dtype; products are bfloat16's in both

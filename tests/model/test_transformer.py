@@ -5,9 +5,9 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from pixart_rt.buckets import RESOLUTIONS, buckets, nearest_bucket
+from pixart_rt.checkpoints import tensor_names
 from pixart_rt.config import SIGMA_XL_2_1024, XL_2_256, XL_2_512, XL_2_1024_MS
-from pixart_rt.model import keys
-from pixart_rt.model.conditioning import patchify, position_table, unpatchify
+from pixart_rt.model.embeddings import patchify, position_table, unpatchify
 from pixart_rt.model.transformer import PixArtTransformer
 
 TOLERANCE = 1e-4  # the project's bound; outputs are near 1 and differences are near 1e-6
@@ -165,7 +165,7 @@ def test_gradients_match_diffusers(small_config, reference, ours_of):
         (run(module, inputs) - target).pow(2).mean().backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert all(bool((gradient != 0).any()) for gradient in gradients.values())
-    named = keys.from_ours(gradients, config, keys.diffusers_names)
+    named = tensor_names.from_ours(gradients, config, tensor_names.diffusers_names)
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert named.keys() == expected.keys()
     for name, gradient in named.items():

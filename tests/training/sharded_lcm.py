@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import ModelConfig, Precision
+from pixart_rt.data.batch import Batch
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.draws import draw
+from pixart_rt.training.distributed import Spread, spread
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.lcm import ConsistencyDistillation
-from pixart_rt.training.parallel import Spread, spread
-from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.objectives.lcm import ConsistencyDistillation
+from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.run_settings import Parallel, RunSettings
+from pixart_rt.training.sample_rng import draw
 
 CONFIG = ModelConfig(
     num_layers=2, num_heads=1, caption_channels=5, max_text_tokens=4, sample_size=8,

@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pixart_rt.training.came import CAME
-from pixart_rt.training.clipping import clip_gradients, step_if_finite
-from pixart_rt.training.ema import Ema
+from pixart_rt.training.optim.came import CAME
+from pixart_rt.training.optim.clipping import clip_gradients, step_if_finite
+from pixart_rt.training.optim.ema import Ema
 
 STEPS = ("finite", "NaN", "finite")
 

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import ModelConfig, Precision
+from pixart_rt.data.batch import Batch
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.initialize import initial_value
-from pixart_rt.training.objective import TextObjective
-from pixart_rt.training.ranks import Ranks, start_ranks
+from pixart_rt.training.objectives.denoising import TextObjective
+from pixart_rt.training.process_group import Ranks, start_ranks
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
 from pixart_rt.training.sampler import BucketSampler
 from pixart_rt.training.trainer import StepResult, Trainer
+from pixart_rt.training.weight_init import initial_value
 
 BUCKETS = tuple(
     Bucket(ratio=h / w, height=16 * h, width=16 * w) for h, w in ((3, 4), (2, 5), (4, 3))

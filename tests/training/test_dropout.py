@@ -1,4 +1,4 @@
-"""Dropped captions against what sampling shows the model unconditionally (pixart_rt/prompts.py)."""
+"""Dropped captions against what sampling shows the model unconditionally (inference/prompts.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from pixart_rt.config import CfgNull
 from pixart_rt.errors import ConfigError
-from pixart_rt.prompts import Encoded, unconditional
+from pixart_rt.inference.prompts import Encoded, unconditional
 from pixart_rt.training.dropout import (
     NullText,
     draw_dropped,

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_rt.config import SIGMA_XL_2_1024, XL_2_256, XL_2_512, ModelConfig
 from pixart_rt.kernels.checkpointing import policy
+from pixart_rt.model.dit import DiT, DiTConfig
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.training.dit import DiT, DiTConfig
 from pixart_rt.training.flops import Part, blocks, dit, peak_flops, step_flops, text_model
 
 B = 3

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixart_rt.config import ModelConfig
-from pixart_rt.errors import ConfigError
-from pixart_rt.model.checkpoint import (
+from pixart_rt.checkpoints.transformer import (
     TransformerCheckpoint,
     load_transformer,
     read_transformer,
     write_diffusers,
 )
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import ConfigError
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.next_phase import for_next_phase
 from pixart_rt.training.presets import PRESETS, Preset

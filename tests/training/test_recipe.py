@@ -15,7 +15,7 @@ from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import PRESETS, Preset
 from pixart_rt.training.recipe import Recipe, Stage, Start, Weights, read_recipe
 from pixart_rt.training.recipe_report import differences, phase_table, report
-from pixart_rt.training.text_start import TBlock, TextStart
+from pixart_rt.training.reparameterize_settings import TBlock, TextStart
 
 FILE = Path(__file__).parents[2] / "recipes" / "pixart-alpha.toml"
 PAPER, CODE = PRESETS[Preset.PAPER], PRESETS[Preset.ORIGINAL_CODE]

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pixart_rt.checkpoints.dit import read_dit
+from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
 from pixart_rt.config import CfgNull
 from pixart_rt.errors import ConfigError
-from pixart_rt.model.checkpoint import load_transformer, read_transformer
-from pixart_rt.model.conditioning import patchify, position_table, unpatchify
-from pixart_rt.training.dit_checkpoint import read_dit
+from pixart_rt.model.embeddings import patchify, position_table, unpatchify
 from pixart_rt.training.reparameterize import reparameterize, reparameterize_file
-from pixart_rt.training.text_start import TBlock, TextStart
+from pixart_rt.training.reparameterize_settings import TBlock, TextStart
 
 CAPTION_CHANNELS = 24
 

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from pixart_rt.checkpoints.dit import read_dit
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
 from pixart_rt.errors import ConfigError
-from pixart_rt.model.checkpoint import load_transformer, read_transformer
-from pixart_rt.model.locate import TINY
-from pixart_rt.training.dit_checkpoint import read_dit
-from pixart_rt.training.phases import Machine, run_settings
 from pixart_rt.training.recipe import Stage, Start, read_recipe
+from pixart_rt.training.run import Machine, run_settings
 from pixart_rt.training.run_settings import OptimizerKind
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.scenes import SHAPES

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from pixart_rt.buckets import Bucket
+from pixart_rt.checkpoints.hub import TINY
 from pixart_rt.config import Precision
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
 from pixart_rt.errors import ConfigError
-from pixart_rt.model.locate import TINY
 from pixart_rt.model.vae import VaeEncoder, read_vae
-from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.process_group import start_ranks
 from pixart_rt.training.tiny import latents as latents_file
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.latents import Latents, SceneSet

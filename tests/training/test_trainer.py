@@ -25,11 +25,11 @@ import torch
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
 from pixart_rt.training.checkpoints import remove_checkpoints
-from pixart_rt.training.draws import draw
-from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.optim.warmup import Warmup
+from pixart_rt.training.process_group import start_ranks
 from pixart_rt.training.replay import replay
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.warmup import Warmup
+from pixart_rt.training.sample_rng import draw
 
 SCRIPT = Path(__file__).with_name("small_run.py")
 spec = importlib.util.spec_from_file_location("small_run", SCRIPT)

@@ -15,21 +15,21 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_rt.approximate import StepCache
+from pixart_rt.approximations import StepCache
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
 from pixart_rt.config import CfgNull, EngineConfig, SamplingConfig, Scheduler
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.export.build import build
-from pixart_rt.images import contact_sheet, read_metadata
+from pixart_rt.inference.images import contact_sheet, read_metadata
+from pixart_rt.inference.pipeline import PixArtPipeline
 from pixart_rt.model import text_encoder
-from pixart_rt.model.checkpoint import load_transformer, read_transformer
-from pixart_rt.model.locate import TINY
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.pipeline import PixArtPipeline
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.ema import Ema
-from pixart_rt.training.objective import TextObjective
-from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.objectives.denoising import TextObjective
+from pixart_rt.training.optim.ema import Ema
+from pixart_rt.training.process_group import start_ranks
 from pixart_rt.training.trainer import Trainer
 from pixart_rt.training.validation import Validation, ValidationSettings
 

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from pixart_rt.buckets import Bucket
+from pixart_rt.checkpoints.dit import DiTCheckpoint
 from pixart_rt.config import ModelConfig
+from pixart_rt.model.dit import DiTBlock, DiTFinalLayer
+from pixart_rt.model.operators import Operators, Rows, operators
 from pixart_rt.model.transformer import (
     GATE_MLP,
     GATE_MSA,
@@ -32,14 +35,11 @@ from pixart_rt.model.transformer import (
     PixArtTransformer,
     ScalarEmbedder,
 )
-from pixart_rt.ops import Operators, Rows, operators
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.dit import DiTBlock, DiTFinalLayer
-from pixart_rt.training.dit_checkpoint import DiTCheckpoint
 from pixart_rt.training.dropout import NullText
 from pixart_rt.training.flops import StepFlops
-from pixart_rt.training.initialize import initial_value
-from pixart_rt.training.objective import TextObjective
+from pixart_rt.training.objectives.denoising import TextObjective
+from pixart_rt.training.weight_init import initial_value
 
 
 class AdaLNBlock(DiTBlock):

@@ -22,34 +22,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
+from pixart_rt.checkpoints.dit import DiTCheckpoint, read_dit, write_dit
+from pixart_rt.checkpoints.transformer import load_transformer
 from pixart_rt.config import ModelConfig, Precision, SamplingConfig
+from pixart_rt.data.batch import Batch
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import replacing
-from pixart_rt.model.checkpoint import load_transformer
+from pixart_rt.model.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
 from pixart_rt.training.ablation.arms import Arm, Plan
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.dit import DiT, DiTConfig, initialize_dit
-from pixart_rt.training.dit_checkpoint import DiTCheckpoint, read_dit, write_dit
-from pixart_rt.training.draws import draw
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.initialize import from_scratch
-from pixart_rt.training.objective import ClassObjective, Objective, TextObjective
-from pixart_rt.training.ranks import Ranks
+from pixart_rt.training.objectives.denoising import ClassObjective, Objective, TextObjective
+from pixart_rt.training.optim.warmup import Warmup
+from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.reparameterize import reparameterize
+from pixart_rt.training.reparameterize_settings import TextStart
 from pixart_rt.training.run_settings import RunSettings
+from pixart_rt.training.sample_rng import draw
 from pixart_rt.training.sampler import BucketSampler
-from pixart_rt.training.text_start import TextStart
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.scenes import SHAPES, Scene, caption, random_scene
 from pixart_rt.training.tiny.scorer import score
 from pixart_rt.training.tiny.source import SceneSource, open_scenes
 from pixart_rt.training.trainer import Trainer
 from pixart_rt.training.validation import Validation, ValidationSettings
-from pixart_rt.training.warmup import Warmup
+from pixart_rt.training.weight_init import from_scratch
 
 DROPOUT = 0.1  # of captions and labels
 WARMUP = 0.05  # share of S

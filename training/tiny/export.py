@@ -23,8 +23,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
+from pixart_rt.checkpoints.hub import TINY
 from pixart_rt.files import PIPELINE, check_folder, replacing_folder
-from pixart_rt.model.locate import TINY
 
 MULTISCALE = "05-aesthetics-1024/transformer-ema"
 SQUARE = "03-aesthetics-256/transformer-ema"

@@ -1,4 +1,4 @@
-"""Drawn scenes as what a phase trains on (Source, training/source.py), with nothing to download.
+"""Drawn scenes as a phase trains on them (Source, training/sample_source.py), nothing downloaded.
 
     source = open_scenes(Scenes.DENSE, 12_000, table, out / "scenes", ranks)
     run_phase(recipe, phase, source, ...)
@@ -23,13 +23,14 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket, buckets
 from pixart_rt.bundle import sha256
+from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.text_encoder import read_text_encoder
+from pixart_rt.data.batch import Batch
 from pixart_rt.errors import DataError
-from pixart_rt.model.locate import TINY
-from pixart_rt.model.text_encoder import T5Encoder, read_text_encoder
-from pixart_rt.training.ranks import Ranks
+from pixart_rt.model.text_encoder import T5Encoder
+from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.latents import Latents, SceneSet
 from pixart_rt.training.tiny.scenes import SHAPES, caption, only_one

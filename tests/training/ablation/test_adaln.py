@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pixart_rt.batch import Batch
 from pixart_rt.buckets import Bucket
+from pixart_rt.checkpoints.dit import DiTCheckpoint
 from pixart_rt.config import XL_2_256, ModelConfig
-from pixart_rt.model.conditioning import patchify, position_table, unpatchify
+from pixart_rt.data.batch import Batch
+from pixart_rt.model.dit import DiT, DiTConfig
+from pixart_rt.model.embeddings import patchify, position_table, unpatchify
 from pixart_rt.training.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
 from pixart_rt.training.ablation.shapes import costs
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.dit import DiT, DiTConfig
-from pixart_rt.training.dit_checkpoint import DiTCheckpoint
-from pixart_rt.training.draws import draw
 from pixart_rt.training.dropout import NullText
+from pixart_rt.training.sample_rng import draw
 
 TEXT, WIDTH = 5, 10
 CONFIG = ModelConfig(

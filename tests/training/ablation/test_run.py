@@ -12,7 +12,7 @@ from pixart_rt.training.ablation.arms import Arm, Plan, planned, steps_within
 from pixart_rt.training.ablation.report import CLAIMS, at, table, write
 from pixart_rt.training.ablation.run import Ablation, Curve, Point
 from pixart_rt.training.ablation.shapes import Cost
-from pixart_rt.training.ranks import start_ranks
+from pixart_rt.training.process_group import start_ranks
 
 PLAN = Plan(
     steps=2, points=2, resolution=64, batch=2, num_scenes=4, captions=2, sampling_steps=2,

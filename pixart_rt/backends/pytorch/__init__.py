@@ -1,0 +1,1 @@
+"""PyTorch backends: eager, torch.compile, and weights offloaded to host memory."""

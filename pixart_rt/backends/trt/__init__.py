@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: engines, shared device memory, runtime cache and plugins."""

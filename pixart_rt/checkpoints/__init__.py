@@ -1,0 +1,1 @@
+"""Checkpoint layouts, read and written: diffusers folders, original .pth, DiT, ControlNet, LoRA."""

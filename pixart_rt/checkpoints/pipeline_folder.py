@@ -1,0 +1,65 @@
+"""A transformer written where its user wants it: a .pth, a transformer folder, a whole pipeline.
+
+A pipeline folder is a copy of another one with this transformer in it, so `pixart-rt build --model`
+and diffusers take it as they took that one. Other components are copied, not linked: tools that
+save into a folder would write through links.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint, write_diffusers, write_pth
+from pixart_rt.errors import CheckpointError
+from pixart_rt.files import PIPELINE, replacing_folder
+
+INDEX = "model_index.json"
+TRANSFORMER = "transformer"
+COMPONENTS = (TRANSFORMER, "vae", "text_encoder", "tokenizer", "scheduler")  # of a PixArt pipeline
+
+
+def is_pipeline(path: Path) -> bool:
+    return (path / INDEX).is_file()
+
+
+def write_model(
+    checkpoint: TransformerCheckpoint,
+    out: Path,
+    *,
+    pipeline: Path | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
+    force: bool = True,
+) -> dict[str, Any]:
+    """Write a .pth if `out` has that suffix; else with `pipeline` a copy of that folder with this
+    transformer; else a transformer folder. Returns the summary of what was written. `finish` is
+    called with the pipeline folder before it takes its place, for what else differs in it.
+
+    Whole or absent. With `force` it replaces one of its own kind that we wrote; never anything else
+    (files.py): ConfigError.
+    """
+    out = Path(out)
+    if out.suffix == ".pth":
+        return write_pth(checkpoint, out, force=force)
+    if pipeline is None:
+        return write_diffusers(checkpoint, out, force=force)
+    with replacing_folder(out, PIPELINE, force=force) as temporary:
+        for name in _components(pipeline):
+            shutil.copytree(pipeline / name, temporary / name)
+        shutil.copyfile(pipeline / INDEX, temporary / INDEX)
+        summary = write_diffusers(checkpoint, temporary / TRANSFORMER)
+        finish(temporary)
+    return summary | {"target": str(out)}
+
+
+def _components(pipeline: Path) -> list[str]:
+    """The folders that a pipeline's index names, but the transformer's."""
+    try:
+        index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{pipeline / INDEX} is damaged ({error})") from error
+    names = [name for name, value in index.items() if isinstance(value, list)]
+    return [name for name in names if name != TRANSFORMER and (pipeline / name).is_dir()]

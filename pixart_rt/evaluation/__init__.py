@@ -1,0 +1,1 @@
+"""Measures of images: fidelity of approximate settings against exact ones."""

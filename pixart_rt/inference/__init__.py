@@ -1,0 +1,1 @@
+"""Prompts to images: the pipeline, its denoising loops, caches and CUDA graphs."""

@@ -1,0 +1,105 @@
+"""Control images of a request: checked against the bundle, cut to the bucket, encoded by its VAE.
+
+A bundle with a ControlNet needs one for every image; any other takes none. The picture is one of
+edges, as the ControlNet was trained on (data/edges.py), and is scaled and centre-cropped to the
+bucket as training's are. B images, C latent channels, h×w latent pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ImageOps
+from PIL.Image import Image, Resampling
+from torch import Tensor, nn
+
+from pixart_rt.buckets import Bucket
+from pixart_rt.bundle import Manifest
+from pixart_rt.checkpoints.bundle_module import VAE_ENCODER, load_module
+from pixart_rt.config import ModelConfig
+from pixart_rt.errors import BundleError, ConfigError
+from pixart_rt.inference.denoiser import VAE_SCALE_FACTOR
+
+ControlImage = Image | Sequence[Image]  # one for all images of a request, or one for each
+
+
+class Controls:
+    """Latents of the control images of a bundle's requests. The encoder is read when first asked.
+
+    `wanted`: whether the bundle has a ControlNet.
+    """
+
+    def __init__(self, manifest: Manifest, folder: Path, device: torch.device) -> None:
+        self.wanted = manifest.control is not None
+        self._config: ModelConfig = manifest.config
+        self._folder, self._device = folder, device
+        self._encoder: nn.Module | None = None
+
+    def __call__(
+        self,
+        image: ControlImage | None,
+        latents: Tensor | None,
+        bucket: Bucket,
+        count: int,
+    ) -> list[Tensor | None]:
+        """[1, C, h, w] for each of `count` images, or None for each without a ControlNet.
+
+        latents [1 or count, C, h, w], scaled, replace the image. Raises ConfigError where there are
+        too many, too few or of another shape, or where the bundle does not take what was given.
+        """
+        given = [each for each in (image, latents) if each is not None]
+        if not self.wanted and given:
+            raise ConfigError(
+                "a control image was given, but this bundle has no ControlNet; leave it out, or "
+                "build with --controlnet"
+            )
+        if not self.wanted:
+            return [None] * count
+        if len(given) != 1:
+            raise ConfigError(
+                f"{len(given) or 'no'} control images were given to a bundle with a ControlNet; "
+                "give control_image or control_latents, one of the two"
+            )
+        if latents is None:
+            assert image is not None
+            images = [image] if isinstance(image, Image) else list(image)
+            _check_count(len(images), count)
+            latents = torch.cat([self._encode(each, bucket) for each in images])
+        _check_count(len(latents), count)
+        expected = self.blank(bucket).shape[1:]
+        if latents.shape[1:] != expected:
+            raise ConfigError(
+                f"control_latents are {list(latents.shape)}; images of {bucket.width}x"
+                f"{bucket.height} pixels take [1 or {count}, {', '.join(map(str, expected))}]"
+            )
+        rows = latents.float().to(self._device).split(1)
+        return list(rows) if len(rows) == count else [rows[0]] * count
+
+    def blank(self, bucket: Bucket) -> Tensor:
+        """Latents [1, C, h, w] of zeros, where only their shape matters."""
+        height, width = bucket.height // VAE_SCALE_FACTOR, bucket.width // VAE_SCALE_FACTOR
+        return torch.zeros(1, self._config.in_channels, height, width, device=self._device)
+
+    def _encode(self, image: Image, bucket: Bucket) -> Tensor:
+        size = (bucket.width, bucket.height)
+        fitted = ImageOps.fit(image.convert("RGB"), size, Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(fitted)).to(self._device)
+        if self._encoder is None:
+            if not (self._folder / VAE_ENCODER).is_dir():
+                raise BundleError(
+                    f"{self._folder} has no {VAE_ENCODER} for control images; pass "
+                    "control_latents, or build again from a whole pipeline folder"
+                )
+            self._encoder = load_module(self._folder / VAE_ENCODER, VAE_ENCODER).to(self._device)
+        encoded: Tensor = self._encoder(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
+        return encoded
+
+
+def _check_count(found: int, count: int) -> None:
+    if found not in (1, count):
+        raise ConfigError(
+            f"{found} control images were given for {count} images; give one, or one for each"
+        )

@@ -1,0 +1,148 @@
+"""What a request shape needs once, kept for the next request of the same shape.
+
+A plan holds the positions of a batch, the modulation of every step, made in one batched call, and
+the solver's coefficients; all on the device, so that the loop computes nothing on the host.
+
+B images of a batch, S steps, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pixart_rt.buckets import Bucket
+from pixart_rt.config import ModelConfig, Scheduler
+from pixart_rt.errors import BundleError, ConfigError
+from pixart_rt.inference.schedulers import dpmpp_coefficients, make_scheduler
+from pixart_rt.inference.step_cache import modulation_changes
+from pixart_rt.model.embeddings import position_table
+from pixart_rt.model.transformer import Modulator
+
+PLAN_BYTES = 1 << 28  # kept at most; XL at 1024 px, 20 steps, one image: 20 MB
+
+
+@dataclass(frozen=True, slots=True)
+class PlanKey:
+    """What a plan depends on, within one bundle."""
+
+    scheduler: Scheduler
+    num_steps: int
+    buckets: tuple[Bucket, ...]  # of the batch's images; their token counts are equal
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Float32, on the device but the timesteps; the same object for every request of its key."""
+
+    key: PlanKey
+    timesteps: Tensor  # [S], on the CPU
+    pos_embed: Tensor  # [B, N, D]
+    modulation: Tensor  # [S, B, 7, D]
+    coefficients: (
+        Tensor | None
+    )  # [S, 8] of kernels/solver.py, on the CPU; None: not DPM-Solver++ 2M
+    noise_scale: float  # of the initial noise
+    changes: tuple[float, ...]  # of the modulation at each step, for step_cache.py
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pos_embed.nbytes + self.modulation.nbytes
+
+
+class Planner:
+    """Makes plans, and keeps the latest up to a number of bytes (LRU)."""
+
+    def __init__(
+        self,
+        modulator: Modulator,
+        config: ModelConfig,
+        scheduler_folder: Path,
+        device: torch.device,
+        lossless: torch.dtype | None = None,
+        max_bytes: int = PLAN_BYTES,
+    ) -> None:
+        """lossless: the dtype whose roundings are kept, for that quality."""
+        self.modulator = modulator.to(lossless or torch.float32)
+        self.config, self.device, self.max_bytes = config, device, max_bytes
+        self.hits = self.misses = 0
+        self._folder, self._lossless = scheduler_folder, lossless
+        self._kept: OrderedDict[PlanKey, Plan] = OrderedDict()
+
+    def __call__(self, key: PlanKey) -> Plan:
+        plan = self._kept.get(key)
+        if plan is None:
+            self.misses += 1
+            plan = self._kept[key] = self._make(key)
+        else:
+            self.hits += 1
+        self._kept.move_to_end(key)
+        size = sum(each.num_bytes for each in self._kept.values())
+        while size > self.max_bytes and len(self._kept) > 1:
+            size -= self._kept.popitem(last=False)[1].num_bytes
+        return plan
+
+    def solver(self, key: PlanKey) -> Any:
+        """A fresh diffusers scheduler with its timesteps set; it holds an image's history."""
+        solver = make_scheduler(key.scheduler, self._folder)
+        solver.set_timesteps(key.num_steps, device="cpu")
+        return solver
+
+    def _make(self, key: PlanKey) -> Plan:
+        solver = self.solver(key)
+        steps = solver.timesteps
+        parts = {bucket: self._of_bucket(bucket, steps) for bucket in dict.fromkeys(key.buckets)}
+        positions, modulations = zip(*(parts[bucket] for bucket in key.buckets), strict=True)
+        modulation = torch.stack(modulations, dim=1)
+        coefficients = None
+        if key.scheduler is Scheduler.DPM_SOLVER:
+            with suppress(ConfigError):  # a checkpoint with another variant: diffusers' steps run
+                coefficients = dpmpp_coefficients(solver, 1.0)
+        return Plan(
+            key,
+            steps,
+            torch.cat(positions).to(self.device),
+            modulation.to(self.device),
+            coefficients,
+            float(solver.init_noise_sigma),
+            tuple(modulation_changes(modulation).tolist()),
+        )
+
+    def _of_bucket(self, bucket: Bucket, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [1, N, D] and modulation [S, 7, D] of one image.
+
+        Micro-conditioning is the bucket's size in pixels and its height / width, float32, as in
+        diffusers. Computed on the CPU in float32, whatever the engines' precision; for quality
+        lossless in the engine's dtype, whose roundings are diffusers' then. So is the position
+        table of the model's own square, which diffusers keeps as a buffer of its dtype.
+        """
+        steps = timesteps.float().cpu()
+        size = torch.tensor([[bucket.height, bucket.width]], dtype=torch.float32)
+        aspect_ratio = torch.tensor([bucket.height / bucket.width])
+        with torch.no_grad():
+            modulation = self.modulator(
+                steps, size.expand(len(steps), 2), aspect_ratio.expand(len(steps))
+            )
+        positions = position_table(self.config, bucket.grid)
+        if self._lossless and bucket.grid == (self.config.base_size, self.config.base_size):
+            positions = positions.to(self._lossless)
+        return positions.float(), modulation.float()
+
+
+def load_modulator(path: Path, config: ModelConfig) -> Modulator:
+    """The bundle's modulator in float32. Raises BundleError if the file is missing or damaged."""
+    with torch.device("meta"):
+        modulator = Modulator(config)
+    try:
+        modulator.load_state_dict(load_file(path), assign=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise BundleError(f"{path} is damaged ({reason}); build the bundle again") from error
+    return modulator.eval().requires_grad_(False)

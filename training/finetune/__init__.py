@@ -1,0 +1,1 @@
+"""Fine-tuning: LoRA adapters, distilled pipelines and their settings."""

@@ -1,0 +1,1 @@
+"""Optimizers by name, with gradient clipping, loss scale, moving averages and schedules."""

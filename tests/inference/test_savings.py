@@ -21,7 +21,7 @@ from pixart_rt.inference.pipeline import Request
 SHORT = "a red circle above a blue square"
 LONG = "a large yellow star to the left of a small purple circle, " * 9  # the standard form
 NEGATIVE = "two green triangles on a white background"
-# Of the latents' norm in float32. Only sums in another order differ: tests/model/test_text_side.py
+# Of the latents' norm in float32. Only sums in another order differ: tests/model/test_text_kv.py
 # has the same in float64. Steps, because the first alone divides by 1/150 of its input: the
 # rounding of a one-step image is 100 times that of its noise.
 FLOAT32, STEPS = 1e-5, 6

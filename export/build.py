@@ -312,7 +312,7 @@ def _notes(plans: list[Plan], memory: int) -> list[str]:
 
 
 def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str) -> Manifest:
-    vae = source.vae().config if "vae_decoder" in source.components else None
+    vae = source.vae_config() if "vae_decoder" in source.components else None
     return Manifest(
         pixart_rt_version=__version__,
         key=key,
@@ -328,7 +328,7 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         components={},
         files={},
         vae={} if vae is None else {
-            "scaling_factor": vae.scaling_factor, "latent_channels": vae.latent_channels
+            "scaling_factor": vae["scaling_factor"], "latent_channels": vae["latent_channels"]
         },
         scheduler=stored_scheduler((source.folder or Path()) / "scheduler"),
         buckets=[[bucket.height, bucket.width] for bucket in buckets(config.resolution)],

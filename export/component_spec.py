@@ -129,10 +129,8 @@ def _with_controlnet(model: ModelConfig, control: ControlNetConfig | None) -> ob
 
 
 def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
-    vae = source.vae()
-    channels = vae.config.latent_channels
-    values = dict(vae.config)
-    del vae
+    values = source.vae_config()
+    channels = values["latent_channels"]
     generator = torch.Generator().manual_seed(SEED)
 
     def latents(rows: int, height: int, width: int) -> dict[str, Tensor]:

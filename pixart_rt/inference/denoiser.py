@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.approximations import FirstBlockCache, StepCache
-from pixart_rt.backends.component import ABSORBED, Component
+from pixart_rt.backends.component import Component
 from pixart_rt.buckets import Bucket, nearest_bucket
 from pixart_rt.config import ModelConfig, SamplingConfig, Saving, Scheduler
 from pixart_rt.errors import ConfigError
@@ -28,6 +28,7 @@ from pixart_rt.inference.step_cache import FirstBlockRun, Skipping, steps_to_ski
 from pixart_rt.inference.token_loop import LoopInputs, TextInputs, run_loop
 from pixart_rt.kernels.launch import SM80
 from pixart_rt.model.embeddings import depatchify, patchify, unpatchify
+from pixart_rt.model.signature import ABSORBED
 from pixart_rt.model.text_kv import PromptText
 
 VAE_SCALE_FACTOR = 8  # pixels per latent pixel

@@ -20,7 +20,7 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> 
 
 @dataclass(frozen=True, slots=True)
 class TextInputs:
-    """The transformer's inputs that tell its rows and their text; see backends/component.py."""
+    """The transformer's inputs that tell its rows and their text; see model/signature.py."""
 
     null_rows: Tensor
     text_rows: Tensor

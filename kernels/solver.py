@@ -22,11 +22,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.launch import SM70, Operator, launch, runs_triton
+from pixart_rt.kernels.triton_import import tl, triton
 
 BLOCK = 1024
 COEFFICIENTS = ("p", "q", "a", "b", "c", "guidance")  # then two spare, for 32-byte rows

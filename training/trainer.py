@@ -152,6 +152,7 @@ class Trainer:
         self.checkpoints = Checkpoints(out, ranks, settings.keep)
         self.identity = {**settings.identity(), **(identity or {})}
         self.done = 0  # steps
+        self.saved: int | None = None  # the step of the newest checkpoint of this run or resumed
         self.log, self.validation = log, validation
         self.meter = self._new_meter()
         self._undecided: list[_Undecided] = []  # steps since the last log line
@@ -207,7 +208,7 @@ class Trainer:
                     raise
         self.checkpoints.finish()
         self.ranks.barrier()  # the last one has its name
-        if self.done not in self.checkpoints.agreed_steps():
+        if self.saved != self.done:  # the name alone may be that of a damaged one
             self.save()
             self.checkpoints.finish()
             self.ranks.barrier()
@@ -377,14 +378,14 @@ class Trainer:
         skipped = int(self.skipped.item())
         progress = Progress(step=self.done, skipped=skipped, identity=self.identity)
         self.checkpoints.save(self.state(), progress)
+        self.saved = self.done
 
     def resume(self, step: int | None = None) -> None:
-        """Take up the newest checkpoint, or that of a step; without any, begin.
+        """Resume from the newest whole checkpoint, or that of a step; without any, begin.
 
-        Raises CheckpointError for one of another run.
+        Raises CheckpointError for one of another run, or where all are damaged.
         """
-        steps = self.checkpoints.agreed_steps()
-        chosen = step if step is not None else (steps[-1] if steps else None)
+        chosen = step if step is not None else self.checkpoints.newest_whole()
         if chosen is None:
             return
         progress = self.checkpoints.progress(chosen)
@@ -415,7 +416,7 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_own_state(state["objective"])
         self.skipped.fill_(progress.skipped)
-        self.done = progress.step
+        self.done = self.saved = progress.step
 
 
 def _peak(settings: RunSettings, ranks: Ranks) -> float | None:

@@ -90,6 +90,13 @@ def read_vae(folder: Path) -> AutoencoderKL:
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the VAE in {folder} cannot be read: {reason}") from error
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        value = vae.config.get(name)
+        if value is not None:
+            raise CheckpointError(
+                f"the VAE in {folder} has {name} {value}, which PixArt's latents do not; its "
+                "images would be wrong. Give the VAE that the transformer was trained with"
+            )
     return vae.eval().requires_grad_(False)
 
 

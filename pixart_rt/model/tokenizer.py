@@ -1,8 +1,6 @@
 """Prompt text to token ids, exactly as diffusers' PixArt pipelines do it.
 
-Captions are cleaned by DeepFloyd-IF's rules, twice, then lower-cased: the published checkpoints
-were trained on captions treated so. The rules are diffusers' own code; bs4 and ftfy, without which
-diffusers silently skips them, are hard dependencies.
+Captions are cleaned first (captions.py), then cut into sentencepiece tokens by transformers.
 """
 
 from __future__ import annotations
@@ -10,29 +8,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import PixArtAlphaPipeline
 from torch import Tensor
-from transformers import T5Tokenizer
 
 from pixart_rt.errors import CheckpointError
+from pixart_rt.model.captions import clean_caption
 
 logger = logging.getLogger(__name__)
-
-
-class _Rules:
-    """Just the cleaning rules of diffusers' pipeline, without a pipeline."""
-
-    bad_punct_regex = PixArtAlphaPipeline.bad_punct_regex
-    _clean_caption = PixArtAlphaPipeline._clean_caption
-
-
-def clean_caption(text: str) -> str:
-    """A caption as the training data had it: cleaned twice, lower case, stripped."""
-    rules: Any = _Rules()
-    return rules._clean_caption(rules._clean_caption(text)).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +33,8 @@ class PromptTokenizer:
     def __init__(self, folder: Path, max_tokens: int) -> None:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is missing; a pipeline folder has a tokenizer")
+        from transformers import T5Tokenizer  # a second to import, for those who have a tokenizer
+
         self.tokenizer = T5Tokenizer.from_pretrained(str(folder))
         self.max_tokens = max_tokens
 

@@ -19,7 +19,7 @@ from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import CheckpointError
 from pixart_rt.model.text_encoder import T5Config, relative_bucket
-from pixart_rt.model.tokenizer import PromptTokenizer, clean_caption
+from pixart_rt.model.tokenizer import PromptTokenizer
 
 LENGTHS = (1, 2, 37, 119, 120)
 ONE = T5Config(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_heads=1, num_layers=1)
@@ -140,23 +140,6 @@ def test_missing_and_truncated_weights_are_named(t5_folder: Path, tmp_path: Path
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         read_text_encoder(tmp_path, torch.float32)
-
-
-CAPTIONS = [
-    "A <b>Red</b> Circle above a blue square",
-    "see http://example.com/a.png for 1024x768, café & crème #42 @someone",
-    "  «quoted» — “text”, 10.5×3 IMG_1234.jpg  ",
-    "",
-]
-
-
-@pytest.mark.parametrize("caption", CAPTIONS)
-def test_captions_are_cleaned_as_diffusers_does(caption: str) -> None:
-    from diffusers import PixArtAlphaPipeline
-
-    pipeline = object.__new__(PixArtAlphaPipeline)
-    expected = PixArtAlphaPipeline._text_preprocessing(pipeline, caption, clean_caption=True)
-    assert [clean_caption(caption)] == expected
 
 
 def test_tokens_are_sentencepiece_ids_padded_and_ended(pipeline_folder) -> None:

@@ -117,7 +117,7 @@ class SchedulerSettings:
         value = self.stored.get(key)
         if value is None:
             value = TRAINING[key] if key in TRAINING else SOLVER[key]
-        return _OF_OTHER_SAMPLERS.get(key, {}).get(value, value)
+        return _OF_OTHER_SAMPLERS[key].get(value, value) if key in _OF_OTHER_SAMPLERS else value
 
     @property
     def training(self) -> dict[str, Any]:

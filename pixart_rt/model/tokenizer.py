@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart_rt.errors import CheckpointError
+from pixart_rt.errors import CheckpointError, shorten
 from pixart_rt.model.captions import clean_caption
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,20 @@ class PromptTokenizer:
 
     def __call__(self, prompts: list[str]) -> Tokens:
         cleaned = [clean_caption(prompt) for prompt in prompts]
+        for prompt, left in zip(prompts, cleaned, strict=True):
+            if prompt.strip() and not left:
+                logger.warning(
+                    "nothing is left of the prompt %s after cleaning, which removes Chinese "
+                    "characters, @names, #numbers, links and file names; the model sees the empty "
+                    "prompt", shorten(prompt),
+                )  # fmt: skip
         whole = self.tokenizer(cleaned, add_special_tokens=True)["input_ids"]
         num_cut = [max(0, len(ids) - self.max_tokens) for ids in whole]
         for prompt, cut in zip(prompts, num_cut, strict=True):
             if cut:
                 logger.warning(
-                    "the prompt %r is too long: its last %d tokens were cut, the model reads %d",
-                    prompt if len(prompt) < 60 else prompt[:57] + "...", cut, self.max_tokens,
+                    "the prompt %s is too long: its last %d tokens were cut, the model reads %d",
+                    shorten(prompt), cut, self.max_tokens,
                 )  # fmt: skip
         batch = self.tokenizer(
             cleaned,

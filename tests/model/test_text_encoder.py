@@ -161,3 +161,14 @@ def test_a_long_prompt_is_cut_and_says_so(pipeline_folder, caplog) -> None:
         tokens = tokenizer(["a red circle above " * 60])
     assert tokens.num_cut[0] > 0
     assert f"last {tokens.num_cut[0]} tokens were cut" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["一只红色的猫", "@redcircle", "#12345", "circle.jpg", "&nbsp;"])
+def test_a_prompt_that_is_cleaned_to_nothing_says_so(prompt: str, pipeline_folder, caplog) -> None:
+    tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
+    with caplog.at_level(logging.WARNING):
+        tokenizer(["", "  ", "a red circle"])
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert tokenizer([prompt]).attention_mask.sum() == 1
+    assert f"nothing is left of the prompt {prompt!r}" in caplog.text

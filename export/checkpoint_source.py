@@ -15,10 +15,9 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixart_rt.bundle import MANIFEST, sha256
@@ -39,6 +38,9 @@ from pixart_rt.model.text_kv import TextSide
 from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.transformer import Modulator, PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 RANDOM_SEED = 0
 _FOLDERS = {"text_encoder": "text_encoder", "vae_decoder": "vae"}

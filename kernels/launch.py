@@ -77,6 +77,16 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def constant_result(function: Any) -> Any:
+    """Mark what `torch.compile` shall call once, while it traces: its result is a constant.
+
+    As torch.compiler.assume_constant_result does, which first imports torch._dynamo: two seconds
+    that a process without a compiler need not wait.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def runs_triton(op: str, tensor: Tensor, least: tuple[int, int]) -> bool:
     """Whether operator `op` runs its kernel on `tensor`; False means its reference."""
     if not tensor.is_cuda:

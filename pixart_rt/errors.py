@@ -57,3 +57,8 @@ class CapacityError(PixArtError):
 
 class Cancelled(PixArtError):
     """The caller asked to stop before the image was finished."""
+
+
+def shorten(text: str) -> str:
+    """A user's text as a message quotes it, on one line whatever its length."""
+    return repr(text if len(text) < 60 else f"{text[:57]}...")

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixart_rt.bundle import sha256
@@ -31,6 +31,9 @@ from pixart_rt.errors import CheckpointError, DataError
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.vae import read_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 FOLDERS = ("vae", "text_encoder", "tokenizer")
 DTYPES = {

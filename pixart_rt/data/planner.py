@@ -17,12 +17,12 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
+from pixart_rt.model.vae import vae_from_config
 
 HOUR = 3600  # seconds
 
@@ -180,7 +180,7 @@ def encoder_flops(
     convolutions and attention.
     """
     with torch.device("meta"):
-        vae, encoder = AutoencoderKL.from_config(vae_config), T5Encoder(text)
+        vae, encoder = vae_from_config(vae_config), T5Encoder(text)
         image = torch.empty(1, 3, resolution, resolution)
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         mask = torch.ones(1, num_tokens, dtype=torch.long)

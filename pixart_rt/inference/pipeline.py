@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.image_processor import PixArtImageProcessor
 from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,7 +36,8 @@ from pixart_rt.config import (
 )
 from pixart_rt.errors import BundleError, Cancelled, ConfigError, NumericsError
 from pixart_rt.inference.control import ControlImage, Controls
-from pixart_rt.inference.denoiser import VAE_SCALE_FACTOR, After, Denoiser, Item
+from pixart_rt.inference.denoiser import After, Denoiser, Item
+from pixart_rt.inference.images import finish
 from pixart_rt.inference.preview import ColourPreview, Previewer, TinyPreview, to_pictures
 from pixart_rt.inference.prompts import (
     NULL_PROMPT,
@@ -365,7 +365,7 @@ class PixArtPipeline:
             images.append(latents if output_type == "latent" else decode(latents=latents))
         whole = torch.cat(images)
         self._require_finite(whole, sampling)
-        finished = _finish(whole, height, width, output_type)
+        finished = finish(whole, height, width, output_type)
         texts = [row.text or "" for row in repeated]
         return PipelineOutput(
             images=finished, prompts=texts, seeds=seeds, bucket=bucket, skipped_steps=skipped
@@ -589,7 +589,7 @@ class PixArtPipeline:
     ) -> Any:
         image = latents if output_type == "latent" else self._decoder()(latents=latents)
         self._require_finite(image, sampling)
-        finished = _finish(image, request.height, request.width, output_type)
+        finished = finish(image, request.height, request.width, output_type)
         return finished[0] if output_type == "pil" else finished
 
     def _rows(
@@ -717,13 +717,3 @@ def _reporting(progress: Progress | None) -> Iterator[Progress]:
         yield lambda name, done, total: bar.update(
             task, description=name, completed=done, total=total
         )
-
-
-def _finish(images: Tensor, height: int | None, width: int | None, output_type: str) -> Any:
-    """Resize and crop to the asked size, then to the asked form, with diffusers' own code."""
-    if output_type == "latent":
-        return images
-    processor = PixArtImageProcessor(vae_scale_factor=VAE_SCALE_FACTOR)
-    if height is not None and width is not None and images.shape[-2:] != (height, width):
-        images = processor.resize_and_crop_tensor(images, width, height)
-    return processor.postprocess(images, output_type=output_type)

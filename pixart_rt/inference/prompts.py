@@ -192,8 +192,8 @@ class PromptEncoder:
     def _path(self, text: str, whole: bool) -> Path | None:
         if self._disk is None:
             return None
-        name = f"{self._disk_key}\0{whole}\0{text}"
-        return self._disk / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+        name = f"{self._disk_key}\0{whole}\0{text}".encode(errors="surrogatepass")
+        return self._disk / f"{hashlib.sha256(name).hexdigest()}.safetensors"
 
     def _read(self, text: str, whole: bool) -> Encoded | None:
         path = self._path(text, whole)

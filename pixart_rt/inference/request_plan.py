@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pixart_rt.buckets import Bucket
+from pixart_rt.checkpoints.scheduler_config import SchedulerSettings
 from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import BundleError, ConfigError
-from pixart_rt.inference.schedulers import dpmpp_coefficients, make_scheduler
+from pixart_rt.inference.schedulers import dpmpp_coefficients, dpmpp_levels, scheduler_of
 from pixart_rt.inference.step_cache import modulation_changes
 from pixart_rt.model.embeddings import position_table
 from pixart_rt.model.transformer import Modulator
@@ -69,11 +70,14 @@ class Planner:
         lossless: torch.dtype | None = None,
         max_bytes: int = PLAN_BYTES,
     ) -> None:
-        """lossless: the dtype whose roundings are kept, for that quality."""
+        """lossless: the dtype whose roundings are kept, for that quality.
+
+        The scheduler's configuration is read and checked here. Raises CheckpointError.
+        """
         self.modulator = modulator.to(lossless or torch.float32)
         self.config, self.device, self.max_bytes = config, device, max_bytes
         self.hits = self.misses = 0
-        self._folder, self._lossless = scheduler_folder, lossless
+        self.settings, self._lossless = SchedulerSettings.read(scheduler_folder), lossless
         self._kept: OrderedDict[PlanKey, Plan] = OrderedDict()
 
     def __call__(self, key: PlanKey) -> Plan:
@@ -91,27 +95,30 @@ class Planner:
 
     def solver(self, key: PlanKey) -> Any:
         """A fresh diffusers scheduler with its timesteps set; it holds an image's history."""
-        solver = make_scheduler(key.scheduler, self._folder)
+        solver = scheduler_of(key.scheduler, self.settings)
         solver.set_timesteps(key.num_steps, device="cpu")
         return solver
 
     def _make(self, key: PlanKey) -> Plan:
-        solver = self.solver(key)
-        steps = solver.timesteps
+        coefficients, noise_scale = None, 1.0
+        if key.scheduler is Scheduler.DPM_SOLVER:  # its noise levels need no diffusers
+            levels = dpmpp_levels(self.settings, key.num_steps)
+            steps = levels.timesteps
+            with suppress(ConfigError):  # a checkpoint with another variant: diffusers' steps run
+                coefficients = dpmpp_coefficients(levels, 1.0)
+        else:
+            solver = self.solver(key)
+            steps, noise_scale = solver.timesteps, float(solver.init_noise_sigma)
         parts = {bucket: self._of_bucket(bucket, steps) for bucket in dict.fromkeys(key.buckets)}
         positions, modulations = zip(*(parts[bucket] for bucket in key.buckets), strict=True)
         modulation = torch.stack(modulations, dim=1)
-        coefficients = None
-        if key.scheduler is Scheduler.DPM_SOLVER:
-            with suppress(ConfigError):  # a checkpoint with another variant: diffusers' steps run
-                coefficients = dpmpp_coefficients(solver, 1.0)
         return Plan(
             key,
             steps,
             torch.cat(positions).to(self.device),
             modulation.to(self.device),
             coefficients,
-            float(solver.init_noise_sigma),
+            noise_scale,
             tuple(modulation_changes(modulation).tolist()),
         )
 

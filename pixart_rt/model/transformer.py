@@ -21,7 +21,6 @@ from typing import NamedTuple, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
 from pixart_rt.kernels.cross_attention import (
@@ -39,7 +38,8 @@ SHIFT_MSA, GATE_MSA, SHIFT_MLP, GATE_MLP = 0, 2, 3, 5  # rows; each scale follow
 def local(table: Tensor) -> Tensor:
     """A block's table. One that is replicated over ranks (training/distributed.py) is read as this
     rank's tensor: the end of a block reads the next one's, which FSDP has not gathered yet."""
-    return table.to_local() if isinstance(table, DTensor) else table
+    # By its method, for importing DTensor takes a second, and a sharded table has imported it.
+    return table.to_local() if hasattr(table, "to_local") else table
 
 
 class Mlp(nn.Module):

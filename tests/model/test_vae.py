@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,7 +65,7 @@ def test_the_fused_decoder_is_diffusers(no_kernels, monkeypatch, config, size):
     expected = vae.decode(x / vae.config.scaling_factor).sample
     decoder = VaeDecoder(vae).use(Kernels.FUSED)
     kinds = [type(module) for module in decoder.modules()]
-    resnets = kinds.count(vae_fused.ResnetBlock2D)
+    resnets = kinds.count(ResnetBlock2D)
     attentions = int(config is SD_LIKE)
     assert kinds.count(FusedGroupNorm) == 2 * resnets + 1 + attentions
     assert torch.nn.GroupNorm not in kinds and torch.nn.SiLU not in kinds

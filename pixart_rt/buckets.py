@@ -8,6 +8,8 @@ In tokens (one token covers 16×16 pixels) the 40 buckets of a resolution lie wi
 other: 3696 to 4096 at 1024, 924 to 1024 at 512, 231 to 256 at 256.
 """
 
+import re
+import reprlib
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +17,8 @@ from pixart_rt.errors import ConfigError
 
 PIXELS_PER_TOKEN = 16  # the VAE shrinks a side 8 times, a patch twice
 RESOLUTIONS = (256, 512, 1024)
+# No exponents and few digits: Fraction("1e10000000") computes for 20 seconds.
+_ASPECT_RATIO = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(?::(\d{1,9}(?:\.\d{1,9})?))?", re.ASCII)
 
 _TABLE_1024: tuple[tuple[float, int, int], ...] = (  # height / width, height, width
     (0.25, 512, 2048), (0.26, 512, 1984), (0.27, 512, 1920), (0.28, 512, 1856),
@@ -72,15 +76,14 @@ def nearest_bucket(resolution: int, height: int, width: int) -> Bucket:
 
 def bucket_for_aspect(resolution: int, aspect_ratio: str) -> Bucket:
     """The bucket nearest to "W:H" (as in "3:2", landscape) or to a decimal width / height."""
-    try:
-        width, _, height = aspect_ratio.partition(":")
-        shape = Fraction(width) / Fraction(height or "1")
-    except (ValueError, ZeroDivisionError):
-        shape = Fraction(0)
-    if shape <= 0:
+    sides = _ASPECT_RATIO.fullmatch(aspect_ratio.strip())
+    width, height = (Fraction(side or 1) for side in sides.groups()) if sides else (0, 0)
+    if not width or not height:
         raise ConfigError(
-            f"aspect ratio {aspect_ratio!r} is not width:height; write it as 3:2, 1:1 or 9:16"
+            f"aspect ratio {reprlib.repr(aspect_ratio)} is not width:height; write it as 3:2, 1:1 "
+            "or 9:16"
         )
+    shape = Fraction(width) / height
     return nearest_bucket(resolution, shape.denominator, shape.numerator)
 
 

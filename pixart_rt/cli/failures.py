@@ -51,13 +51,13 @@ def options_named(options: Mapping[str, str]) -> Iterator[None]:
     """Make a ConfigError of the library name the options of a verb.
 
     options: the option for each Python argument, such as {"num_inference_steps": "--steps"}. Texts
-    in quotes are a user's own and stay.
+    in quotes are a user's own and stay, as do parts of paths and of other words.
     """
     try:
         yield
     except ConfigError as error:
         names = "|".join(map(re.escape, options))
-        pattern = rf"(?<!\w)'[^']*'|(?<![\w-])(?:{names})(?!\w)"
+        pattern = rf"(?<!\w)'[^']*'|(?<![\w:/.-])(?:{names})(?![\w:/.-])"
         said = re.sub(pattern, lambda name: options.get(name[0], name[0]), str(error))
         raise ConfigError(said) from error
 

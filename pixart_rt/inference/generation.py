@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pixart_rt.approximations import FirstBlockCache
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import SamplingConfig, Saving
 from pixart_rt.errors import ConfigError
@@ -77,6 +78,12 @@ def generate_each(
     pipe: PixArtPipeline, requests: Sequence[Request], call: Call, output_type: str
 ) -> list[Any]:
     """The image of each request, in batches of those that can share one."""
+    for request in requests:
+        if isinstance(request.approximate, FirstBlockCache):
+            raise ConfigError(
+                f"{request.approximate} was asked of generate_many, whose images must not "
+                "depend on their batch; use a step cache, or call the pipeline for each"
+            )
     resolved = resolve(pipe, requests)
     batches = shared_batches(resolved, pipe.max_batch, pipe.denoiser.mixes)
     call.expect(sum(resolved[batch[0]].sampling.num_inference_steps for batch in batches))

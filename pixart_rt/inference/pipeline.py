@@ -17,13 +17,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from pixart_rt.approximations import Approximation, FirstBlockCache, StepCache
+from pixart_rt.approximations import Approximation, StepCache
 from pixart_rt.backends.component import Component
 from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Scheduler, TextPlace
-from pixart_rt.errors import ConfigError
 from pixart_rt.inference.bundle_components import (
     load_components,
     make_denoiser,
@@ -159,7 +158,8 @@ class PixArtPipeline:
         """Small pictures of latents [B, C, h, w], such as a step's callback is given.
 
         size: the longest side in pixels; by default that of the latents, or with a preview decoder
-        the image's. Raises BundleError for a bundle that was built without previews.
+            the image's.
+        Raises BundleError for a bundle that was built without previews.
         """
         if self._previewer is None:
             self._previewer = ColourPreview.read(self.folder)
@@ -221,11 +221,10 @@ class PixArtPipeline:
         callback_on_step_end(pipe, step, timestep, {"latents": ..., "denoised": ...}) may return
             new latents, or change those in place; `denoised` is the step's estimate of the final
             ones, which `preview` shows. Images are made `max_batch` at a time; each batch calls it
-            for every step. A batch with it runs without a CUDA graph.
+            for every step. Without one a batch replays its CUDA graph, if `warmup` or an earlier
+            batch of the same shape captured one (see `auto_capture`).
         progress(name, done, total) is told of steps, or with a CUDA graph of batches.
         output_type: "pil", "np", "pt" or "latent".
-        A batch without a callback replays its CUDA graph, if `warmup` or an earlier batch of the
-            same shape captured one (see `auto_capture`).
         control_image: for a bundle with a ControlNet, and only for one: a picture of edges, or one
             for each image, scaled and centre-cropped to the bucket; or control_latents
             [1 or images, C, h, w] of such pictures, times the VAE's scaling factor.
@@ -303,12 +302,6 @@ class PixArtPipeline:
             )
             for request in requests
         ]
-        for request in filled:
-            if isinstance(request.approximate, FirstBlockCache):
-                raise ConfigError(
-                    f"{request.approximate} was asked of generate_many, whose images must not "
-                    "depend on their batch; use a step cache, or call the pipeline for each"
-                )
         with self._turns.take(cancel, progress) as call:
             return generate_each(self, filled, call, output_type)
 
@@ -333,11 +326,9 @@ class PixArtPipeline:
             16, 32 and 64 tokens and above.
         approximate: that of the requests to come; their graphs hold the steps that are not skipped.
         progress: called with a name, shapes done and shapes in all; by default a bar on stderr.
-        On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph, which a
-        later request of the same shape replays, unless it has a callback; and the text encoder at
-        each of its lengths, for one prompt and for `batch_size`, unless it is offloaded or on the
-        CPU. Elsewhere a step runs once for each shape, which compiles what is compiled at first
-        use.
+        On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph; and the
+        text encoder at each of its lengths, for one prompt and for `batch_size`, unless it is
+        offloaded or on the CPU. Elsewhere a step runs once for each shape, which compiles.
         """
         requests = [
             Request(

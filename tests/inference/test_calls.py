@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_rt import Cancelled, ConfigError, PixArtPipeline, Request
+from pixart_rt import Cancelled, ConfigError, EngineConfig, PixArtPipeline, Request
+from pixart_rt.export.build import build
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
 PROMPT = "a red circle above a blue square"
@@ -42,8 +43,10 @@ class Still:
 
 
 @pytest.fixture(scope="module")
-def loaded(bundle_256: Path) -> PixArtPipeline:
-    return PixArtPipeline.from_bundle(bundle_256, "cpu", check=False)
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> PixArtPipeline:
+    folder: Path = tmp_path_factory.mktemp("tiny") / "b"
+    build("tiny", folder, EngineConfig(resolution=256, backend="torch", max_batch=2))
+    return PixArtPipeline.from_bundle(folder, "cpu", check=False)
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ BLOCK = 1024
 
 
 class Coefficient(IntEnum):
-    """The columns of a step's row: p, q, a, b, c and g of the formulas above."""
+    """The columns of a step's row: p, q, a, b, c and g of the formulas above. The kernel has them
+    as numbers, because Triton takes no enum.
+    """
 
     SAMPLE_TO_X0 = 0  # p
     NOISE_TO_X0 = 1  # q
@@ -75,7 +77,7 @@ def _cfg_dpmpp_step_kernel(
     token, channel, pixel = at // (C * P), at // P % C, at % P
     inside = token * (P * O) + pixel * O + channel  # of one image's output
     output_size = num_tokens * (P * O)
-    coefficients_ptr += image * stride  # 0 where all images share a row; columns: Coefficient
+    coefficients_ptr += image * stride  # 0 where all images share a row
     if GUIDED:
         null = tl.load(output_ptr + image * output_size + inside, mask=mask).to(tl.float32)
         cond = output_ptr + (num_images + image) * output_size + inside

@@ -328,7 +328,7 @@ def test_tensors_are_ordinary_ones(pipe: PixArtPipeline, output_type: str) -> No
         tensor.mul_(0.5)
         weight = torch.ones(1, requires_grad=True)
         (tensor * weight).sum().backward()
-        torch.testing.assert_close(weight.grad, tensor.sum().reshape(1))
+        torch.testing.assert_close(weight.grad, tensor.sum()[None], atol=1e-2, rtol=1e-4)
 
 
 def test_types_of_other_libraries_are_taken_or_refused_in_words(pipe: PixArtPipeline) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pixart_rt.errors import ConfigError
 from pixart_rt.inference.request import (
+    DEFAULT_SEED,
     LARGEST_SEED,
     MOST_IMAGES,
     Request,
@@ -54,6 +55,8 @@ def call_requests(
         )
     negatives = _negatives(negative_prompt, len(prompts))
     rows = _embed_rows(embeds, len(prompts))
+    if generator is not None and isinstance(seed, int) and seed == DEFAULT_SEED:
+        seed = None  # left out; image k would have k
     seeds, generators = _seeds(seed, count), _generators(generator, count)
     images = _controls(control_image, count)
     latents = _controls(None if control_latents is None else control_latents.split(1), count)

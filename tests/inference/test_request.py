@@ -153,14 +153,15 @@ def test_a_call_is_a_request_for_each_image() -> None:
     values = [(each.prompt, each.negative_prompt, each.seed) for each in made]
     assert values == [("a", "c", 5), ("a", "c", 6), ("b", "d", 7), ("b", "d", 8)]
     assert [each.seed for each in requests(prompt=["a", "b"], seed=(9, 4))] == [9, 4]
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 1)]
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 8)]
     made = requests(prompt=["a", "b"], generator=generators)
-    assert [each.generator for each in made] == generators and [r.seed for r in made] == [3, 1]
+    assert [each.generator for each in made] == generators and [r.seed for r in made] == [3, 8]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"prompt": ["a", "b"], "generator": torch.Generator(), "seed": [4, 5]}, "seed 4 and a"),
         ({"prompt": [None]}, "prompt must be text, got None"),
         ({"prompt": 7}, "prompt must be text, got 7"),
         ({"prompt": []}, "the list of prompts is empty"),

@@ -25,11 +25,12 @@ from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
     from pixart_rt.export.build import build
-    from pixart_rt.inference.pipeline import PixArtPipeline, Request
+    from pixart_rt.inference.pipeline import PixArtPipeline
+    from pixart_rt.inference.request import Request
 
 _LAZY = {
     "PixArtPipeline": "pixart_rt.inference.pipeline",
-    "Request": "pixart_rt.inference.pipeline",
+    "Request": "pixart_rt.inference.request",
     "build": "pixart_rt.export.build",
 }
 

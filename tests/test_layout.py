@@ -121,7 +121,14 @@ def test_kernels_need_torch_and_triton_only(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["inference.pipeline", "inference.request_plan", "inference.prompts"]
+    "name",
+    [
+        "inference.pipeline",
+        "inference.bundle_components",
+        "inference.generation",
+        "inference.request_plan",
+        "inference.prompts",
+    ],
 )
 def test_the_pipeline_knows_no_concrete_backend(name: str) -> None:
     seen = {each for each in own_imports(FILES[name]) if each.startswith("backends")}

@@ -18,8 +18,9 @@ from pixart_rt.bench.stages import STEP, TEXT, VAE, Stages
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Precision
+from pixart_rt.inference.bundle_components import DTYPES
 from pixart_rt.inference.denoiser import VAE_SCALE_FACTOR
-from pixart_rt.inference.pipeline import DTYPES, PixArtPipeline
+from pixart_rt.inference.pipeline import PixArtPipeline
 from pixart_rt.kernels.launch import refused
 
 OURS = "pixart_rt"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from pixart_rt.errors import PixArtError
+from pixart_rt.errors import ConfigError, PixArtError
 
 FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
 
@@ -41,6 +44,22 @@ def one_line(error: BaseException) -> str:
         reason = error.strerror or _flat(error)
         return f"{error.filename}: {reason}" if error.filename else reason
     return f"{type(error).__name__}: {_flat(error)}"
+
+
+@contextmanager
+def options_named(options: Mapping[str, str]) -> Iterator[None]:
+    """Make a ConfigError of the library name the options of a verb.
+
+    options: the option for each Python argument, such as {"num_inference_steps": "--steps"}. Texts
+    in quotes are a user's own and stay, as do parts of paths and of other words.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        names = "|".join(map(re.escape, options))
+        pattern = rf"(?<!\w)'[^']*'|(?<![\w:/.-])(?:{names})(?![\w:/.-])"
+        said = re.sub(pattern, lambda name: options.get(name[0], name[0]), str(error))
+        raise ConfigError(said) from error
 
 
 def exit_code(error: BaseException) -> int:

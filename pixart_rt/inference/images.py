@@ -35,7 +35,7 @@ def as_image(image: Image.Image | Tensor) -> Image.Image:
     return Image.fromarray(pixels.byte().cpu().numpy())
 
 
-def finish(images: Tensor, height: int | None, width: int | None, output_type: str) -> Any:
+def in_form(images: Tensor, height: int | None, width: int | None, output_type: str) -> Any:
     """The decoder's images [B, 3, H, W] in about [-1, 1] in the asked size and form.
 
     output_type: "pil" (a list), "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1), or

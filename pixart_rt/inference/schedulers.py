@@ -23,6 +23,7 @@ from torch import Tensor
 from pixart_rt.checkpoints.scheduler_config import LCM_CLASS, SOLVER, SchedulerSettings
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import ConfigError
+from pixart_rt.kernels.solver import ROW, Coefficient
 from pixart_rt.torchao_import import quiet_imports
 
 DMD_TIMESTEP = 400  # at which PixArt-Alpha-DMD-XL-2-512x512 was trained and is called
@@ -256,7 +257,7 @@ def dpmpp_coefficients(levels: NoiseLevels | Any, guidance_scale: float) -> Tens
     sigma = sigmas * alpha
     lam = alpha.log() - sigma.log()  # inf at the end, where no noise is left
     steps = len(levels.timesteps)
-    rows = torch.zeros(steps, 8, dtype=torch.float64)
+    rows = torch.zeros(steps, ROW, dtype=torch.float64)
     for i in range(steps):
         shrink = torch.expm1(-(lam[i + 1] - lam[i]))
         last = i == steps - 1 and (
@@ -267,10 +268,10 @@ def dpmpp_coefficients(levels: NoiseLevels | Any, guidance_scale: float) -> Tens
         half: Any = 0.0
         if i > 0 and not last:
             half = 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1])  # 1 / (2 r0)
-        rows[i, 0] = 1 / alpha[i]
-        rows[i, 1] = -sigma[i] / alpha[i]
-        rows[i, 2] = sigma[i + 1] / sigma[i]
-        rows[i, 3] = -alpha[i + 1] * shrink * (1 + half)
-        rows[i, 4] = alpha[i + 1] * shrink * half
-        rows[i, 5] = guidance_scale
+        rows[i, Coefficient.SAMPLE_TO_X0] = 1 / alpha[i]
+        rows[i, Coefficient.NOISE_TO_X0] = -sigma[i] / alpha[i]
+        rows[i, Coefficient.SAMPLE] = sigma[i + 1] / sigma[i]
+        rows[i, Coefficient.X0] = -alpha[i + 1] * shrink * (1 + half)
+        rows[i, Coefficient.LAST_X0] = alpha[i + 1] * shrink * half
+        rows[i, Coefficient.GUIDANCE] = guidance_scale
     return rows.float()

@@ -92,7 +92,7 @@ def test_a_request_s_peak_in_tiles(
     tiling = Tiling(tile=size, overlap=size // 4)
     pipe = PixArtPipeline.from_bundle(bundle, "cpu")
     monkeypatch.setattr(
-        "pixart_rt.inference.pipeline.TiledDecoder", partial(TiledDecoder, tiling=tiling)
+        "pixart_rt.inference.decoding.TiledDecoder", partial(TiledDecoder, tiling=tiling)
     )
     measured, whole = (
         peak_bytes(

@@ -26,11 +26,13 @@ from pixart_rt.version import __version__
 if TYPE_CHECKING:
     from pixart_rt.export.build import build
     from pixart_rt.inference.pipeline import PixArtPipeline, Request
+    from pixart_rt.training.run import train
 
 _LAZY = {
     "PixArtPipeline": "pixart_rt.inference.pipeline",
     "Request": "pixart_rt.inference.pipeline",
     "build": "pixart_rt.export.build",
+    "train": "pixart_rt.training.run",
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "Scheduler",
     "__version__",
     "build",
+    "train",
 ]
 
 

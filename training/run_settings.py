@@ -1,6 +1,6 @@
 """How a phase is run: what the optimiser does, in which precision, over how many ranks.
 
-Imports no torch. A recipe's phase gives most of it (run.py); the rest is the machine's.
+Imports no torch. A recipe's phase gives most of it (phases.py); the rest is run_options.py's.
 """
 
 from __future__ import annotations
@@ -45,6 +45,17 @@ class Checkpointing(StrEnum):
     """Matrix products and attention; the rest is run again (kernels/checkpointing.py)."""
     FULL = "full"
     """Its inputs; all of it is run again."""
+
+
+class Place(StrEnum):
+    """Where log lines can go (log_writers.py)."""
+
+    CONSOLE = "console"
+    JSONL = "jsonl"
+    TENSORBOARD = "tensorboard"
+    """Needs the extra `tensorboard`."""
+    WANDB = "wandb"
+    """Weights & Biases; needs its package and its own login."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

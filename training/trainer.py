@@ -42,7 +42,7 @@ from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.communication import profiled
 from pixart_rt.training.distributed import DTYPES, spread
 from pixart_rt.training.flops import peak_flops
-from pixart_rt.training.log_writers import JSONL, Log, Place, open_log
+from pixart_rt.training.log_writers import JSONL, Log, open_log
 from pixart_rt.training.metrics import Meter
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.optim.clipping import clip_gradients, step_if_finite
@@ -53,7 +53,7 @@ from pixart_rt.training.optim.loss_scale import LossScale
 from pixart_rt.training.optim.muon import muon_groups
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.reproducible_sums import TreeSum, sum_over_ranks, take_gradients
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, RunSettings
+from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Place, RunSettings
 from pixart_rt.training.sample_rng import Draws, draw
 
 _log = logging.getLogger(__name__)
@@ -393,8 +393,7 @@ class Trainer:
             if found != value:
                 raise CheckpointError(
                     f"{self.checkpoints.path(chosen)} was made with {name} {found}, this run has "
-                    f"{value}; go on with the same (--{name.replace('_', '-')}, where that is an "
-                    "option), or start in another folder"
+                    f"{value}; resume with the same `{name}`, or start in another folder"
                 )
         if progress.step > self.settings.steps:
             raise CheckpointError(

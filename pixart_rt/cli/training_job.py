@@ -32,11 +32,16 @@ from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.checkpoints import remove_checkpoints
 from pixart_rt.training.device_defaults import check_kernels, usual_kernels, usual_precision
 from pixart_rt.training.finetune.settings import FinetuneSettings
-from pixart_rt.training.log_writers import Place
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.optim.warmup import Warmup
 from pixart_rt.training.process_group import Ranks
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
+from pixart_rt.training.run_settings import (
+    Checkpointing,
+    OptimizerKind,
+    Parallel,
+    Place,
+    RunSettings,
+)
 from pixart_rt.training.sample_source import Source
 from pixart_rt.training.trainer import Feed, StepResult, Trainer
 

@@ -57,7 +57,10 @@ GlobalBatch = Annotated[
 ]
 MicroBatches = Annotated[
     int | None,
-    typer.Option(help="Parts of a step, all ranks; gradients add up. Default: one a rank."),
+    typer.Option(
+        help="Parts of a step, all ranks; gradients add up. Default: parts of at most the "
+        "recipe's batch_per_gpu."
+    ),
 ]
 Floats = Annotated[
     Precision | None,

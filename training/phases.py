@@ -34,13 +34,14 @@ from pixart_rt.files import replacing
 from pixart_rt.model.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.training.device_defaults import check_kernels
 from pixart_rt.training.diffusion import GaussianDiffusion
+from pixart_rt.training.micro_batches import count_micro_batches
 from pixart_rt.training.next_phase import for_next_phase
 from pixart_rt.training.objectives.denoising import ClassObjective, Objective, TextObjective
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_options import TrainOptions
-from pixart_rt.training.run_settings import OptimizerKind, Place, RunSettings
+from pixart_rt.training.run_settings import Place, RunSettings
 from pixart_rt.training.sample_source import Source, feed_of, null_of, sampler_of
 from pixart_rt.training.sampler import BucketSampler
 from pixart_rt.training.trainer import Trainer
@@ -69,29 +70,34 @@ def global_batch(recipe: Recipe, phase: Phase, options: TrainOptions) -> int:
 def run_settings(
     recipe: Recipe, phase: Phase, options: TrainOptions, num_ranks: int
 ) -> RunSettings:
-    """The recipe's optimiser under these options. The rate follows the batch that is really used.
+    """The recipe's optimiser under these options. The rate follows the batch that is really used,
+    and a micro-batch has at most the images that the recipe gives a GPU.
 
     A precision that nobody chose is bf16; `with_device_defaults` (run.py) chooses it first.
     """
     overrides, compute, records = options.overrides, options.compute, options.records
-    preset = recipe.settings
-    optimizer = overrides.optimizer or recipe.optimizer
-    adam = optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
+    batch = global_batch(recipe, phase, options)
+    optimizer = recipe.phase_optimizer(phase, batch=batch, kind=overrides.optimizer)
     validate_every = options.validation.every if options.validation else None
     return RunSettings(
         steps=phase.steps if overrides.steps is None else overrides.steps,
-        lr=preset.effective_lr(phase.lr, global_batch(recipe, phase, options)),
-        warmup=phase.warmup(preset),
-        decay=phase.decay,
-        optimizer=optimizer,
-        weight_decay=preset.weight_decay,
-        betas=preset.betas if adam else None,
-        eps=preset.eps if adam else None,
-        clip_norm=preset.clip_norm,
+        lr=optimizer.lr,
+        warmup=optimizer.warmup,
+        decay=optimizer.decay,
+        optimizer=optimizer.kind,
+        weight_decay=optimizer.weight_decay,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        clip_norm=optimizer.clip_norm,
         ema_decay=recipe.ema_decay,
         ema_on_cpu=compute.ema_on_cpu,
         precision=compute.precision or recipe.precision or Precision.BF16,
-        micro_batches=num_ranks if overrides.micro_batches is None else overrides.micro_batches,
+        micro_batches=count_micro_batches(
+            batch,
+            num_ranks,
+            asked=overrides.micro_batches,
+            most=phase.images_per_gpu(recipe.settings),
+        ),
         parallel=compute.parallel,
         reproducible=compute.reproducible,
         compile=compute.compile,
@@ -208,7 +214,8 @@ def is_done(recipe: Recipe, phase: Phase, options: TrainOptions, out: Path) -> b
 
 def _asked(recipe: Recipe, phase: Phase, options: TrainOptions) -> dict[str, Any]:
     """The settings that distinguish finished phases; not how many ranks shared one."""
-    settings = run_settings(recipe, phase, options, 1)
+    overrides = replace(options.overrides, micro_batches=1)  # not part of it, and ranks neither
+    settings = run_settings(recipe, phase, replace(options, overrides=overrides), 1)
     asked = {**settings.identity(), **_identity(recipe, phase, options), "steps": settings.steps}
     del asked["micro_batches"]
     return asked

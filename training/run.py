@@ -83,7 +83,14 @@ def train(
     run = _checked(recipe, data, out, preset, phases, init, encoder, options, pipeline)
     with _started(run, progress) as live:
         if live.ranks.is_first:
-            for line in report(run.recipe, _num_parameters(run.recipe)):
+            overrides = options.overrides
+            lines = report(
+                run.recipe,
+                _num_parameters(run.recipe),
+                batch=overrides.batch,
+                optimizer=overrides.optimizer,
+            )
+            for line in lines:
                 _log.info("%s", line)
         done = _run_phases(live)
         if pipeline is None:

@@ -101,6 +101,8 @@ class RunSettings:
                 f"profile_every {self.profile_every} was asked with a log line every "
                 f"{self.log_every} steps; use a multiple, so that a line reports what was profiled"
             )
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay must be >= 0, got {self.weight_decay}")
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.seed < 0:
@@ -121,7 +123,7 @@ class RunSettings:
         return self.lr * self.warmup.share(step) * cosine_end(step, self.steps, self.decay)
 
     def identity(self) -> dict[str, object]:
-        """What must not change when a run goes on: the samples, their draws and how it learns."""
+        """What must not change when a run is resumed: samples, their draws and how it learns."""
         return {
             "seed": self.seed,
             "micro_batches": self.micro_batches,

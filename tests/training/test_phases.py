@@ -19,6 +19,7 @@ from pixart_rt.checkpoints.transformer import read_transformer
 from pixart_rt.config import CfgNull, Precision
 from pixart_rt.data.batch import Batch
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
+from pixart_rt.training.optimizer_settings import OptimizerTable
 from pixart_rt.training.phases import (
     is_done,
     phase_folder,
@@ -29,7 +30,7 @@ from pixart_rt.training.phases import (
 )
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.process_group import start_ranks
-from pixart_rt.training.recipe import ModelShape, Phase, Recipe, Stage, Start, Weights
+from pixart_rt.training.recipe import ModelShape, Phase, Recipe, Stage, Start, Weights, read_recipe
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_options import Compute, Overrides, Records, TrainOptions
 from pixart_rt.training.run_settings import OptimizerKind
@@ -212,7 +213,7 @@ def test_settings_follow_the_preset_and_the_real_batch():
     code = replace(RECIPE, preset=Preset.ORIGINAL_CODE)
     settings = run_settings(code, ALIGN, replace(OPTIONS, overrides=Overrides(batch=1024)), 4)
     assert settings.lr == pytest.approx(2e-3) and settings.clip_norm == 0.01
-    assert settings.eps == 1e-10 and settings.micro_batches == 4
+    assert settings.eps == 1e-10 and settings.micro_batches == 1024 // 2, "of batch_per_gpu images"
     came = run_settings(
         code, ALIGN, replace(OPTIONS, overrides=Overrides(optimizer=OptimizerKind.CAME)), 1
     )
@@ -236,3 +237,36 @@ def test_a_start_that_is_given_is_taken_in_place_of_random_weights(out):
     assert all(torch.equal(found.state[name], expected[name]) for name in expected)
     with pytest.raises(CheckpointError, match="does not exist"):
         start_of(RECIPE, PIXELS, out, out / "nothing.pt", 0)
+
+
+def test_a_recipes_settings_of_the_optimiser_reach_the_run():
+    table = OptimizerTable(weight_decay=0.2, clip_norm=0.3, betas=(0.8, 0.9), eps=1e-6)
+    own = replace(ALIGN, clip_norm=0.4, warmup_steps=7, decay=0.5)
+    recipe = replace(RECIPE, optimizer=table, phases=(PIXELS, own, LARGE))
+    found = run_settings(recipe, own, OPTIONS, 1)
+    assert (found.weight_decay, found.clip_norm, found.betas, found.eps) == (
+        0.2, 0.4, (0.8, 0.9), 1e-6,
+    )  # fmt: skip
+    assert (found.warmup.steps, found.decay) == (7, 0.5)
+    assert run_settings(recipe, PIXELS, OPTIONS, 1).clip_norm == 0.3
+
+
+def test_micro_batches_hold_what_the_recipe_gives_a_gpu():
+    """Of the paper's 64 GPUs with 178 images: the same 64 parts on 1, 8 and 64 ranks."""
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "pixart-alpha.toml")
+    align, last = recipe.phases[1], recipe.phases[4]
+    for num_ranks in (1, 8, 64):
+        assert run_settings(recipe, align, OPTIONS, num_ranks).micro_batches == 64
+    assert run_settings(recipe, last, OPTIONS, 1).micro_batches == 32
+    smaller = replace(OPTIONS, overrides=Overrides(batch=40))
+    assert run_settings(recipe, last, smaller, 1).micro_batches == 4, "of 10 images, not 12"
+    asked = replace(OPTIONS, overrides=Overrides(batch=40, micro_batches=8))
+    assert run_settings(recipe, last, asked, 2).micro_batches == 8
+    for batch, parts, num_ranks, says in (
+        (40, None, 3, "40 images does not divide among 3 ranks"),
+        (40, 16, 2, "`micro_batches` 16 was asked, but a step of 40 images"),
+        (40, 5, 2, "`micro_batches` 5 was asked on 2 ranks"),
+    ):
+        asked = replace(OPTIONS, overrides=Overrides(batch=batch, micro_batches=parts))
+        with pytest.raises(ConfigError, match=says):
+            run_settings(recipe, last, asked, num_ranks)

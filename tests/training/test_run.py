@@ -60,8 +60,8 @@ def test_a_recipe_is_trained_into_a_pipeline(tmp_path: Path, caplog: Any) -> Non
     done = train(RECIPE, {}, tmp_path / "run", options=OPTIONS)
     assert done == tmp_path / "run" / "01-text" / "transformer-ema"
     assert torch.equal(read_transformer(done).state[name], read_transformer(result).state[name])
-    report = replay_step(RECIPE, {}, tmp_path / "run", "text", 0, init="tiny", options=OPTIONS)
-    assert report["finite"] and report["from_checkpoint"] == 0
+    report = replay_step(RECIPE, {}, tmp_path / "run", "text", 1, init="tiny", options=OPTIONS)
+    assert report["finite"] and report["from_checkpoint"] == 1
     json.dumps(report)
 
 

@@ -20,6 +20,7 @@ from pixart_rt.errors import (
     ConfigError,
     NumericsError,
     PixArtError,
+    TrainingError,
 )
 from pixart_rt.version import __version__
 
@@ -53,6 +54,7 @@ __all__ = [
     "Request",
     "SamplingConfig",
     "Scheduler",
+    "TrainingError",
     "__version__",
     "build",
     "train",

@@ -8,6 +8,7 @@
     ├── BackendError            1   a backend that is not installed or refused a call
     ├── BuildError              1   an engine that could not be built
     │   └── NumericsError       1   a component whose output is wrong; names its first bad layer
+    ├── TrainingError           1   a run that does not learn
     ├── CapacityError           1   a model that does not fit the memory it was given
     └── Cancelled               1   the caller stopped the image
 
@@ -49,6 +50,10 @@ class BuildError(PixArtError):
 
 class NumericsError(BuildError):
     """A component whose output differs from float32 PyTorch by more than its bound."""
+
+
+class TrainingError(PixArtError):
+    """A run that does not learn, such as one whose steps are all skipped."""
 
 
 class CapacityError(PixArtError):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+from typer.core import TyperCommand
 
 from pixart_rt.errors import ConfigError, PixArtError
 
@@ -21,6 +24,40 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _WRITERS = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed writing")
 _DISK_FULL = "the disk is full; free space where the output goes, or choose another place"
 _EXTRAS = {"matplotlib": "train", "pyarrow": "data"}  # what the base install lacks
+
+_ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*)|\['([^']+)'\])?`")  # `init`, `init=MODEL`, `data['HQ']`
+
+
+class Verb(TyperCommand):
+    """A verb whose errors name its options: the library's name the arguments of its functions."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb. Parameters have the names of the function's arguments."""
+        try:
+            return super().invoke(ctx)
+        except PixArtError as error:
+            error.args = (with_flags(str(error), self.params),)
+            raise
+
+
+def with_flags(message: str, parameters: Sequence[Any]) -> str:
+    """The message with `argument` as --argument, where the verb has a parameter of that name.
+
+    `init=MODEL` becomes --init MODEL, and `data['HQ']` --data HQ=PATH.
+    """
+    flags = {
+        each.name: each.opts[0] if each.param_type_name == "option" else each.metavar or each.name
+        for each in parameters
+    }
+
+    def flag(match: re.Match[str]) -> str:
+        name, value, key = match.groups()
+        if name not in flags:
+            return match[0]
+        words = [flags[name], *([value] if value else []), *([f"{key}=PATH"] if key else [])]
+        return " ".join(words)
+
+    return _ARGUMENT.sub(flag, message)
 
 
 def one_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pixart_rt.config import Precision
-from pixart_rt.errors import CheckpointError, ConfigError, DataError
+from pixart_rt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pixart_rt.training.checkpoints import remove_checkpoints
 from pixart_rt.training.optim.warmup import Warmup
 from pixart_rt.training.process_group import start_ranks
@@ -289,6 +289,20 @@ def test_nothing_is_begun_anew_over_damaged_checkpoints(ranks, tmp_path):
     with pytest.raises(CheckpointError, match="nothing is left to resume from"):
         make_trainer(tmp_path, 5, ranks).run()
     assert trainer.checkpoints.steps() == [3]
+
+
+def test_a_run_that_only_skips_steps_ends_with_one_line(ranks, tmp_path, monkeypatch):
+    """With a rate of 1e30 the first step is finite and none after it."""
+    trainer = make_trainer(tmp_path / "end", 5, ranks, lr=1e30, log_every=5)
+    with pytest.raises(
+        TrainingError, match=r"the last 4 of 5 steps .* lower lr \(1e\+30\)"
+    ) as found:
+        trainer.run()
+    assert "\n" not in str(found.value) and trainer.skipped.item() == 4
+    monkeypatch.setattr("pixart_rt.training.trainer.SKIPPED_IN_A_ROW", 3)
+    early = make_trainer(tmp_path / "early", 100, ranks, lr=1e30, log_every=2)
+    with pytest.raises(TrainingError, match="the last 3 of 4 steps"):
+        early.run()
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerKind.ADAMW, OptimizerKind.CAME])

@@ -1,10 +1,11 @@
-"""What `pixart-rt finetune lora` and `dreambooth` run: pictures in, an adapter or a model out.
+"""Training on a few pictures, which LoRA (lora.py) and DreamBooth (dreambooth.py) share.
 
 pictures encoded once -> encoders let go -> model adapted -> trained -> written, whole or absent
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,6 @@ import torch
 from torch import Tensor
 
 from pixart_rt.bundle import sha256
-from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, is_pipeline, write_model
-from pixart_rt.cli.training_job import (
-    Base,
-    Job,
-    Progress,
-    of_model,
-    on_first,
-    open_base,
-    train_and_write,
-)
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder, usual_text_precision
 from pixart_rt.data.folder import METADATA
@@ -35,58 +26,67 @@ from pixart_rt.data.instances import (
 )
 from pixart_rt.data.loader import Batches
 from pixart_rt.errors import ConfigError
-from pixart_rt.files import ADAPTER, PIPELINE, TRANSFORMER
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.device_defaults import usual_kernels
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
-from pixart_rt.training.finetune.lora import adapters_in, add_lora, save_lora
-from pixart_rt.training.finetune.settings import LoraSettings
+from pixart_rt.training.finetune.job import Base, Job, train_and_write
 from pixart_rt.training.objectives.dreambooth import DreamBoothObjective
 from pixart_rt.training.prior_pairs import PairedSampler
 from pixart_rt.training.process_group import start_ranks
+from pixart_rt.training.progress import Progress, on_first
 from pixart_rt.training.sample_source import null_of
 from pixart_rt.training.sampler import BucketSampler, RankIds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What a verb was asked. Without `lora` all weights are trained."""
+class Pictures:
+    """A folder of pictures of one thing or style, and of its class for prior preservation."""
 
-    job: Job
     images: Path
-    prompt: str | None
-    class_images: Path | None
-    class_prompt: str | None
-    lora: LoraSettings | None
-    square: bool
+    prompt: str | None = None  # of all pictures; None: captions of metadata.jsonl in the folder
+    class_images: Path | None = None
+    class_prompt: str | None = None
+    square: bool = False  # crop to the square, not to 40 shapes
 
     def __post_init__(self) -> None:
         if (self.class_images is None) != (self.class_prompt is None):
-            raise ConfigError("--class-images and --class-prompt go together; give both or none")
+            raise ConfigError("`class_images` and `class_prompt` go together; give both or none")
         if self.prompt is None and not (self.images / METADATA).is_file():
             raise ConfigError(
                 f"{self.images} has no {METADATA} with a caption for each picture; write one, or "
-                "give one --prompt for all"
+                "give one `prompt` for all"
             )
 
+    @property
+    def images_per_sample(self) -> int:
+        """2 with class pictures: each picture is trained on beside one of them."""
+        return 1 if self.class_images is None else 2
 
-def finetune(request: Request, progress: Progress) -> bool:
-    """Train and write the result. Returns whether this rank is the one that tells.
 
-    Raises ConfigError, DataError or CheckpointError, one line.
+def train_on_pictures(
+    pictures: Pictures,
+    job: Job,
+    base: Base,
+    *,
+    asked: Mapping[str, Any],
+    adapt: Callable[[PixArtTransformer], None],
+    write: Callable[[dict[str, Tensor]], None],
+    progress: Progress,
+) -> None:
+    """Encode the pictures, let the encoders go, adapt the model, train and write.
+
+    `adapt` chooses what learns. `asked` is what must be the same to resume. Raises ConfigError,
+    DataError or CheckpointError, one line.
     """
-    job = request.job
-    base = open_base(
-        job, COMPONENTS, ADAPTER if request.lora is not None else (PIPELINE, TRANSFORMER)
-    )
-    instances, of_class = _pictures(request)
-    with start_ranks(job.device) as ranks:
+    instances, of_class = _pictures(pictures)
+    with start_ranks(job.options.device) as ranks:
+        job.run_settings(ranks)  # refuses what cannot be, before minutes of encoding
         source, null = _encode(
-            request, base, instances, of_class, ranks.device, on_first(ranks, progress)
+            pictures, job, base, instances, of_class, ranks.device, on_first(ranks, progress)
         )
         model = base.load(ranks.device)
-        _choose_what_learns(model, request)
+        adapt(model)
         projected = not any(each.requires_grad for each in model.y_proj.parameters())
         if projected:
             source, null = _projected(source, null, model)
@@ -99,33 +99,46 @@ def finetune(request: Request, progress: Progress) -> bool:
             text_dropout=job.settings.text_dropout,
             projected=projected,
         )
-        ids = RankIds(_sampler(request, source), ranks.rank, ranks.num_ranks)
-        return train_and_write(
+        ids = RankIds(_sampler(pictures, job, source), ranks.rank, ranks.num_ranks)
+        train_and_write(
             job,
             objective,
-            Batches(source, ids, seed=job.seed),
+            Batches(source, ids, seed=job.options.seed),
             ranks,
             identity={
-                "asked": _asked(request),
+                "asked": asked,
                 "pictures": [sha256(each.path) for each in (*instances, *of_class)],
             },
             progress=progress,
-            write=lambda weights: _write(request, base, weights),
+            write=write,
         )
 
 
-def _pictures(request: Request) -> tuple[list[Picture], list[Picture]]:
-    if request.prompt is None:
-        instances = captioned_pictures(request.images)
+def asked_of_pictures(verb: str, pictures: Pictures, job: Job) -> dict[str, Any]:
+    """What made the result, as plain values."""
+    return {
+        "made_by": f"pixart-rt finetune {verb}",
+        "model": job.model,
+        "prompt": pictures.prompt,
+        "class_prompt": pictures.class_prompt,
+        "seed": job.options.seed,
+        "settings": asdict(job.settings),
+    }
+
+
+def _pictures(given: Pictures) -> tuple[list[Picture], list[Picture]]:
+    if given.prompt is None:
+        instances = captioned_pictures(given.images)
     else:
-        instances = pictures_of(request.images, request.prompt)
-    if request.class_images is None or request.class_prompt is None:
+        instances = pictures_of(given.images, given.prompt)
+    if given.class_images is None or given.class_prompt is None:
         return instances, []
-    return instances, pictures_of(request.class_images, request.class_prompt)
+    return instances, pictures_of(given.class_images, given.class_prompt)
 
 
 def _encode(
-    request: Request,
+    pictures: Pictures,
+    job: Job,
     base: Base,
     instances: list[Picture],
     of_class: list[Picture],
@@ -134,10 +147,10 @@ def _encode(
 ) -> tuple[InstanceSource, NullText]:
     """The features of all pictures and captions, and of no caption. The encoders are let go."""
     progress("loading the encoders", 0, 1)
-    config, settings = base.checkpoint.config, request.job.settings
+    config, settings = base.checkpoint.config, job.settings
     encoder = FeatureEncoder.open(
         EncoderConfig(
-            model=request.job.model,
+            model=job.model,
             text_precision=usual_text_precision(device),
             max_text_tokens=config.max_text_tokens,
         ),
@@ -145,7 +158,7 @@ def _encode(
     )
     source = encode_instances(
         encoder,
-        bucket_table(config.resolution, square=request.square),
+        bucket_table(config.resolution, square=pictures.square),
         instances,
         of_class,
         repeats=settings.batch,
@@ -155,14 +168,6 @@ def _encode(
         return source, null_of(base.checkpoint, encoder.text([""])[0][0])
     shape = config.max_text_tokens, config.caption_channels
     return source, NullText(torch.zeros(shape), None)  # never read: no caption is dropped
-
-
-def _choose_what_learns(model: PixArtTransformer, request: Request) -> None:
-    if request.lora is not None:
-        add_lora(model, request.lora, request.job.seed)
-    else:
-        model.requires_grad_(True)
-        model.y_proj.requires_grad_(request.job.settings.train_captions)
 
 
 @torch.no_grad()
@@ -178,12 +183,12 @@ def _projected(
     return source.projected(projection), replace(null, embeds=embeds)
 
 
-def _sampler(request: Request, source: InstanceSource) -> BucketSampler:
+def _sampler(pictures: Pictures, job: Job, source: InstanceSource) -> BucketSampler:
     """Steps of exactly `batch` images whatever their shape, or of as many pairs."""
-    tokens, batch = [1] * len(source.buckets), request.job.settings.batch
-    if request.class_images is None:
+    tokens, batch = [1] * len(source.buckets), job.settings.batch
+    if pictures.class_images is None:
         return BucketSampler(
-            source.bucket_of, tokens, token_budget=batch, multiple=batch, seed=request.job.seed
+            source.bucket_of, tokens, token_budget=batch, multiple=batch, seed=job.options.seed
         )
     return PairedSampler(
         source.bucket_of,
@@ -191,33 +196,5 @@ def _sampler(request: Request, source: InstanceSource) -> BucketSampler:
         tokens,
         token_budget=2 * batch,
         multiple=2 * batch,
-        seed=request.job.seed,
-    )
-
-
-def _asked(request: Request) -> dict[str, Any]:
-    """What made the result, as plain values."""
-    return {
-        "made_by": f"pixart-rt finetune {'dreambooth' if request.lora is None else 'lora'}",
-        "model": request.job.model,
-        "prompt": request.prompt,
-        "class_prompt": request.class_prompt,
-        "seed": request.job.seed,
-        "settings": asdict(request.job.settings),
-        "lora": None if request.lora is None else asdict(request.lora),
-    }
-
-
-def _write(request: Request, base: Base, weights: dict[str, Tensor]) -> None:
-    out, origin = request.job.out, base.origin(_asked(request))
-    if request.lora is not None:
-        adapters = adapters_in(of_model(weights))
-        save_lora(out, adapters, request.lora, base=request.job.model, origin=origin,
-                  force=request.job.force)  # fmt: skip
-        return
-    write_model(
-        replace(base.checkpoint, state=of_model(weights), origin=origin),
-        out,
-        pipeline=base.folder if is_pipeline(base.folder) else None,
-        force=request.job.force,
+        seed=job.options.seed,
     )

@@ -49,6 +49,7 @@ from pixart_rt.memory.weights import (
     transformer_weights,
     vae_weights,
 )
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Encoder, keep_dtype
 from pixart_rt.model.text_kv import TextSide
@@ -58,11 +59,6 @@ from pixart_rt.model.vae import SD_VAE, VaeDecoder, vae_from_config
 DOC = ROOT / "docs" / "memory.md"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.FP16: torch.float16,
-    Precision.BF16: torch.bfloat16,
-}
 Row = dict[str, Any]
 
 

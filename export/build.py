@@ -31,12 +31,13 @@ from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.checkpoint_source import Source, open_source
 from pixart_rt.export.component_build import compile_component
-from pixart_rt.export.component_spec import DTYPES, Plan, plan_component
+from pixart_rt.export.component_spec import Plan, plan_component
 from pixart_rt.export.engines import check_targets
 from pixart_rt.export.plugins.graph import check_plugin_targets
 from pixart_rt.export.preview_colors import write_preview
 from pixart_rt.files import check_folder
 from pixart_rt.inference.schedulers import stored_scheduler
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_kv import TEXT_SIDE
 from pixart_rt.model.vae import VaeEncoder
 from pixart_rt.version import __version__

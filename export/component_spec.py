@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pixart_rt.buckets import buckets
+from pixart_rt.buckets import VAE_SCALE_FACTOR, buckets
 from pixart_rt.checkpoints.bundle_module import CONTROLNET, DenoiserModule
 from pixart_rt.config import EngineConfig, ModelConfig, Quality, Weights, text_lengths
 from pixart_rt.errors import BuildError
@@ -27,11 +27,10 @@ from pixart_rt.export.onnx_export import (
     vae_decoder_graph,
 )
 from pixart_rt.model.controlnet_config import ControlNetConfig
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Config
 from pixart_rt.model.vae import VaeDecoder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LATENT_SHRINK = 8  # pixels per latent pixel
 SEED = 20231  # of the random inputs of the gate
 
 Profile = dict[str, list[int]]
@@ -160,7 +159,7 @@ def vae_profiles(config: EngineConfig) -> list[Profile]:
     groups: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for bucket in buckets(config.resolution):
         group = 0 if bucket.ratio < 0.5 else 2 if bucket.ratio > 2.0 else 1
-        groups[group].append((bucket.height // LATENT_SHRINK, bucket.width // LATENT_SHRINK))
+        groups[group].append((bucket.height // VAE_SCALE_FACTOR, bucket.width // VAE_SCALE_FACTOR))
     profiles = []
     for sizes in groups.values():
         heights, widths = zip(*sizes, strict=True)

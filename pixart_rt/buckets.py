@@ -14,7 +14,8 @@ from fractions import Fraction
 
 from pixart_rt.errors import ConfigError, shorten
 
-PIXELS_PER_TOKEN = 16  # the VAE shrinks a side 8 times, a patch twice
+VAE_SCALE_FACTOR = 8  # pixels per latent pixel, along a side
+PIXELS_PER_TOKEN = 2 * VAE_SCALE_FACTOR  # a patch is two latent pixels wide
 _NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
 _ASPECT = re.compile(rf"{_NUMBER}(?::{_NUMBER})?")  # no signs, exponents, spaces or fractions
 RESOLUTIONS = (256, 512, 1024)

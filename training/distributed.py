@@ -29,15 +29,11 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.checkpointing import policy
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.run_settings import Checkpointing, Parallel, RunSettings
 
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.BF16: torch.bfloat16,
-    Precision.FP16: torch.float16,
-}
 TABLE = "scale_shift_table"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from pixart_rt.buckets import RESOLUTIONS
+from pixart_rt.buckets import RESOLUTIONS, VAE_SCALE_FACTOR
 from pixart_rt.config import ModelConfig, Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.optimizer_settings import (
@@ -142,7 +142,7 @@ class Phase(PhaseOverrides):
         """`model` at this phase's resolution, positions and micro-conditioning."""
         return replace(
             model,
-            sample_size=self.resolution // 8,
+            sample_size=self.resolution // VAE_SCALE_FACTOR,
             interpolation_scale=settings.interpolation_scale(self.resolution),
             micro_conditioning=self.micro_conditioning,
         )

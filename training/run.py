@@ -24,8 +24,8 @@ from pixart_rt.checkpoints.transformer import TransformerCheckpoint, read_transf
 from pixart_rt.config import Precision
 from pixart_rt.data.training_data import open_data
 from pixart_rt.errors import ConfigError
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.training.device_defaults import usual_kernels, usual_precision
-from pixart_rt.training.distributed import DTYPES
 from pixart_rt.training.phases import (
     Validate,
     global_batch,

@@ -37,10 +37,11 @@ from pixart_rt.config import Precision
 from pixart_rt.data.batch import Batch
 from pixart_rt.errors import CheckpointError, ConfigError, TrainingError
 from pixart_rt.files import locked, replacing
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.training.checkpoints import FOLDER as CHECKPOINTS
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.communication import profiled
-from pixart_rt.training.distributed import DTYPES, spread
+from pixart_rt.training.distributed import spread
 from pixart_rt.training.flops import peak_flops
 from pixart_rt.training.log_writers import JSONL, Log, open_log
 from pixart_rt.training.metrics import Meter

@@ -28,6 +28,7 @@ from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.checkpoints.transformer import FAMILY_TEXT_TOKENS
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, DataError
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.vae import read_vae
@@ -36,11 +37,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 FOLDERS = ("vae", "text_encoder", "tokenizer")
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.FP16: torch.float16,
-    Precision.BF16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

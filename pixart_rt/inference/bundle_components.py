@@ -16,14 +16,9 @@ from pixart_rt.errors import BundleError
 from pixart_rt.inference.denoiser import Denoiser
 from pixart_rt.inference.prompts import NULL_PROMPT, PromptEncoder, TextCache
 from pixart_rt.inference.request_plan import Planner, load_modulator
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_kv import TEXT_SIDE, TextSide
 from pixart_rt.model.tokenizer import PromptTokenizer
-
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.FP16: torch.float16,
-    Precision.BF16: torch.bfloat16,
-}
 
 
 class PlacedComponent:

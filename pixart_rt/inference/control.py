@@ -16,12 +16,11 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from pixart_rt.buckets import Bucket
+from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.checkpoints.bundle_module import VAE_ENCODER, load_module
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError, ConfigError
-from pixart_rt.inference.denoiser import VAE_SCALE_FACTOR
 from pixart_rt.inference.request import Request
 
 ControlImage = Image | Sequence[Image]  # one for all images of a call, or one for each

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pixart_rt.approximations import FirstBlockCache, StepCache
 from pixart_rt.backends.component import Component
-from pixart_rt.buckets import Bucket, nearest_bucket
+from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket, nearest_bucket
 from pixart_rt.config import ModelConfig, SamplingConfig, Saving, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.inference.cuda_graphs import GraphKey, Graphs
@@ -34,7 +34,6 @@ from pixart_rt.model.embeddings import depatchify, patchify, unpatchify
 from pixart_rt.model.signature import ABSORBED
 from pixart_rt.model.text_kv import PromptText
 
-VAE_SCALE_FACTOR = 8  # pixels per latent pixel
 Before = Callable[[int], None]  # called with the step that comes next; may raise
 # step, timestep, latents [B, C, h, w], and what the step takes for the finished ones; the latents
 # to go on with, which may be the first changed in place

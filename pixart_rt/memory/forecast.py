@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from pixart_rt.buckets import buckets, token_range
+from pixart_rt.buckets import VAE_SCALE_FACTOR, buckets, token_range
 from pixart_rt.config import ModelConfig, Precision, Quality, TextPlace, Weights, text_lengths
 from pixart_rt.inference.prompts import CACHED_PROMPTS, CACHED_TEXT_BYTES
 from pixart_rt.inference.request_plan import PLAN_BYTES
@@ -38,7 +38,6 @@ from pixart_rt.memory.weights import (
     vae_weights,
 )
 
-LATENT_SHRINK = 8  # pixels per latent pixel
 LATENT_COPIES = 6  # noise, latents and x0 before and after a step, both halves' prediction
 STAGES = ("encode", "prepare", "denoise", "decode")
 
@@ -116,7 +115,7 @@ def forecast(shape: ModelShape, resolution: int, setting: Setting, steps: int = 
     found = Forecast(parts=parts, null_prompt=embeds if shape.text else 0, caches=caches)
     resident = found.loaded + caches
     latents = B * config.in_channels * tokens * config.patch_size**2 * WIDE
-    image = B * 3 * tokens * (LATENT_SHRINK * config.patch_size) ** 2 * WIDE
+    image = B * 3 * tokens * (VAE_SCALE_FACTOR * config.patch_size) ** 2 * WIDE
     if "text_encoder" in parts:
         text = parts["text_encoder"]
         found.stages["encode"] = resident + text.brought + text.activations
@@ -252,7 +251,7 @@ def _dtype(
 
 def _decoded(resolution: int, setting: Setting) -> tuple[int, int]:
     """The most latents, height and width, that the VAE decodes of an image at once."""
-    sizes = [(each.height // LATENT_SHRINK, each.width // LATENT_SHRINK)
+    sizes = [(each.height // VAE_SCALE_FACTOR, each.width // VAE_SCALE_FACTOR)
              for each in buckets(resolution)]  # fmt: skip
     if setting.tiling is not None:
         sizes = [tile_size(height, width, setting.tiling) for height, width in sizes]
@@ -260,4 +259,4 @@ def _decoded(resolution: int, setting: Setting) -> tuple[int, int]:
 
 
 def _decoded_pixels(resolution: int, setting: Setting) -> int:
-    return math.prod(_decoded(resolution, setting)) * LATENT_SHRINK**2
+    return math.prod(_decoded(resolution, setting)) * VAE_SCALE_FACTOR**2

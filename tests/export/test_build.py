@@ -22,13 +22,13 @@ from pixart_rt.export import checkpoint_source, component_build
 from pixart_rt.export.build import build, default_precision
 from pixart_rt.export.checkpoint_source import open_source, random_transformer
 from pixart_rt.export.component_spec import (
-    DTYPES,
     part_bytes,
     predicted_peak,
     split_layers,
     vae_profiles,
 )
 from pixart_rt.export.numerics import difference, verify_bundle
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5_XXL
 
 TORCH_256 = EngineConfig(resolution=256, backend="torch")

@@ -7,11 +7,12 @@ returns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, RLock
 
-from pixart_rt.errors import Cancelled
+from pixart_rt.errors import BackendError, Cancelled
 
 Progress = Callable[[str, int, int], None]  # a name, steps done, steps in all
 
@@ -62,14 +63,22 @@ class Turns:
     """Lets one thread at a time call; a callback may call again within its own turn."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._lock = RLock()
         self._calls: list[Call] = []  # the present one, and those whose callbacks called it
 
     @contextmanager
     def take(self, cancel: Event | None = None, progress: Progress | None = None) -> Iterator[Call]:
         """Wait for the turn and hold it. Raises Cancelled if the call was stopped meanwhile, and
-        at the end if it was stopped after all its work.
+        at the end if it was stopped after all its work; BackendError in a fork of the process that
+        loaded the pipeline.
         """
+        if os.getpid() != self._process:  # thread pools and GPU contexts stay behind: it would hang
+            raise BackendError(
+                f"this pipeline was loaded in process {self._process} and called in its fork "
+                f"{os.getpid()}, where it cannot run; load it in the child, or start children by "
+                "multiprocessing's spawn"
+            )
         call = Call(cancel, progress)
         with self._lock:
             call.check("before its turn")

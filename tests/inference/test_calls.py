@@ -5,7 +5,10 @@ The transformer predicts no noise at once, so that calls are short; its predicti
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
@@ -16,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_rt import Cancelled, ConfigError, EngineConfig, PixArtPipeline, Request
+from pixart_rt import BackendError, Cancelled, ConfigError, EngineConfig, PixArtPipeline, Request
 from pixart_rt.export.build import build
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
@@ -376,3 +379,25 @@ def test_mixed_batches_find_the_plans_of_their_images(loaded: PixArtPipeline) ->
         assert mixed.changes == tuple(
             max(pair) for pair in zip(alone[0].changes, alone[1].changes, strict=True)
         )
+
+
+def test_a_call_in_a_fork_is_an_error_and_no_hang(pipe: PixArtPipeline) -> None:
+    """Thread pools of PyTorch and ONNX Runtime do not survive a fork: the call would never end."""
+    pipe("a red circle", num_inference_steps=1)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forks with threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        try:
+            pipe("a red circle", num_inference_steps=1)
+        except BackendError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    said = os.read(reading, 1000).decode()
+    assert f"loaded in process {os.getpid()}" in said and "spawn" in said
+    os.close(reading)
+    os.close(writing)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside while training goes on, whole or absent, read by any ranks.
+"""Checkpoints of a run: written aside while training continues, whole or absent, read by any ranks.
 
     out/checkpoints/step-00001000/     tensors by torch.distributed.checkpoint (DCP), progress.json
     out/checkpoints/.step-00002000     one that is being written, or was when the run was killed
@@ -77,7 +77,7 @@ class Checkpoints:
             return Progress(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}); remove that checkpoint to go on from the one "
+                f"{path} cannot be read ({error}); remove that checkpoint to resume from the one "
                 "before"
             ) from error
 
@@ -194,7 +194,7 @@ class Checkpoints:
         except _FAILURES as error:
             raise CheckpointError(
                 f"{path} cannot be loaded ({_last_line(error)}); it is damaged or of another "
-                "model: remove it to go on from the one before, or start in another folder"
+                "model: remove it to resume from the one before, or start in another folder"
             ) from error
 
     def _aside(self, step: int) -> Path:

@@ -215,7 +215,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases, gone on with when the training is.
+    """A run of Weights & Biases, resumed with the training.
 
     Its history cannot be shortened: after a resume it ignores steps that it has already, so its
     curve keeps the first run's lines until the second has passed them.

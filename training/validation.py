@@ -4,7 +4,7 @@
     validation(model, out, step)                         out/validation/step-<step>.png
     Trainer(..., validation=lambda weights, step: validation.of_weights(weights, out, step))
 
-The text encoder runs once, when this is made, and is let go; the VAE waits on the CPU. No random
+The text encoder runs once, when this is made, and is freed; the VAE waits on the CPU. No random
 state but the images' own is touched, and no compiled block is compiled again: the model runs
 eagerly here. `model` is whole, so a sharded one (FSDP) is gathered first; one rank draws.
 

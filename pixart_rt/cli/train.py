@@ -54,7 +54,7 @@ def train(
 ) -> None:
     """Train the phases of a recipe.
 
-    A run that was stopped is resumed by the same command, bit by bit. Under torchrun every process
+    The same command resumes a run that was stopped, bit-identically. Under torchrun every process
     is a rank.
 
     \b

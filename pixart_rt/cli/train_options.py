@@ -58,7 +58,7 @@ GlobalBatch = Annotated[
 MicroBatches = Annotated[
     int | None,
     typer.Option(
-        help="Parts of a step, all ranks; gradients add up. Default: parts of at most the "
+        help="Parts of a step, all ranks (gradient accumulation). Default: parts of at most the "
         "recipe's batch_per_gpu."
     ),
 ]

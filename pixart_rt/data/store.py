@@ -53,7 +53,7 @@ class FeatureStore:
         if not self.manifest.complete:
             raise DataError(
                 f"{self.path} is not finished: run the `pixart-rt data extract` that began it "
-                "again, it goes on where it stopped"
+                "again, it resumes where it stopped"
             )
         self.buckets: tuple[Bucket, ...] = self.manifest.bucket_table
         self._rows = self._read_index()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixart_rt.kernels.solver import cfg_dpmpp_step
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> x to go on with
+OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> the next x
 
 
 @dataclass(frozen=True, slots=True)

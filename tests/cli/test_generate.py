@@ -61,7 +61,7 @@ def test_existing_files_are_refused_before_loading(
     assert existing in outcome.error and "--force" in outcome.error
     assert kept.read_bytes() == b"mine"
     forced = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", out, "-n", num, "--force")
-    assert forced.code == 1, "now it goes on, to the missing engines"
+    assert forced.code == 1, "now it continues, to the missing engines"
     assert "was built without" in forced.error
     assert kept.read_bytes() == b"mine"
 

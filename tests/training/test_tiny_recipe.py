@@ -101,7 +101,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow
 def test_five_phases_killed_and_gone_on_with(tmp_path):
-    """Against the same run that nobody disturbed, bit by bit; then an image is drawn."""
+    """Against the same run that nobody disturbed, bit for bit; then an image is drawn."""
     recipe = short_recipe(tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finished(started(recipe, whole)) == str(whole / PHASES[-1] / "transformer-ema")

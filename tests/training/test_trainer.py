@@ -150,7 +150,7 @@ def test_ranks_share_the_steps_of_one(alone, tmp_path, parallel, num_ranks, node
 
 @pytest.mark.slow
 def test_a_reproducible_run_has_the_same_bits_on_one_two_and_four_ranks(tmp_path):
-    """Also when it was killed on two ranks and goes on with four, or one."""
+    """Also when it was killed on two ranks and resumed with four, or one."""
     option = ("--set", "reproducible=true")
     (one,) = run(tmp_path / "one", *option)
     killed = tmp_path / "killed"

@@ -1,6 +1,6 @@
 """Training on a few pictures, which LoRA (lora.py) and DreamBooth (dreambooth.py) share.
 
-pictures encoded once -> encoders let go -> model adapted -> trained -> written, whole or absent
+pictures encoded once -> encoders freed -> model adapted -> trained -> written, whole or absent
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _encode(
     device: torch.device,
     progress: Progress,
 ) -> tuple[InstanceSource, NullText]:
-    """The features of all pictures and captions, and of no caption. The encoders are let go."""
+    """The features of all pictures and captions, and of no caption. The encoders are freed."""
     progress("loading the encoders", 0, 1)
     config, settings = base.checkpoint.config, job.settings
     encoder = FeatureEncoder.open(

@@ -10,6 +10,7 @@ import typer
 
 from pixart_rt.approximations import one_approximation
 from pixart_rt.bundle import Manifest
+from pixart_rt.checkpoints.hub import unseen_words
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.cli.failures import options_named
 from pixart_rt.cli.previews import PreviewWriter, check_previews
@@ -115,7 +116,7 @@ def generate(
     Examples:
       pixart-rt generate "a red circle above a blue square" --bundle engines/tiny-1024 -o out.png
       pixart-rt generate "a small green star" --bundle engines/tiny-1024 -o star.png --aspect 3:2
-      pixart-rt generate "two circles" --bundle engines/tiny-1024 -o sheet.png -n 4 --grid --seed 7
+      pixart-rt generate "a blue star" --bundle engines/tiny-1024 -o sheet.png -n 4 --grid --seed 7
     """
     from pixart_rt.inference.images import refuse_existing
 
@@ -140,6 +141,12 @@ def generate(
     manifest = Manifest.read(bundle)
     with options_named(OPTIONS):
         sampling = request.resolved(manifest).sampling
+    unseen = unseen_words(str(manifest.model["name"]), f"{request.prompt} {negative}")
+    if unseen:
+        note(
+            f"warning: tiny has never seen {', '.join(unseen[:8])}; it knows coloured circles, "
+            "squares, triangles and stars (docs/tiny.md), and draws what it takes this for"
+        )
     if preview is not None:
         check_previews(preview, bundle, force=force)
     if (control_image is None) != (manifest.control is None):

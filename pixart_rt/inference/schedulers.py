@@ -193,7 +193,7 @@ def dpmpp_levels(settings: SchedulerSettings, num_steps: int) -> NoiseLevels:
     else:
         steps = _spaced(settings, alphas, num_steps)
         sigmas = np.interp(steps, np.arange(len(trained)), trained)
-    smallest = ((1 - alphas[0]) / alphas[0]) ** 0.5
+    smallest = float(((1 - alphas[0]) / alphas[0]) ** 0.5)
     last = 0.0 if settings["final_sigmas_type"] == "zero" else smallest
     return NoiseLevels(
         torch.from_numpy(steps).to(torch.int64),

@@ -320,7 +320,7 @@ def implementation(op: str, x: Tensor, out: int, default: str) -> str:
     return _traced_choice(op, x.device, x.dtype, shape, default)
 
 
-@constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _traced_choice(
     op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], default: str
 ) -> str:

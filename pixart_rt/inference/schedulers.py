@@ -264,7 +264,7 @@ def dpmpp_coefficients(levels: NoiseLevels | Any, guidance_scale: float) -> Tens
             or (config["lower_order_final"] and steps < 15)
             or config["final_sigmas_type"] == "zero"
         )
-        half = 0.0
+        half: float | Tensor = 0.0
         if i > 0 and not last:
             half = 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1])  # 1 / (2 r0)
         rows[i, 0] = 1 / alpha[i]

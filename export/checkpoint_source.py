@@ -79,10 +79,10 @@ class Source:
         if self.transformer_path is None:
             return random_transformer(self.config, dtype)
         if self.controlnet_path is None:
-            return load_transformer(self.checkpoint(), dtype)
+            return load_transformer(self._checkpoint_in(dtype), dtype)
         path = self.controlnet_path
         controlnet = self._once("controlnet", lambda: read_controlnet(path, self.config))
-        return load_controlnet(controlnet, self.checkpoint(), dtype)
+        return load_controlnet(controlnet, self._checkpoint_in(dtype), dtype)
 
     def modulator(self) -> Modulator:
         """The modulator alone, float32."""
@@ -105,6 +105,12 @@ class Source:
         assert self.folder is not None
         tokens = PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens)([""])
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+    def _checkpoint_in(self, dtype: torch.dtype) -> TransformerCheckpoint:
+        """The checkpoint in `dtype`, in memory of its own: a module's weights may be changed."""
+        found = self.checkpoint()
+        state = {name: tensor.to(dtype, copy=True) for name, tensor in found.state.items()}
+        return replace(found, state=state)
 
     def checkpoint(self) -> TransformerCheckpoint:
         """The transformer's tensors as the files hold them."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tests.training.test_controlnet import batch_of, objective_of
+from tests.training.objectives.test_controlnet import batch_of, objective_of
 
 from pixart_rt.config import Precision
 from pixart_rt.data.batch import Batch

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from pixart_rt.inference.pipeline import PipelineOutput, PixArtPipeline
-    from pixart_rt.memory.fit import LoadChoice
+    from pixart_rt.memory.tiers import Tier
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -74,7 +74,7 @@ def generate(
     ] = None,
     vram: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G; torch bundles only."),
+        typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G."),
     ] = None,
     prompt_cache: Annotated[
         Path | None,
@@ -138,15 +138,15 @@ def generate(
     picture = None if control_image is None else _open_picture(control_image)
     writer = None if preview is None else PreviewWriter(preview, preview_every, steps)
     fit = None if vram is None else _fit(bundle, manifest, vram, vae_tiling)
-    tiled = fit.vae_tiling if fit else vae_tiling or manifest.vae_tiling
+    tiled = fit.config.vae_tiling if fit else vae_tiling or manifest.vae_tiling
     options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": tiled,
                "control_image": picture}  # fmt: skip
     loading = {
         "prompt_cache": prompt_cache,
-        "text_place": fit.text_place if fit else None,
+        "text_place": fit.config.text_place if fit else None,
         "auto_capture": not no_auto_capture and fit is None,  # a graph's memory is not predicted
     }
-    at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
+    at_once = fit.config.max_batch if fit else int(manifest.engine_config["max_batch"])
     result, seconds = _run(
         bundle, at_once, loading, prompt, negative, num, seed, sampling, options, writer
     )
@@ -162,24 +162,15 @@ def generate(
             typer.echo(str(path))
 
 
-def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> LoadChoice:
-    """What must be different when the bundle is loaded for it to fit, said in a note."""
-    if manifest.control is not None:
-        raise ConfigError(
-            f"--vram was asked, but {bundle} has a ControlNet, whose memory is not predicted; "
-            "leave it out"
-        )
-    import torch
+def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> Tier:
+    """The way of running the bundle that fits, said in a note."""
+    from pixart_rt.memory.tiers import fit_bundle, parse_bytes
 
-    from pixart_rt.memory.fit import fit_bundle
-    from pixart_rt.memory.tiers import parse_bytes
-
-    on_gpu = torch.cuda.is_available()
-    fit = fit_bundle(bundle, manifest, parse_bytes(vram), on_gpu=on_gpu, vae_tiling=vae_tiling)
-    tiles = ", the VAE in tiles" if fit.vae_tiling else ""
+    fit = fit_bundle(bundle, manifest, parse_bytes(vram), vae_tiling=vae_tiling)
+    tiles = ", the VAE in tiles" if fit.config.vae_tiling else ""
     note(
-        f"memory: text encoder {fit.text_place}, {fit.max_batch} at once{tiles}, predicted peak "
-        f"{fit.forecast.peak / 2**30:.2f} GiB"
+        f"memory: text encoder {fit.config.text_place}, {fit.config.max_batch} at once{tiles}, "
+        f"predicted peak {fit.forecast.peak / 2**30:.2f} GiB"
     )
     return fit
 

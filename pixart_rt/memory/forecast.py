@@ -107,9 +107,7 @@ def forecast(
     plans = max(plan, min(len(buckets(config.resolution)) * plan, PLAN_BYTES)) if full else plan
     prompts = CACHED_PROMPTS if cached_prompts is None else cached_prompts
     kept = prompts * embeds + max(kv, min((prompts + 1) * kv, CACHED_TEXT_BYTES))
-    found = Forecast(
-        parts=parts, null_prompt=embeds * has_text, caches=plans + kept * has_text
-    )
+    found = Forecast(parts=parts, null_prompt=embeds * has_text, caches=plans + kept * has_text)
     request = found.loaded + found.caches + 2 * B * embeds
     latents = B * shape.token_channels * tokens * WIDE
     image = B * 3 * tokens * PIXELS_PER_TOKEN**2 * WIDE

@@ -30,7 +30,7 @@ TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """The components of a model. Those that PyTorch runs have a configuration, engines have None."""
+    """A model and its components' configurations; None for an engine."""
 
     name: str
     config: ModelConfig

@@ -106,8 +106,24 @@ def test_vram_at_the_build_is_applied_recorded_and_obeyed(run: Run, tmp_path: Pa
     assert image.is_file()
 
 
-def test_generate_refuses_vram_for_engines(run: Run, bundle_256: Path, tmp_path: Path) -> None:
-    outcome = run("generate", "x", "--bundle", bundle_256, "-o", tmp_path / "x.png",
-                  "--vram", "8G")  # fmt: skip
-    assert outcome.code == 2
-    assert "fixed when it is built" in outcome.error
+def test_engines_are_planned_and_run_where_they_fit(
+    run: Run, bundle_256: Path, tmp_path: Path
+) -> None:
+    """Their precision is their own. What they reserve is measured by the build."""
+    planned = run("plan", "--model", bundle_256, "--res", 256, "--vram", "2G", "--json")
+    assert planned.code == 0, planned.err
+    record = json.loads(planned.out)
+    assert record["chosen"] == "full"
+    parts = record["tiers"][0]["components"]
+    assert parts["transformer"]["dtype"] == "fp32 in onnxruntime"
+    assert parts["transformer"]["activations"] > 0
+    other = run("plan", "--model", bundle_256, "--res", 256, "--precision", "bf16")
+    assert other.code == 2
+    assert "is built in fp32" in other.error
+    words = ("generate", "x", "--bundle", bundle_256, "-o", tmp_path / "x.png", "--steps", 1)
+    refused = run(*words, "--vram", "600M")
+    assert refused.code == 1
+    assert "nothing fits" in refused.error
+    done = run(*words, "--vram", "2G")
+    assert done.code == 0, done.err
+    assert "memory: text encoder resident, 2 at once, predicted peak" in done.err

@@ -27,6 +27,12 @@ GIB = 1 << 30
 RESERVE = 3 * GIB // 4
 UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 PYTORCH = ("torch", "torch-compile")
+MOVED = "a new prompt waits for the text encoder's weights"
+HOST = "a new prompt waits for the CPU"
+INT8_TEXT = "int8 weights of the text encoder"
+INT8_MODEL = "int8 weights of the transformer"
+TILED = "the VAE decodes in tiles"
+Step = tuple[str, tuple[str, ...], dict[str, Any]]  # name, what it gives up, changed settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +45,7 @@ class Tier:
     forecast: Forecast
 
     def fits(self, limit: int) -> bool:
-        """Whether its peak and the reserve fit `limit` bytes."""
+        """True if its peak and the reserve fit `limit` bytes."""
         return self.forecast.peak + RESERVE <= limit
 
 
@@ -50,37 +56,32 @@ def ways(model: Model, config: EngineConfig) -> list[tuple[str, str, EngineConfi
     Each step down is tried without tiles, then with them. Only quality high has quantized weights
     (config.py says why).
     """
-    built = model.bundle is not None
-    text = None if model.bundle is None else model.bundle[1].components.get("text_encoder")
-    text_backend = "torch" if text is None else text.backend
-    has_text = "text_encoder" in model.configs
-    Changes = dict[str, Any]
-    move: Changes = {"text_place": TextPlace.OFFLOAD, "text_encoder_backend": "torch"}
-    int8: Changes = {"text_weights": Weights.INT8}
-    moved, rounded = "a new prompt waits for the text encoder's weights", "int8 weights of the "
-    steps: list[list[tuple[str, list[str], Changes]]] = [[("", [], {})]]
-    if has_text and text_backend == "torch":
-        steps[0].append(("text-offload", [moved], move))
-    if has_text and not built:
-        weights = f"{rounded}text encoder"
-        steps.append([("text-int8", [weights], int8),
-                      ("text-int8-offload", [weights, moved], int8 | move)])  # fmt: skip
-    if has_text and text_backend in PYTORCH:
-        host = "a new prompt waits for the CPU"
-        steps.append([("text-cpu", [host], {"text_place": TextPlace.CPU})])
-    if config.quality is Quality.HIGH and not built:
+    text_backend = "torch" if "text_encoder" in model.configs else ""
+    if model.bundle is not None and text_backend:
+        text_backend = model.bundle[1].components["text_encoder"].backend
+    quantizes = model.bundle is None
+    move = {"text_place": TextPlace.OFFLOAD, "text_encoder_backend": "torch"}
+    int8 = {"text_weights": Weights.INT8}
+    steps: list[list[Step]] = [[("", (), {})]]
+    if text_backend == "torch":
+        steps[0].append(("text-offload", (MOVED,), move))
+    if text_backend and quantizes:
+        steps.append([("text-int8", (INT8_TEXT,), int8),
+                      ("text-int8-offload", (INT8_TEXT, MOVED), int8 | move)])  # fmt: skip
+    if text_backend in PYTORCH:
+        steps.append([("text-cpu", (HOST,), {"text_place": TextPlace.CPU})])
+    if quantizes and config.quality is Quality.HIGH:
         name, given, changes = steps[-1][0]
-        name = f"int8-{name}" if name else "int8"
-        given = [*given, f"{rounded}transformer"]
-        steps.append([(name, given, changes | {"weights": Weights.INT8})])
+        changes = changes | {"weights": Weights.INT8}
+        steps.append([(f"int8-{name}".rstrip("-"), (*given, INT8_MODEL), changes)])
     found = []
     for step in steps:
         for tiled in (False,) if config.vae_tiling else (False, True):
             for name, given, changes in step:
-                also = ["the VAE decodes in tiles"] if tiled else []
-                label = "-".join(filter(None, (name, "tiled" if tiled else ""))) or "full"
-                changed = replace(config, **changes, vae_tiling=tiled or config.vae_tiling)
-                found.append((label, "; ".join(given + also) or "nothing", changed))
+                label = f"{name}-tiled".lstrip("-") if tiled else name or "full"
+                gives_up = "; ".join((*given, TILED) if tiled else given) or "nothing"
+                tiling = {"vae_tiling": tiled or config.vae_tiling}
+                found.append((label, gives_up, replace(config, **changes, **tiling)))
     return found
 
 

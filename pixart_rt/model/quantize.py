@@ -33,7 +33,7 @@ def quantize_weights(module: nn.Module, weights: Weights) -> None:
 
 
 def in_a_layer(module: nn.Module, name: str) -> bool:
-    """Whether a module of this dotted name is one of the linears that are quantized."""
+    """True for the linears that are quantized, by their dotted names."""
     words = name.split(".")
     return isinstance(module, nn.Linear) and not {"layers", "blocks", "copies"}.isdisjoint(words)
 

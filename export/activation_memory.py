@@ -1,8 +1,8 @@
 """The memory that a built component's activations take, measured on the machine of the build.
 
 Engines that say what they reserve are believed. PyTorch's own allocator counts what runs in it:
-modules and AOTInductor packages. Of the others the modules that they were compiled from are
-measured, in PyTorch and in the same precision.
+modules and AOTInductor packages. Of the others the modules that they were compiled from are measured in
+PyTorch.
 """
 
 from __future__ import annotations
@@ -47,16 +47,22 @@ def measure_activations(
 
 
 def _of_modules(plan: Plan, device: torch.device) -> list[list[int]]:
-    """The peak of whichever part has the largest; one part is in memory at a time."""
+    """The peak of whichever part has the largest; one part is in memory at a time.
+
+    On a CPU in float32, halved for half precision: there PyTorch is slow in float16, and its
+    convolutions widen their inputs, which no engine does.
+    """
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[plan.precision]
+    shrink = dtype.itemsize // DTYPES[plan.precision].itemsize
     outputs, most = dict.fromkeys(plan.memory_cases), dict.fromkeys(plan.memory_cases, 0)
     for part in plan.parts:
-        module = part.make(DTYPES[plan.precision]).module.to(device)
+        module = part.make(dtype).module.to(device)
         for size, inputs in plan.memory_cases.items():
             peak, outputs[size] = _peak(module, inputs_of_part(inputs, outputs[size]), device)
             most[size] = max(most[size], peak)
         del module
         gc.collect()
-    return [[size, peak] for size, peak in sorted(most.items())]
+    return [[size, peak // shrink] for size, peak in sorted(most.items())]
 
 
 def _peak(call: Callable[..., Any], inputs: Tensors, device: torch.device) -> tuple[int, Any]:

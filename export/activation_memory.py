@@ -1,8 +1,8 @@
 """The memory that a built component's activations take, measured on the machine of the build.
 
 Engines that say what they reserve are believed. PyTorch's own allocator counts what runs in it:
-modules and AOTInductor packages. Of the others the modules that they were compiled from are measured in
-PyTorch.
+modules and AOTInductor packages. Of other engines the modules that they were compiled from are
+measured in PyTorch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The memory that a built component's activations take, measured on the machine of the build.
 
-Engines that say what they reserve are believed. PyTorch's own allocator counts what runs in it:
-modules and AOTInductor packages. Of other engines the modules that they were compiled from are
-measured in PyTorch.
+Engines that say what they reserve are believed. A component in PyTorch is measured as it is loaded;
+of other engines the modules that they were compiled from are.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pixart_rt.memory.measure import peak_bytes
 def measure_activations(
     folder: Path, manifest: Manifest, plan: Plan, entry: ComponentEntry, engine_runs: bool
 ) -> ActivationMemory:
-    """What the manifest keeps of a component that lies in `folder`."""
+    """The manifest's figures of a component that lies in `folder`."""
     device = default_device(entry.backend)
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
     if entry.backend.startswith("tensorrt") and engine_runs:
@@ -35,14 +34,13 @@ def measure_activations(
         )
         reserved = max(part.activation_bytes for part in chain.parts)  # type: ignore[attr-defined]
         return ActivationMemory(how=f"reserved by {entry.backend}, {place}", peaks=[[0, reserved]])
-    if entry.backend.startswith(("torch", "aoti")):
+    if entry.backend.startswith("torch"):
         # Eager for torch-compile too, which would compile for every size and fuses into less.
-        name = "torch" if entry.backend.startswith("torch") else entry.backend
-        full = manifest.with_entry(plan.component, replace(entry, backend=name))
-        engine = get_backend(name).load(folder, full, plan.component, device)
+        full = manifest.with_entry(plan.component, replace(entry, backend="torch"))
+        engine = get_backend("torch").load(folder, full, plan.component, device)
         peaks = [[size, _peak(engine, inputs, device)[0]]
                  for size, inputs in sorted(plan.memory_cases.items())]  # fmt: skip
-        return ActivationMemory(how=f"{name}, {place}", peaks=peaks)
+        return ActivationMemory(how=f"torch, {place}", peaks=peaks)
     return ActivationMemory(how=f"its modules in torch, {place}", peaks=_of_modules(plan, device))
 
 

@@ -97,7 +97,11 @@ def bundle_model(folder: Path, manifest: Manifest) -> Model:
 
 def _model(name: str, config: ModelConfig, t5: T5Config | None, vae: dict[str, Any]) -> Model:
     text = {} if t5 is None else {"text_encoder": asdict(t5)}
-    configs = {**text, "transformer": config.to_dict(), "vae_decoder": vae}
+    configs: dict[str, dict[str, Any] | None] = {
+        **text,
+        "transformer": config.to_dict(),
+        "vae_decoder": vae,
+    }
     return Model(name=name, config=config, configs=configs)
 
 

@@ -60,8 +60,8 @@ def ways(model: Model, config: EngineConfig) -> list[tuple[str, str, EngineConfi
     if model.bundle is not None and text_backend:
         text_backend = model.bundle[1].components["text_encoder"].backend
     quantizes = model.bundle is None
-    move = {"text_place": TextPlace.OFFLOAD, "text_encoder_backend": "torch"}
-    int8 = {"text_weights": Weights.INT8}
+    move: dict[str, Any] = {"text_place": TextPlace.OFFLOAD, "text_encoder_backend": "torch"}
+    int8: dict[str, Any] = {"text_weights": Weights.INT8}
     steps: list[list[Step]] = [[("", (), {})]]
     if text_backend == "torch":
         steps[0].append(("text-offload", (MOVED,), move))
@@ -80,8 +80,8 @@ def ways(model: Model, config: EngineConfig) -> list[tuple[str, str, EngineConfi
             for name, given, changes in step:
                 label = f"{name}-tiled".lstrip("-") if tiled else name or "full"
                 gives_up = "; ".join((*given, TILED) if tiled else given) or "nothing"
-                tiling = {"vae_tiling": tiled or config.vae_tiling}
-                found.append((label, gives_up, replace(config, **changes, **tiling)))
+                changes = changes | {"vae_tiling": tiled or config.vae_tiling}
+                found.append((label, gives_up, replace(config, **changes)))
     return found
 
 

@@ -14,7 +14,7 @@ LOWEST_TORCH ?= torch==2.11.0
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 25
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 25
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt

@@ -2,6 +2,7 @@
 
     python -m benchmarks.codegen                  writes results/codegen.json and the page
     python -m benchmarks.codegen --json OUT.json  only the JSON, at OUT.json
+    python -m benchmarks.codegen --keys           what would be compiled, without compiling it
 
 Needs no GPU: Triton carries NVIDIA's assembler. Shapes are those of one 1024 px image with
 guidance. Registers, spills, shared memory and instructions are facts; they are not speed. Traffic
@@ -15,6 +16,7 @@ import argparse
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: compile, do not interpret
 
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,7 +34,7 @@ from benchmarks.provenance import ROOT, provenance, write_result
 from pixart_rt.config import XL_2_1024_MS, Kernels
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.catalog import FILES
-from pixart_rt.kernels.codegen import Resources, ast_source, compile_launch
+from pixart_rt.kernels.codegen import compile_launch, launch_key, sources_key
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.operators import operators
 from pixart_rt.model.transformer import Block, CrossText
@@ -72,7 +75,18 @@ def _first(arch: tuple[int, int]) -> int:
 
 def compile_for(arch: tuple[int, int]) -> list[dict[str, Any]]:
     """The entries of one GPU."""
-    done, rows = set(), []
+    rows = []
+    for name, dtype, each in distinct_launches(arch):
+        print(f"{name} {arch} {dtype} {each.kernel.__name__}", flush=True)
+        rows.append(_row(name, dtype, each, arch))
+    return rows
+
+
+def distinct_launches(
+    arch: tuple[int, int],
+) -> Iterator[tuple[str, torch.dtype, launch.Launch]]:
+    """File, dtype and launch of everything that is compiled for one GPU, in a fixed order."""
+    done = set()
     for file in FILES:
         name = file.__name__.rpartition(".")[2]
         if arch < launch.SM80 and name not in ELEMENTWISE:
@@ -81,15 +95,23 @@ def compile_for(arch: tuple[int, int]) -> list[dict[str, Any]]:
             if dtype == torch.float32 and name not in FLOAT32:
                 continue
             for each in launches(file, arch, dtype):
-                source, options = ast_source(each)
-                key = (str(dtype), each.kernel.__name__, str(source.signature),
-                       str(source.constants), str(options))  # fmt: skip
-                if key in done:
-                    continue
-                done.add(key)
-                print(f"{name} {arch} {dtype} {each.kernel.__name__}", flush=True)
-                rows.append(_row(name, dtype, compile_launch(each, arch)))
-    return rows
+                key = (str(dtype), launch_key(each))
+                if key not in done:
+                    done.add(key)
+                    yield name, dtype, each
+
+
+def sample(number: int) -> list[dict[str, Any]]:
+    """`number` entries, taken evenly from the fixed order."""
+    everything = [(arch, *found) for arch in TARGETS for found in distinct_launches(arch)]
+    chosen = everything[:: len(everything) // number][:number]
+    return [_row(name, dtype, each, arch) for arch, name, dtype, each in chosen]
+
+
+def present() -> dict[str, Any]:
+    """The keys of what would be compiled now, without compiling it."""
+    keys = [launch_key(each) for arch in TARGETS for _, _, each in distinct_launches(arch)]
+    return {"triton": triton.__version__, "sources": sources_key(), "keys": keys}
 
 
 def launches(file: Any, arch: tuple[int, int], dtype: torch.dtype) -> list[launch.Launch]:
@@ -103,10 +125,14 @@ def launches(file: Any, arch: tuple[int, int], dtype: torch.dtype) -> list[launc
     return found
 
 
-def _row(file: str, dtype: torch.dtype, found: Resources) -> dict[str, Any]:
+def _row(
+    file: str, dtype: torch.dtype, each: launch.Launch, arch: tuple[int, int]
+) -> dict[str, Any]:
+    found = compile_launch(each, arch)
     counts = {kind: found.count(kind) for kind in ("tensor_core", "async_copy", "local_memory")}
     dtype_name = str(dtype).removeprefix("torch.")
-    return {"file": file, "dtype": dtype_name, **found.to_dict(), **counts}
+    named = {"file": file, "dtype": dtype_name, "key": launch_key(each)}
+    return {**named, **found.to_dict(), **counts}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -241,11 +267,22 @@ def traffic_table(traffic: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write only this file")
-    chosen = parser.parse_args().json
+    parser.add_argument("--sample", type=int, help="print this many entries as JSON, no more")
+    parser.add_argument("--keys", action="store_true", help="print what would be compiled, no more")
+    args = parser.parse_args()
+    if args.keys or args.sample:
+        print(json.dumps(present() if args.keys else sample(args.sample)))
+        return 0
+    chosen = args.json
     rows = compile_all()
     traffic = {kernels.value: block_traffic(kernels) for kernels in Kernels}
     traffic["fused, guided, empty negative prompt"] = block_traffic(Kernels.FUSED, GUIDED)
-    values = {"shared_limit": SHARED_LIMIT, "kernels": rows, "traffic": traffic}
+    values = {
+        "shared_limit": SHARED_LIMIT,
+        "sources": sources_key(),
+        "kernels": rows,
+        "traffic": traffic,
+    }
     if chosen is not None:
         chosen.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
         return 0

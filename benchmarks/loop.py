@@ -35,41 +35,42 @@ from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.config import EngineConfig, Precision, Quality, SamplingConfig
 from pixart_rt.export.build import build
 from pixart_rt.inference.cuda_graphs import Graphs
-from pixart_rt.inference.denoiser import Item, _key
+from pixart_rt.inference.denoiser import ImageInputs, plan_key
 from pixart_rt.inference.pipeline import PixArtPipeline
-from pixart_rt.inference.prompts import Encoded
+from pixart_rt.inference.prompt_embeds import PromptEmbeds
 
 TOLERANCE = 1e-3
 PROMPTS = (12, 30, 100)  # tokens: absorbed at 16 and at 32, attended as they are
 
 
-def encoded(pipe: PixArtPipeline, tokens: int, random: torch.Generator) -> Encoded:
-    """Random text of so many tokens, alone in its row."""
+def embeds(pipe: PixArtPipeline, tokens: int, name: str, random: torch.Generator) -> PromptEmbeds:
+    """Random text of so many tokens under that name, alone in its row."""
     config = pipe.config
-    embeds = torch.randn(1, config.max_text_tokens, config.caption_channels, generator=random)
+    values = torch.randn(1, config.max_text_tokens, config.caption_channels, generator=random)
     mask = torch.arange(config.max_text_tokens)[None] < tokens
-    return Encoded((embeds * mask[..., None]).to(pipe.device), mask.to(pipe.device), (tokens,))
+    values = (values * mask[..., None]).to(pipe.device)
+    return PromptEmbeds(values, mask.to(pipe.device), (tokens,), (name,))
 
 
-def items(pipe: PixArtPipeline, images: int, tokens: int) -> list[Item]:
+def inputs_of(pipe: PixArtPipeline, images: int, tokens: int) -> list[ImageInputs]:
     random = torch.Generator().manual_seed(tokens)
     bucket = bucket_for_aspect(pipe.resolution, "1:1")
-    text, null = encoded(pipe, tokens, random), encoded(pipe, 1, random)
+    prompt = embeds(pipe, tokens, f"{tokens} tokens", random)
+    negative = embeds(pipe, 1, "", random)
     return [
-        Item(bucket=bucket, seed=seed, guidance_scale=4.5, text=f"{tokens} tokens", encoded=text,
-             null_text="", null=null)
+        ImageInputs(bucket=bucket, seed=seed, guidance_scale=4.5, prompt=prompt, negative=negative)
         for seed in range(images)
-    ]  # fmt: skip
+    ]
 
 
 def measure(pipe: PixArtPipeline, images: int, tokens: int, steps: int) -> dict[str, Any]:
     """One row: the comparison and, where it holds, the seconds of a step."""
     denoiser, sampling = pipe.denoiser, SamplingConfig(num_inference_steps=steps)
     denoiser.graphs = Graphs()  # those of other sizes would fill the memory
-    wanted = items(pipe, images, tokens)
+    wanted = inputs_of(pipe, images, tokens)
 
     def request(*_: object) -> Tensor:
-        return torch.cat(denoiser(wanted, sampling, lambda _: None, None))
+        return torch.cat(denoiser(wanted, sampling, lambda _: None, None).latents)
 
     expected = request()
     denoiser.warm(wanted, sampling)
@@ -77,13 +78,13 @@ def measure(pipe: PixArtPipeline, images: int, tokens: int, steps: int) -> dict[
     row: dict[str, Any] = {"error": error, "agrees": error <= TOLERANCE}
     if not row["agrees"]:
         return row
-    plan = denoiser.planner(_key(wanted, sampling))
-    inputs = denoiser._inputs(wanted, sampling, plan)
-    key = denoiser._graph_key(inputs, ())
+    plan = denoiser.planner(plan_key(wanted, sampling))
+    inputs = denoiser.loop_inputs(wanted, sampling, plan)
+    key = denoiser.graph_key(inputs, ())
 
     def loop(*_: object) -> Tensor:
         replayed = denoiser.graphs.replay(key, inputs)
-        return denoiser._run(inputs) if replayed is None else replayed
+        return denoiser.run_loop(inputs) if replayed is None else replayed
 
     with alone():
         row["seconds"] = seconds_per_call(loop, [(expected,)], graph=False) / steps

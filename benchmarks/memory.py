@@ -34,7 +34,8 @@ from pixart_rt.memory.forecast import forecast
 from pixart_rt.memory.measure import peak_bytes
 from pixart_rt.memory.models import bundle_model, find_model
 from pixart_rt.memory.tiers import GIB, tiers
-from pixart_rt.memory.weights import DTYPES, module_bytes
+from pixart_rt.memory.weights import module_bytes
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5_XXL, T5Encoder, keep_dtype
 from pixart_rt.model.transformer import PixArtTransformer

@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 from benchmarks.provenance import write_result
 from pixart_rt.config import Precision
+from pixart_rt.training.phases import phase_trainer
 from pixart_rt.training.process_group import Ranks, start_ranks
 from pixart_rt.training.recipe import Phase, Recipe, Start, read_recipe
-from pixart_rt.training.run import Machine, phase_trainer
+from pixart_rt.training.run_options import Compute, TrainOptions
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.source import open_scenes, phase_buckets
 
@@ -41,8 +42,8 @@ def measure(recipe: Recipe, phase: Phase, ranks: Ranks, out: Path, count: int) -
     begun = time.process_time()
     source = open_scenes(Scenes(phase.data), batch, table, out / "scenes", ranks)
     encoding = (time.process_time() - begun) / batch * ranks.num_ranks
-    machine = Machine(precision=Precision.BF16)
-    trainer, *_ = phase_trainer(alone, alone.phases[0], source, machine, out, ranks)
+    options = TrainOptions(compute=Compute(precision=Precision.BF16))
+    trainer, *_ = phase_trainer(alone, alone.phases[0], source, options, out, ranks)
     seconds = []
     for data in trainer.feed(0, count + 1):
         begun = time.process_time()

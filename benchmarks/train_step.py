@@ -48,9 +48,9 @@ from pixart_rt.buckets import Bucket
 from pixart_rt.checkpoints import tensor_names
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Precision
 from pixart_rt.data.batch import Batch
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.distributed import DTYPES
 from pixart_rt.training.dropout import NullText, drop_captions
 from pixart_rt.training.flops import peak_flops, step_flops, text_model
 from pixart_rt.training.objectives.denoising import TextObjective

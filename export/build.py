@@ -31,12 +31,13 @@ from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.checkpoint_source import Source, open_source
 from pixart_rt.export.component_build import compile_component
-from pixart_rt.export.component_spec import DTYPES, Plan, plan_component
+from pixart_rt.export.component_spec import Plan, plan_component
 from pixart_rt.export.engines import check_targets
 from pixart_rt.export.plugins.graph import check_plugin_targets
 from pixart_rt.export.preview_colors import write_preview
 from pixart_rt.files import check_folder
 from pixart_rt.inference.schedulers import stored_scheduler
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_kv import TEXT_SIDE
 from pixart_rt.model.vae import VaeEncoder
 from pixart_rt.version import __version__
@@ -312,7 +313,7 @@ def _notes(plans: list[Plan], memory: int) -> list[str]:
 
 
 def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str) -> Manifest:
-    vae = source.vae().config if "vae_decoder" in source.components else None
+    vae = source.vae_config() if "vae_decoder" in source.components else None
     return Manifest(
         pixart_rt_version=__version__,
         key=key,
@@ -328,7 +329,7 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         components={},
         files={},
         vae={} if vae is None else {
-            "scaling_factor": vae.scaling_factor, "latent_channels": vae.latent_channels
+            "scaling_factor": vae["scaling_factor"], "latent_channels": vae["latent_channels"]
         },
         scheduler=stored_scheduler((source.folder or Path()) / "scheduler"),
         buckets=[[bucket.height, bucket.width] for bucket in buckets(config.resolution)],

@@ -1,26 +1,29 @@
 """Where a build's weights come from: `tiny`, `xl-random`, a folder, a .pth or the hub.
 
-A source gives each component's module in the precision asked, reading no more than it must.
+A source gives each component's module in the precision asked. Every file is opened, checked and
+read once in a build; modules of another precision are converted from the mapped tensors.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixart_rt.bundle import MANIFEST, sha256
 from pixart_rt.checkpoints.controlnet import load_controlnet, read_controlnet
 from pixart_rt.checkpoints.hub import locate
+from pixart_rt.checkpoints.tensors import TensorFolder
 from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.checkpoints.transformer import (
     TransformerCheckpoint,
@@ -35,6 +38,9 @@ from pixart_rt.model.text_kv import TextSide
 from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.transformer import Modulator, PixArtTransformer
 from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 RANDOM_SEED = 0
 _FOLDERS = {"text_encoder": "text_encoder", "vae_decoder": "vae"}
@@ -51,6 +57,13 @@ class Source:
     weights_sha256: str
     controlnet_path: Path | None = None
     controlnet: ControlNetConfig | None = None  # of the file at that path
+    _read: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def _once(self, name: str, read: Callable[[], Any]) -> Any:
+        """The result of `read`, which is called at the first use of `name` only."""
+        if name not in self._read:
+            self._read[name] = read()
+        return self._read[name]
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -66,9 +79,10 @@ class Source:
         if self.transformer_path is None:
             return random_transformer(self.config, dtype)
         if self.controlnet_path is None:
-            return load_transformer(self.checkpoint(), dtype)
-        controlnet = read_controlnet(self.controlnet_path, self.config)
-        return load_controlnet(controlnet, self.checkpoint(), dtype)
+            return load_transformer(self._checkpoint_in(dtype), dtype)
+        path = self.controlnet_path
+        controlnet = self._once("controlnet", lambda: read_controlnet(path, self.config))
+        return load_controlnet(controlnet, self._checkpoint_in(dtype), dtype)
 
     def modulator(self) -> Modulator:
         """The modulator alone, float32."""
@@ -92,16 +106,28 @@ class Source:
         tokens = PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens)([""])
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
+    def _checkpoint_in(self, dtype: torch.dtype) -> TransformerCheckpoint:
+        """The checkpoint in `dtype`, in memory of its own: a module's weights may be changed."""
+        found = self.checkpoint()
+        state = {name: tensor.to(dtype, copy=True) for name, tensor in found.state.items()}
+        return replace(found, state=state)
+
     def checkpoint(self) -> TransformerCheckpoint:
         """The transformer's tensors as the files hold them."""
-        assert self.transformer_path is not None
-        found = read_transformer(
-            self.transformer_path,
-            heads=self.config.num_heads,
-            sample_size=self.config.sample_size,
-            max_text_tokens=self.config.max_text_tokens,
-        )
-        return replace(found, config=self.config)
+        path = self.transformer_path
+        assert path is not None
+
+        def read() -> TransformerCheckpoint:
+            found = read_transformer(
+                path,
+                heads=self.config.num_heads,
+                sample_size=self.config.sample_size,
+                max_text_tokens=self.config.max_text_tokens,
+            )
+            return replace(found, config=self.config)
+
+        checkpoint: TransformerCheckpoint = self._once("transformer", read)
+        return checkpoint
 
     def check_fits(self, components: tuple[str, ...]) -> None:
         """Refuse components that are missing or do not fit each other, before any work.
@@ -120,7 +146,7 @@ class Source:
                 raise CheckpointError(f"{self.folder} has a text encoder but no tokenizer folder")
             self._check_width("text encoder", self.text_config().d_model, "caption_channels")
         if "vae_decoder" in components:
-            self._check_width("VAE", self.vae().config.latent_channels, "in_channels")
+            self._check_width("VAE", self.vae_config()["latent_channels"], "in_channels")
 
     def _check_width(self, what: str, found: int, setting: str) -> None:
         expected = getattr(self.config, setting)
@@ -137,10 +163,20 @@ class Source:
     def text_encoder(self, dtype: torch.dtype, start: int, stop: int) -> T5Encoder:
         """Layers start to stop of the text encoder."""
         assert self.folder is not None
-        return read_text_encoder(self.folder / "text_encoder", dtype, start, stop)
+        folder = self.folder / "text_encoder"
+        tensors = self._once("text_encoder", lambda: TensorFolder(folder))
+        return read_text_encoder(folder, dtype, start, stop, tensors=tensors)
 
     def vae(self) -> AutoencoderKL:
-        """The autoencoder in float32."""
+        """The autoencoder in float32, the caller's own copy."""
+        vae: AutoencoderKL = copy.deepcopy(self._once("vae", self._read_vae))
+        return vae
+
+    def vae_config(self) -> dict[str, Any]:
+        """The autoencoder's configuration."""
+        return dict(self._once("vae", self._read_vae).config)
+
+    def _read_vae(self) -> AutoencoderKL:
         if self.folder is None:
             with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
                 torch.manual_seed(RANDOM_SEED)
@@ -191,9 +227,11 @@ def open_source(
             f"(sample_size {config.sample_size}); use --res {config.resolution} or another --model"
         )
     weights = _hash_weights(folder, transformer)
+    read: dict[str, Any] = {"transformer": replace(found, config=config)}
     settings = None
     if controlnet is not None:
-        settings = read_controlnet(controlnet, config).config
+        read["controlnet"] = read_controlnet(controlnet, config)
+        settings = read["controlnet"].config
         weights = hashlib.sha256(
             f"{weights} {_hash_weights(None, controlnet)}".encode()
         ).hexdigest()
@@ -205,6 +243,7 @@ def open_source(
         weights_sha256=weights,
         controlnet_path=controlnet,
         controlnet=settings,
+        _read=read,
     )
 
 

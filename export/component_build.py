@@ -26,7 +26,7 @@ from pixart_rt.bundle import ComponentEntry, Manifest, PluginVariant, hash_files
 from pixart_rt.checkpoints.bundle_module import save_module
 from pixart_rt.errors import ConfigError
 from pixart_rt.export.activation_memory import measure_activations
-from pixart_rt.export.component_spec import DTYPES, Part, Plan, Tensors, inputs_of_part
+from pixart_rt.export.component_spec import Part, Plan, Tensors, inputs_of_part
 from pixart_rt.export.engines import EngineStats, build_aoti, build_tensorrt
 from pixart_rt.export.numerics import (
     Difference,
@@ -46,6 +46,7 @@ from pixart_rt.export.plugins.graph import (
     with_functions,
 )
 from pixart_rt.inference.prompts import NULL_PROMPT
+from pixart_rt.model.dtypes import DTYPES
 
 WORK = ".work"  # graphs that a build needs and a bundle does not, below the bundle
 Step = Callable[[str], None]

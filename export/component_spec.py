@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pixart_rt.buckets import buckets
+from pixart_rt.buckets import VAE_SCALE_FACTOR, buckets
 from pixart_rt.checkpoints.bundle_module import CONTROLNET, DenoiserModule
 from pixart_rt.config import EngineConfig, ModelConfig, Quality, Weights, text_lengths
 from pixart_rt.errors import BuildError
@@ -27,11 +27,10 @@ from pixart_rt.export.onnx_export import (
     vae_decoder_graph,
 )
 from pixart_rt.model.controlnet_config import ControlNetConfig
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Config
 from pixart_rt.model.vae import VaeDecoder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LATENT_SHRINK = 8  # pixels per latent pixel
 SEED = 20231  # of the random inputs of the gate
 
 Profile = dict[str, list[int]]
@@ -143,10 +142,8 @@ def _with_controlnet(model: ModelConfig, control: ControlNetConfig | None) -> ob
 
 
 def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
-    vae = source.vae()
-    channels = vae.config.latent_channels
-    values = dict(vae.config)
-    del vae
+    values = source.vae_config()
+    channels = values["latent_channels"]
     generator = torch.Generator().manual_seed(SEED)
 
     def latents(rows: int, height: int, width: int) -> dict[str, Tensor]:
@@ -157,7 +154,7 @@ def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
 
     profiles = vae_profiles(config)
     sizes = [(p["latent_height"][0], p["latent_width"][0]) for p in profiles]
-    whole = config.resolution // LATENT_SHRINK
+    whole = config.resolution // VAE_SCALE_FACTOR
     config_values = {k: v for k, v in values.items() if not k.startswith("_")}
     return Plan(
         "vae_decoder",
@@ -178,7 +175,7 @@ def vae_profiles(config: EngineConfig) -> list[Profile]:
     groups: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for bucket in buckets(config.resolution):
         group = 0 if bucket.ratio < 0.5 else 2 if bucket.ratio > 2.0 else 1
-        groups[group].append((bucket.height // LATENT_SHRINK, bucket.width // LATENT_SHRINK))
+        groups[group].append((bucket.height // VAE_SCALE_FACTOR, bucket.width // VAE_SCALE_FACTOR))
     profiles = []
     for sizes in groups.values():
         heights, widths = zip(*sizes, strict=True)

@@ -26,20 +26,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from pixart_rt.backends.component import CONTROL, OUTPUTS
 from pixart_rt.checkpoints.bundle_module import DenoiserModule, HiddenModule, TextEncoderModule
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BuildError
 from pixart_rt.export.onnx_passes import two_stage_group_norms
 from pixart_rt.kernels.decompositions import decompositions
+from pixart_rt.model.signature import BOUNDS, CONTROLNET, SIGNATURES
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.vae import VaeDecoder
 
 OPSET = 20
-MAX_BATCH = 63  # bounds of the graph, wider than any profile; diffusers' upsampling branches at 64
-MAX_TOKENS = 1 << 16
-MAX_LATENT = 1 << 10
-MAX_OUTPUTS = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +47,11 @@ class Graph:
     example: dict[str, Tensor]
     dynamic: dict[str, dict[int, str]]  # input -> axis -> dimension name
     output: str
-    max_text: int = 1 << 10
+    max_text: int = BOUNDS["text_tokens"][1]
 
     def dynamic_shapes(self) -> dict[str, dict[int, Dim]]:
-        dims = {
-            "batch": Dim("batch", min=1, max=MAX_BATCH),
-            "num_tokens": Dim("num_tokens", min=2, max=MAX_TOKENS),
-            "text_tokens": Dim("text_tokens", min=2, max=self.max_text),
-            "num_null": Dim("num_null", min=0, max=MAX_BATCH),
-            "num_text": Dim("num_text", min=1, max=2 * MAX_BATCH),
-            "num_outputs": Dim("num_outputs", min=1, max=MAX_OUTPUTS),
-            "latent_height": Dim("latent_height", min=2, max=MAX_LATENT),
-            "latent_width": Dim("latent_width", min=2, max=MAX_LATENT),
-        }
+        bounds = {**BOUNDS, "text_tokens": (BOUNDS["text_tokens"][0], self.max_text)}
+        dims = {name: Dim(name, min=least, max=most) for name, (least, most) in bounds.items()}
         return {
             name: {axis: dims[dim] for axis, dim in self.dynamic.get(name, {}).items()}
             for name in self.example
@@ -77,24 +65,13 @@ def transformer_graph(
 
     With the `num_copies` of a ControlNet it takes control images.
     """
-    control = {} if num_copies is None else {CONTROL: {0: "batch", 1: "num_tokens"}}
+    signature = SIGNATURES["transformer"]
     return Graph(
         "transformer",
         module,
         transformer_inputs(config, batch=3, num_tokens=59, guided=2, num_copies=num_copies),
-        {
-            "tokens": {0: "batch", 1: "num_tokens"},
-            "pos_embed": {0: "batch", 1: "num_tokens"},
-            "modulation": {0: "batch"},
-            "null_rows": {0: "num_null"},
-            "text_rows": {0: "num_text"},
-            "constant": {1: "num_null"},
-            "text_kv": {1: "num_text"},
-            "prompt_mask": {0: "num_text"},
-            "outputs": {0: "num_outputs"},
-            **control,
-        },
-        OUTPUTS["transformer"],
+        signature.dynamic(*([] if num_copies is None else [CONTROLNET])),
+        signature.output,
     )
 
 
@@ -116,7 +93,7 @@ def text_encoder_graph(encoder: T5Encoder, num_tokens: int) -> Graph:
         module,
         inputs,
         {name: {0: "batch", 1: "text_tokens"} for name in inputs},
-        OUTPUTS["text_encoder"] if last else "hidden_out",
+        SIGNATURES["text_encoder"].output if last else "hidden_out",
         max_text=num_tokens,
     )
 
@@ -127,8 +104,8 @@ def vae_decoder_graph(module: VaeDecoder, latent_channels: int) -> Graph:
         "vae_decoder",
         module,
         {"latents": torch.randn(2, latent_channels, 6, 10)},
-        {"latents": {0: "batch", 2: "latent_height", 3: "latent_width"}},
-        OUTPUTS["vae_decoder"],
+        SIGNATURES["vae_decoder"].dynamic(),
+        SIGNATURES["vae_decoder"].output,
     )
 
 
@@ -146,36 +123,29 @@ def transformer_inputs(
     images with the `num_copies` of a ControlNet.
     """
 
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    text, blocks = config.max_text_tokens, config.num_layers + (num_copies or 0)
-    nulls = batch if guided is None else guided
-    valid = torch.randint(1, text + 1, (batch, 1), generator=generator)
-    return {
-        "tokens": randn(batch, num_tokens, config.token_channels),
-        "pos_embed": randn(batch, num_tokens, config.hidden_size),
-        "modulation": 0.5 * randn(batch, 7, config.hidden_size),
-        "null_rows": torch.arange(nulls),
-        "text_rows": torch.arange(batch),
-        "constant": randn(blocks, nulls, 1, config.hidden_size),
-        "text_kv": randn(blocks, batch, text, 2, config.num_heads, config.head_dim),
-        "prompt_mask": torch.arange(text)[None] < valid,
-        "outputs": torch.arange(config.patch_size**2 * config.out_channels),
-        **({} if num_copies is None else {
-            CONTROL: randn(batch, num_tokens, config.token_channels)
-        }),
-    }  # fmt: skip
+    sizes = {
+        "batch": batch,
+        "num_tokens": num_tokens,
+        "num_null": batch if guided is None else guided,
+        "num_text": batch,
+        "num_outputs": config.patch_size**2 * config.out_channels,
+        "token_channels": config.token_channels,
+        "width": config.hidden_size,
+        "blocks": config.num_layers + (num_copies or 0),
+        "max_text": config.max_text_tokens,
+        "heads": config.num_heads,
+        "head_dim": config.head_dim,
+    }
+    kinds = () if num_copies is None else (CONTROLNET,)
+    return SIGNATURES["transformer"].random(sizes, *kinds, generator=generator)
 
 
 def text_encoder_inputs(
     vocab_size: int, *, batch: int, num_tokens: int, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """Random token ids, right-padded to between 1 and all tokens."""
-    valid = torch.randint(1, num_tokens + 1, (batch, 1), generator=generator)
-    mask = (torch.arange(num_tokens)[None] < valid).long()
-    ids = torch.randint(1, vocab_size, (batch, num_tokens), generator=generator)
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    sizes = {"batch": batch, "text_tokens": num_tokens, "vocabulary": vocab_size}
+    return SIGNATURES["text_encoder"].random(sizes, generator=generator)
 
 
 def on_device(graph: Graph, device: torch.device) -> Graph:

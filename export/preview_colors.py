@@ -14,15 +14,18 @@ linear projection, over seeds and sizes of the drawn images.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart_rt.errors import NumericsError
 from pixart_rt.inference.preview import PREVIEW, expand
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 SEED = 20231
 SIDE = 96  # pixels; 144 latent pixels an image

@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.attention_backward import (
@@ -46,6 +44,7 @@ from pixart_rt.kernels.attention_tiles import (
     zero_tile,
 )
 from pixart_rt.kernels.launch import SM80, SM90, Operator, ceil_div, direct, launch
+from pixart_rt.kernels.triton_import import tl, triton
 
 # Tiles, warps and stages by the compute capability they start at. Chosen from the compiler's
 # resource report (docs/kernels.md: no spills, tensor cores, shared memory of the smallest member of

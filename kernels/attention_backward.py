@@ -15,8 +15,6 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.attention_tiles import (
@@ -31,6 +29,7 @@ from pixart_rt.kernels.attention_tiles import (
     zero_tile,
 )
 from pixart_rt.kernels.launch import SM80, SM90, ceil_div, launch
+from pixart_rt.kernels.triton_import import tl, triton
 
 # Queries that a program of the masked dK/dV pass adds up, whole tiles: T = 120 alone fills no GPU.
 SPLIT = 512

@@ -24,12 +24,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pixart_rt.kernels.launch import SM80, SM90, capability, config, runs_triton
+from pixart_rt.kernels.launch import SM80, SM90, capability, config, constant_result, runs_triton
+from pixart_rt.kernels.triton_import import TensorDescriptor, tl, triton
 
 HEAD = 72  # the only head width the kernels take; others run the reference
 WIDE, NARROW = 64, 16  # lanes of the two parts of a tile
@@ -169,6 +167,6 @@ def takes_traced(op: str, x: Tensor) -> bool:
     return x.shape[-1] == HEAD and _takes_head(op, x.device, x.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _takes_head(op: str, device: torch.device, dtype: torch.dtype) -> bool:
     return takes(op, torch.empty(HEAD, device=device, dtype=dtype))

@@ -6,8 +6,11 @@ instructions of a kernel are known without a GPU. They say nothing about speed.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -145,6 +148,25 @@ def ast_source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
             param.do_not_specialize,
         )  # fmt: skip
     return ASTSource(kernel, signature, constants, attributes), options
+
+
+def launch_key(launch: Launch) -> str:
+    """A hash of what one launch compiles, but for the kernel's source (`sources_key`)."""
+    source, options = ast_source(launch)
+    constants = sorted((path, str(_named(value))) for path, value in source.constants.items())
+    parts = (launch.kernel.__name__, source.signature, constants, source.attrs, options)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def sources_key() -> str:
+    """A hash of the source of every function in this package that Triton compiles."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("pixart_rt.kernels."):
+            for attribute, value in vars(module).items():
+                if isinstance(value, triton.JITFunction) and value.fn.__module__ == name:
+                    found[f"{name}.{attribute}"] = inspect.getsource(value.fn)
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 
 def _assembler(bin_dir: Path, ptx: Path, out: Path) -> tuple[int, tuple[str, ...]]:

@@ -33,10 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pixart_rt.kernels.attention import attend, attention_ref
 from pixart_rt.kernels.attention_backward import attention_backward_ref, backward, lse_ref, splits
@@ -59,6 +56,7 @@ from pixart_rt.kernels.launch import (
     launch,
     runs_triton,
 )
+from pixart_rt.kernels.triton_import import TensorDescriptor, tl, triton
 
 # Chosen as those of attention.py.
 SCORES: dict[tuple[int, int], Config] = {

@@ -28,8 +28,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.gate_residual import gate_residual_ref
@@ -45,6 +43,7 @@ from pixart_rt.kernels.launch import (
 )
 from pixart_rt.kernels.linear import SCALE_GROUP, linear_triton
 from pixart_rt.kernels.ln_modulate import quantize_rows_ref
+from pixart_rt.kernels.triton_import import tl, triton
 
 
 def dequantized(x: Tensor, scale: Tensor) -> Tensor:

@@ -27,8 +27,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.launch import (
@@ -56,6 +54,7 @@ from pixart_rt.kernels.ln_modulate import (
     stats_like,
     trains,
 )
+from pixart_rt.kernels.triton_import import tl, triton
 
 # A tile of the elementwise kernels: few columns, so that a program reads the gate once for many
 # rows, and no lane is idle at XL's width of 9·128.

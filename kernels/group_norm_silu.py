@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.launch import (
@@ -36,6 +34,7 @@ from pixart_rt.kernels.launch import (
     power_of_2,
     runs_triton,
 )
+from pixart_rt.kernels.triton_import import tl, triton
 
 # Elements that a program holds at once. Chosen from the compiler's resource report
 # (docs/kernels.md), not from timings.

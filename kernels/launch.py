@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from pixart_rt.kernels.triton_import import HAS_TRITON, triton
 
 SM70, SM80, SM89, SM90 = (7, 0), (8, 0), (8, 9), (9, 0)
 TUNED = Path(__file__).resolve().parent / "tuned"  # shipped tables: one JSON an architecture
@@ -61,7 +62,7 @@ _refused: dict[tuple[str, int], str] = {}  # (operator, device index) -> why its
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def capability(tensor: Tensor) -> tuple[int, int]:
@@ -76,10 +77,22 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def constant_result(function: Any) -> Any:
+    """Mark what `torch.compile` shall call once, while it traces: its result is a constant.
+
+    As torch.compiler.assume_constant_result does, which first imports torch._dynamo: two seconds
+    that a process without a compiler need not wait.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def runs_triton(op: str, tensor: Tensor, least: tuple[int, int]) -> bool:
     """Whether operator `op` runs its kernel on `tensor`; False means its reference."""
     if not tensor.is_cuda:
         return interpreting()
+    if not HAS_TRITON:
+        return False
     return capability(tensor) >= least and (op, tensor.device.index or 0) not in _refused
 
 

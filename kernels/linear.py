@@ -29,10 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pixart_rt.kernels import quack_linear
 from pixart_rt.kernels.gate_residual import Gate, gate_of, gate_residual_ref
@@ -50,6 +47,7 @@ from pixart_rt.kernels.launch import (
     runs_triton,
 )
 from pixart_rt.kernels.ln_modulate import modulation, rounded, spread
+from pixart_rt.kernels.triton_import import TensorDescriptor, tl, triton
 
 # By compute capability; chosen from the compiler's report (docs/kernels.md), not from timings.
 _SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8}

@@ -24,8 +24,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.launch import (
@@ -41,6 +39,7 @@ from pixart_rt.kernels.launch import (
     power_of_2,
     runs_triton,
 )
+from pixart_rt.kernels.triton_import import tl, triton
 
 EPS = 1e-6
 E4M3_MAX = 448.0  # the largest finite float8_e4m3fn

@@ -19,25 +19,40 @@ Traffic: reads x, x0_last and the C noise channels of both halves, writes x0 and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import IntEnum
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from pixart_rt.kernels.launch import SM70, Operator, launch, runs_triton
+from pixart_rt.kernels.triton_import import tl, triton
 
 BLOCK = 1024
-COEFFICIENTS = ("p", "q", "a", "b", "c", "guidance")  # then two spare, for 32-byte rows
+
+
+class Coefficient(IntEnum):
+    """The columns of a step's row: p, q, a, b, c and g of the formulas above. The kernel has them
+    as numbers, because Triton takes no enum.
+    """
+
+    SAMPLE_TO_X0 = 0  # p
+    NOISE_TO_X0 = 1  # q
+    SAMPLE = 2  # a
+    X0 = 3  # b
+    LAST_X0 = 4  # c
+    GUIDANCE = 5  # g
+
+
+ROW = 8  # floats of a row: two spare, so that it has 32 bytes
 
 
 def cfg_dpmpp_step_ref(
     output: Tensor, x: Tensor, x0_last: Tensor, coefficients: Tensor, channels: int
 ) -> tuple[Tensor, Tensor]:
     """(x_next, x0), the formulas in plain PyTorch, in x's dtype."""
-    used = coefficients[..., : len(COEFFICIENTS)].to(x.dtype)
-    p, q, a, b, c, guidance = used.reshape(-1, len(COEFFICIENTS), 1, 1).unbind(1)
+    used = coefficients[..., : len(Coefficient)].to(x.dtype)
+    p, q, a, b, c, guidance = used.reshape(-1, len(Coefficient), 1, 1).unbind(1)
     pixels = x.shape[-1] // channels
     noise = output.to(x.dtype).unflatten(-1, (pixels, -1))[..., :channels]
     noise = noise.transpose(-1, -2).flatten(-2)  # channel first, as the model's input
@@ -88,7 +103,7 @@ def cfg_dpmpp_step_triton(
     launch(
         _cfg_dpmpp_step_kernel, (-(-x.shape[1] * x.shape[2] // BLOCK), len(x)),
         output, x, x0_last, coefficients.contiguous(), len(x), x.shape[1],
-        8 if coefficients.ndim == 2 else 0, x_next, x0,
+        ROW if coefficients.ndim == 2 else 0, x_next, x0,
         C=channels, P=pixels, O=output.shape[2] // pixels, GUIDED=len(output) != len(x),
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

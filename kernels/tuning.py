@@ -48,7 +48,7 @@ from pixart_rt.kernels.gate_residual import (
     gate_residual_ln_modulate_triton,
     gate_residual_triton,
 )
-from pixart_rt.kernels.linear import linear_gate_residual, linear_triton
+from pixart_rt.kernels.linear import SCALE_GROUP, linear_gate_residual, linear_triton
 from pixart_rt.kernels.ln_modulate import (
     ln_modulate,
     ln_modulate_backward_triton,
@@ -230,6 +230,16 @@ def _fp8(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
     )[0]
 
 
+def _fp8_gelu(shape: Shape, device: torch.device, dtype: torch.dtype) -> Call:
+    """With its output in fp8, as the next linear takes it."""
+    x, weight, bias = _linear_inputs(shape, device, dtype)
+    (x, x_scale), (weight, weight_scale) = quantize_rows(x), quantize_rows(weight)
+    return lambda: linear_triton(
+        x, weight, bias, gelu=True, scales=(x_scale, weight_scale), dtype=x.dtype,
+        op="fp8_linear_gelu_quantized",
+    )  # fmt: skip
+
+
 def _rows(B: int, N: int) -> list[Shape]:
     return [(B * N,)]
 
@@ -259,6 +269,7 @@ _GEMM = gemm_tiles(
     num_stages=(3, 4, 5, 6, 8),
 )  # fmt: skip
 _FP8 = tuple(each for each in _GEMM if each["BLOCK_K"] == 128)
+_FP8_GROUPS = tuple(each for each in _FP8 if each["BLOCK_N"] == SCALE_GROUP)
 GATED = ((WIDTH, WIDTH), (4 * WIDTH, WIDTH))
 FP8_SIZES = (
     (WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH),
@@ -277,6 +288,7 @@ SUBJECTS = (
         _absorbed,
     ),
     Subject("fp8_linear", _FP8, _products(*FP8_SIZES), _fp8),
+    Subject("fp8_linear_gelu_quantized", _FP8_GROUPS, _products((WIDTH, 4 * WIDTH)), _fp8_gelu),
     Subject("attention_backward_kv", _TILES, _heads, _attention_backward),
     Subject("attention_backward_q", _TILES, _heads, _attention_backward),
     Subject("linear_gelu", _GEMM, _products((WIDTH, 4 * WIDTH)), _gelu),

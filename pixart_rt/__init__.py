@@ -20,17 +20,21 @@ from pixart_rt.errors import (
     ConfigError,
     NumericsError,
     PixArtError,
+    TrainingError,
 )
 from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
     from pixart_rt.export.build import build
-    from pixart_rt.inference.pipeline import PixArtPipeline, Request
+    from pixart_rt.inference.pipeline import PixArtPipeline
+    from pixart_rt.inference.request import Request
+    from pixart_rt.training.run import train
 
 _LAZY = {
     "PixArtPipeline": "pixart_rt.inference.pipeline",
-    "Request": "pixart_rt.inference.pipeline",
+    "Request": "pixart_rt.inference.request",
     "build": "pixart_rt.export.build",
+    "train": "pixart_rt.training.run",
 }
 
 __all__ = [
@@ -51,8 +55,10 @@ __all__ = [
     "Request",
     "SamplingConfig",
     "Scheduler",
+    "TrainingError",
     "__version__",
     "build",
+    "train",
 ]
 
 

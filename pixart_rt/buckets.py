@@ -8,12 +8,16 @@ In tokens (one token covers 16×16 pixels) the 40 buckets of a resolution lie wi
 other: 3696 to 4096 at 1024, 924 to 1024 at 512, 231 to 256 at 256.
 """
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pixart_rt.errors import ConfigError
+from pixart_rt.errors import ConfigError, shorten
 
-PIXELS_PER_TOKEN = 16  # the VAE shrinks a side 8 times, a patch twice
+VAE_SCALE_FACTOR = 8  # pixels per latent pixel, along a side
+PIXELS_PER_TOKEN = 2 * VAE_SCALE_FACTOR  # a patch is two latent pixels wide
+_NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
+_ASPECT = re.compile(rf"{_NUMBER}(?::{_NUMBER})?")  # no signs, exponents, spaces or fractions
 RESOLUTIONS = (256, 512, 1024)
 
 _TABLE_1024: tuple[tuple[float, int, int], ...] = (  # height / width, height, width
@@ -71,16 +75,18 @@ def nearest_bucket(resolution: int, height: int, width: int) -> Bucket:
 
 
 def bucket_for_aspect(resolution: int, aspect_ratio: str) -> Bucket:
-    """The bucket nearest to "W:H" (as in "3:2", landscape) or to a decimal width / height."""
-    try:
-        width, _, height = aspect_ratio.partition(":")
-        shape = Fraction(width) / Fraction(height or "1")
-    except (ValueError, ZeroDivisionError):
-        shape = Fraction(0)
-    if shape <= 0:
+    """The bucket nearest to "W:H" (as in "3:2", landscape) or to a decimal width / height.
+
+    Both are plain decimals of at most six digits before the point and six after it.
+    """
+    written = _ASPECT.fullmatch(aspect_ratio)
+    width, height = (Fraction(part or "1") for part in written.groups()) if written else (0, 0)
+    if not width or not height:
         raise ConfigError(
-            f"aspect ratio {aspect_ratio!r} is not width:height; write it as 3:2, 1:1 or 9:16"
+            f"aspect ratio {shorten(aspect_ratio)} is not width:height; write it as 3:2, 1:1 or "
+            "9:16"
         )
+    shape = Fraction(width) / height
     return nearest_bucket(resolution, shape.denominator, shape.numerator)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -318,8 +319,10 @@ class SamplingConfig:
                 f"num_inference_steps must be {'between 1 and ' if most > 1 else ''}{most} with "
                 f"{self.scheduler}, got {self.num_inference_steps}"
             )
-        if not self.guidance_scale >= 0:
-            raise ConfigError(f"guidance_scale must be >= 0, got {self.guidance_scale}")
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ConfigError(
+                f"guidance_scale must be a finite number >= 0, got {self.guidance_scale}"
+            )
         first, last = self.guidance_interval
         if not 0 <= first <= last <= 1:
             raise ConfigError(

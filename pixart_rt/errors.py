@@ -8,6 +8,7 @@
     ├── BackendError            1   a backend that is not installed or refused a call
     ├── BuildError              1   an engine that could not be built
     │   └── NumericsError       1   a component whose output is wrong; names its first bad layer
+    ├── TrainingError           1   a run that does not learn
     ├── CapacityError           1   a model that does not fit the memory it was given
     └── Cancelled               1   the caller stopped the image
 
@@ -51,9 +52,18 @@ class NumericsError(BuildError):
     """A component whose output differs from float32 PyTorch by more than its bound."""
 
 
+class TrainingError(PixArtError):
+    """A run that does not learn, such as one whose steps are all skipped."""
+
+
 class CapacityError(PixArtError):
     """A model that does not fit the memory it was given."""
 
 
 class Cancelled(PixArtError):
     """The caller asked to stop before the image was finished."""
+
+
+def shorten(text: str) -> str:
+    """A user's text as a message quotes it, on one line whatever its length."""
+    return repr(text if len(text) < 60 else f"{text[:57]}...")

@@ -14,7 +14,7 @@ The policy, one for all:
   is not ours, so that folder is not replaced.
 - Mount points, devices and pipes are refused, and so is a place where nothing can be written.
 
-Work goes on in a folder ".pixart-rt-XXXXXXXX" beside the target, which holds a lock while its
+Work is done in a folder ".pixart-rt-XXXXXXXX" beside the target, which holds a lock while its
 process lives. One whose process was killed is removed by the next run that writes beside it, and
 if that process had just moved the older folder away, it is moved back first.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,18 +28,21 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(reason)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's; its own loadgroup needs pytest before 9.2
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With several workers, a file's tests stay in one; so do all that launch kernels.
 
     tests/kernels/test_launch_compiles.py compiles what the others of its folder have launched.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent)
-        apart = file.parts[0] != "kernels" or file.stem in ("test_codegen", "test_jit_sm90")
-        item.add_marker(pytest.mark.xdist_group(str(file) if apart else "kernels"))
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            apart = file.endswith(("/test_codegen.py", "/test_jit_sm90.py"))
+            return file if apart or "tests/kernels/" not in file else "tests/kernels"
+
+    return Scheduling(config, log)
 
 
 def interpreter_refuses(triton: str, numpy: str) -> str:

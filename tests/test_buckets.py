@@ -94,7 +94,31 @@ def test_bucket_for_aspect(aspect, size):
     assert (bucket.height, bucket.width) == size
 
 
-@pytest.mark.parametrize("aspect", ["", "wide", "3:0", "0:3", "-1:2", "3:2:1", "nan", "3x2"])
+@pytest.mark.parametrize(
+    "aspect",
+    [
+        "",
+        "wide",
+        "3:0",
+        "0:3",
+        "-1:2",
+        "3:2:1",
+        "nan",
+        "3x2",
+        "3:",
+        ":2",
+        "+3:2",
+        " 3:2",
+        "3/2",
+        "1_0:3",
+        "1e2:1",
+        "1e10000000:1",
+        "1234567:1",
+        "٣:٢",
+        "0.0",
+        "1.:2",
+    ],
+)
 def test_what_is_no_aspect_ratio_is_refused(aspect):
     with pytest.raises(ConfigError, match="is not width:height"):
         bucket_for_aspect(1024, aspect)

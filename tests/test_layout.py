@@ -121,7 +121,14 @@ def test_kernels_need_torch_and_triton_only(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["inference.pipeline", "inference.request_plan", "inference.prompts"]
+    "name",
+    [
+        "inference.pipeline",
+        "inference.bundle_components",
+        "inference.generation",
+        "inference.request_plan",
+        "inference.prompts",
+    ],
 )
 def test_the_pipeline_knows_no_concrete_backend(name: str) -> None:
     seen = {each for each in own_imports(FILES[name]) if each.startswith("backends")}
@@ -163,7 +170,11 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_a_public_name_is_loaded_when_used() -> None:
-    assert "torch" in loaded_after("from pixart_rt import PixArtPipeline")
+    """With torch and triton; diffusers and others wait until a VAE or a tokenizer is loaded."""
+    loaded = loaded_after("from pixart_rt import PixArtPipeline")
+    assert {"torch", "triton"} <= loaded
+    late = HEAVY - {"torch", "numpy"} | {"torchao", "sympy", "bs4", "ftfy", "peft"}
+    assert not late & loaded
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,26 @@
-"""Checkpoints of a run: written aside while training goes on, whole or absent, read by any ranks.
+"""Checkpoints of a run: written aside while training continues, whole or absent, read by any ranks.
 
     out/checkpoints/step-00001000/     tensors by torch.distributed.checkpoint (DCP), progress.json
     out/checkpoints/.step-00002000     one that is being written, or was when the run was killed
 
 A step's checkpoint gets its name when every rank has written its part and the files are on the
-disk, so the newest one with a name is good. Tensors are saved under their parameters' names and
-cut anew for the ranks that load them: another number of ranks, or another way to share.
+disk, so every one with a name was whole. progress.json has the files' checksums: a checkpoint that
+was damaged since is passed over, with a warning, for the one before. Tensors are saved under their
+parameters' names and cut anew for the ranks that load them: another number of ranks, or another way
+to share.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +31,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pixart_rt.errors import CheckpointError
 from pixart_rt.training.process_group import Ranks
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 PROGRESS = "progress.json"
@@ -41,7 +47,8 @@ class Progress:
 
     step: int  # steps done
     skipped: int = 0  # of them not finite, and left out
-    identity: dict[str, Any] = field(default_factory=dict)  # what must be the same to go on
+    identity: dict[str, Any] = field(default_factory=dict)  # must be equal to resume
+    files: dict[str, str] = field(default_factory=dict)  # of the checkpoint, with checksums
 
 
 class Checkpoints:
@@ -50,6 +57,7 @@ class Checkpoints:
     def __init__(self, out: Path, ranks: Ranks, keep: int = 3) -> None:
         self.folder, self.ranks, self.keep = Path(out) / FOLDER, ranks, keep
         self._writing: tuple[Progress, Future[Any]] | None = None
+        self._summing = ThreadPoolExecutor(1, "checksums")  # gigabytes: not in the training loop
 
     def steps(self) -> list[int]:
         """The steps of whole checkpoints, rising."""
@@ -69,7 +77,7 @@ class Checkpoints:
             return Progress(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}); remove that checkpoint to go on from the one "
+                f"{path} cannot be read ({error}); remove that checkpoint to resume from the one "
                 "before"
             ) from error
 
@@ -84,19 +92,67 @@ class Checkpoints:
             self._clean()
             self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks.barrier()
-        future = async_save(state, checkpoint_id=aside, process_group=self.ranks.writers)
-        self._writing = progress, cast("Future[Any]", future)
+        written = cast(
+            "Future[Any]",
+            async_save(state, checkpoint_id=aside, process_group=self.ranks.writers),
+        )
+        if not self.ranks.is_first:
+            self._writing = progress, written
+            return
+
+        def summed() -> dict[str, str]:
+            written.result()  # DCP's own file is written last, by this rank
+            return checksums(aside)
+
+        self._writing = progress, self._summing.submit(summed)
 
     def poll(self) -> None:
         """Name the checkpoint in flight if it is written. Call it now and then."""
         if self._writing is not None and self._writing[1].done():
             self.finish()
 
-    def agreed_steps(self) -> list[int]:
-        """`steps` as the first rank sees them: a collective, as files may reach others later."""
-        seen = [self.steps()]
+    def damage(self, step: int) -> str:
+        """The first thing that is wrong with a checkpoint's files; empty if nothing is."""
+        try:
+            files = self.progress(step).files
+        except CheckpointError:
+            return f"{PROGRESS} cannot be read"
+        for name, expected in files.items():
+            path = self.path(step) / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if checksum(path) != expected:
+                return f"{name} has changed"
+        return ""
+
+    def newest_whole(self) -> int | None:
+        """The newest step whose files are as they were written; None where there is none at all.
+
+        A collective. Warns of damaged ones that are newer; raises CheckpointError where all are
+        damaged.
+        """
+        seen: list[tuple[int | None, list[str]]] = [(None, [])]
+        if self.ranks.is_first:
+            damaged: list[str] = []
+            whole = None
+            for step in reversed(self.steps()):
+                reason = self.damage(step)
+                if not reason:
+                    whole = step
+                    break
+                damaged.append(f"{self.path(step)} is damaged ({reason})")
+            seen = [(whole, damaged)]
         dist.broadcast_object_list(seen, src=0, group=self.ranks.writers)
-        return seen[0]
+        newest, bad = seen[0]
+        if bad and newest is None:
+            raise CheckpointError(
+                f"{'; '.join(bad)}: nothing is left to resume from; remove {self.folder} to begin "
+                "anew, or restore it from a backup"
+            )
+        if self.ranks.is_first:
+            for line in bad:
+                logger.warning("%s; resuming from step %s, the newest whole one", line, newest)
+        return newest
 
     def finish(self, timeout: float | None = None) -> None:
         """Wait for the one in flight, at most `timeout` seconds.
@@ -107,15 +163,16 @@ class Checkpoints:
             return
         (progress, future), self._writing = self._writing, None
         try:
-            future.result(timeout)
+            result = future.result(timeout)
         except _FAILURES as error:  # of the writing thread: a full disk, a lost folder
             raise CheckpointError(
                 f"the checkpoint after step {progress.step} could not be written to {self.folder} "
-                f"({_last_line(error)}); free space there and start again: the run goes on from "
+                f"({_last_line(error)}); free space there and start again: the run resumes from "
                 f"{self.steps()[-1:] or 'its beginning'}"
             ) from error
-        if self.ranks.is_first:  # DCP's own file is written last, by this rank
+        if self.ranks.is_first:
             aside = self._aside(progress.step)
+            progress = replace(progress, files=result)
             with (aside / PROGRESS).open("w") as file:
                 file.write(json.dumps(asdict(progress), indent=1) + "\n")
                 file.flush()
@@ -137,7 +194,7 @@ class Checkpoints:
         except _FAILURES as error:
             raise CheckpointError(
                 f"{path} cannot be loaded ({_last_line(error)}); it is damaged or of another "
-                "model: remove it to go on from the one before, or start in another folder"
+                "model: remove it to resume from the one before, or start in another folder"
             ) from error
 
     def _aside(self, step: int) -> Path:
@@ -156,6 +213,20 @@ class Checkpoints:
             for each in self.folder.glob(".step-*"):
                 if _NAME.fullmatch(each.name[1:].removesuffix("-gone")):
                     shutil.rmtree(each)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The checksum of every file in a folder, by name."""
+    return {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def checksum(path: Path) -> str:
+    """A file's size and CRC-32: it finds a damaged disk, at a few GB a second."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return f"{path.stat().st_size} {value:08x}"
 
 
 def remove_checkpoints(out: Path) -> None:

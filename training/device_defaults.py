@@ -6,7 +6,7 @@ import torch
 
 from pixart_rt.config import Kernels, Precision
 from pixart_rt.kernels.catalog import self_test
-from pixart_rt.training.distributed import DTYPES
+from pixart_rt.model.dtypes import DTYPES
 
 BF16_SINCE = (8, 0)  # compute capability of the A100, whose tensor cores are the first to have it
 

@@ -29,15 +29,12 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from pixart_rt.config import Precision
 from pixart_rt.errors import ConfigError
 from pixart_rt.kernels.checkpointing import policy
+from pixart_rt.model.dtypes import DTYPES
+from pixart_rt.model.transformer import read_locally
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.run_settings import Checkpointing, Parallel, RunSettings
 
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.BF16: torch.bfloat16,
-    Precision.FP16: torch.float16,
-}
 TABLE = "scale_shift_table"
 
 
@@ -121,6 +118,7 @@ def _shard(objective: Objective, settings: RunSettings, mesh: DeviceMesh) -> Spr
     blocks = MixedPrecisionPolicy(  # what autocast would make of the weights, before they travel
         param_dtype=DTYPES[whole], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    read_locally(DTensor)
     tables = []
     for unit in objective.units:
         ignored = set()

@@ -19,7 +19,6 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,19 +27,9 @@ from rich.console import Console
 from pixart_rt.errors import BackendError, DataError
 from pixart_rt.files import replacing
 from pixart_rt.training.metrics import LogLine
+from pixart_rt.training.run_settings import Place
 
 JSONL, EVENTS, WANDB_ID = "log.jsonl", "tensorboard", "wandb-id"
-
-
-class Place(StrEnum):
-    """Where log lines can go."""
-
-    CONSOLE = "console"
-    JSONL = "jsonl"
-    TENSORBOARD = "tensorboard"
-    """Needs the extra `tensorboard`."""
-    WANDB = "wandb"
-    """Weights & Biases; needs its package and its own login."""
 
 
 class Writer(Protocol):
@@ -226,7 +215,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases, gone on with when the training is.
+    """A run of Weights & Biases, resumed with the training.
 
     Its history cannot be shortened: after a resume it ignores steps that it has already, so its
     curve keeps the first run's lines until the second has passed them.

@@ -35,7 +35,7 @@ class LrRule(StrEnum):
 
 
 class Positions(StrEnum):
-    """How positions go on to a larger resolution."""
+    """Positions at a larger resolution than the one before."""
 
     DIFFFIT = "DiffFit"
     """Interpolated into the range of 256 px (arXiv:2304.06648), as the paper says (A.5)."""

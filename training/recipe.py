@@ -12,10 +12,16 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
-from pixart_rt.buckets import RESOLUTIONS
+from pixart_rt.buckets import RESOLUTIONS, VAE_SCALE_FACTOR
 from pixart_rt.config import ModelConfig, Precision
 from pixart_rt.errors import ConfigError
-from pixart_rt.training.optim.warmup import Warmup
+from pixart_rt.training.optimizer_settings import (
+    OptimizerTable,
+    PhaseOptimizer,
+    PhaseOverrides,
+    nearest,
+    phase_optimizer,
+)
 from pixart_rt.training.presets import PRESETS, Preset, Settings
 from pixart_rt.training.reparameterize_settings import TextStart
 from pixart_rt.training.run_settings import OptimizerKind
@@ -79,8 +85,8 @@ class ModelShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
-    """One row of the paper's Table 4."""
+class Phase(PhaseOverrides):
+    """One row of the paper's Table 4, and settings of the optimiser for this phase alone."""
 
     name: str
     stage: Stage
@@ -95,19 +101,15 @@ class Phase:
     batch_per_gpu: int
     original_batch_per_gpu: int | None = None  # in the released configuration, if it differs
     num_gpus: int
-    lr: float  # before a preset's rule
     timestep_shift: float = 1.0  # above 1, more noise; 1, uniform timesteps, is the paper's
-    warmup_steps: float | None = None  # None: the preset's
-    decay: float = 0.0  # share of the steps in which the rate falls to 0; 0, none, is the paper's
     v100_days: float | None = None  # what the paper's run took
     in_original_code: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "lr", "timestep_shift"):
+        PhaseOverrides.__post_init__(self)
+        for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        if not 0 <= self.decay <= 1:
-            raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
         if self.of_classes and (self.multi_scale or self.micro_conditioning):
@@ -123,29 +125,24 @@ class Phase:
         """Whether labels condition this phase, not text."""
         return self.stage is Stage.PIXEL_DEPENDENCY
 
+    def images_per_gpu(self, settings: Settings) -> int:
+        """Images that one GPU computes at a time."""
+        own = self.original_batch_per_gpu if settings.original_batches else None
+        return own or self.batch_per_gpu
+
     def global_batch(self, settings: Settings) -> int:
         """Images of one optimiser step, of all GPUs."""
-        own = self.original_batch_per_gpu if settings.original_batches else None
-        return (own or self.batch_per_gpu) * self.num_gpus
+        return self.images_per_gpu(settings) * self.num_gpus
 
     def num_samples(self, settings: Settings) -> int:
         """Images that the phase sees, repeated ones counted each time."""
         return self.steps * self.global_batch(settings)
 
-    def effective_lr(self, settings: Settings) -> float:
-        return settings.effective_lr(self.lr, self.global_batch(settings))
-
-    def warmup(self, settings: Settings) -> Warmup:
-        """The phase's own, from 1 / steps on, or the preset's as it acts on `num_gpus`."""
-        if self.warmup_steps is None:
-            return settings.warmup(self.num_gpus)
-        return Warmup(steps=self.warmup_steps)
-
     def model_config(self, settings: Settings, model: ModelConfig) -> ModelConfig:
         """`model` at this phase's resolution, positions and micro-conditioning."""
         return replace(
             model,
-            sample_size=self.resolution // 8,
+            sample_size=self.resolution // VAE_SCALE_FACTOR,
             interpolation_scale=settings.interpolation_scale(self.resolution),
             micro_conditioning=self.micro_conditioning,
         )
@@ -162,7 +159,7 @@ class Recipe:
     text_dropout: float = 0.1  # captions replaced by the null of the model's `cfg_null`
     label_dropout: float = 0.1
     min_snr_gamma: float | None = None
-    optimizer: OptimizerKind = OptimizerKind.ADAMW  # the paper's; a run may take another
+    optimizer: OptimizerTable = field(default_factory=OptimizerTable)
     precision: Precision | None = None  # of matrix products; None: what the device does well
     text_start: TextStart = field(default_factory=TextStart)
 
@@ -176,6 +173,7 @@ class Recipe:
         before: Phase | None = None
         for phase in self.phases:
             self._check_order(before, phase)
+            self.phase_optimizer(phase)  # refuses what cannot be
             before = phase
 
     @staticmethod
@@ -187,12 +185,30 @@ class Recipe:
             raise ConfigError(
                 f"phase {phase.name}, stage {phase.stage}, starts {phase.start}, but before it is "
                 f"{before.name}, stage {before.stage}; a DiT becomes a text model by "
-                f"{Start.REPARAMETERIZED}, and goes on as what it is by {Start.PREVIOUS}"
+                f"{Start.REPARAMETERIZED}, and stays what it is by {Start.PREVIOUS}"
             )
 
     @property
     def settings(self) -> Settings:
         return PRESETS[self.preset]
+
+    def phase_optimizer(
+        self, phase: Phase, *, batch: int | None = None, kind: OptimizerKind | None = None
+    ) -> PhaseOptimizer:
+        """The optimiser of a phase; `batch` and `kind` replace the recipe's.
+
+        Raises ConfigError for settings that it cannot take.
+        """
+        try:
+            return phase_optimizer(
+                self.settings,
+                nearest(self.optimizer, phase),
+                kind or self.optimizer.kind,
+                batch=batch or phase.global_batch(self.settings),
+                num_gpus=phase.num_gpus,
+            )
+        except ConfigError as error:
+            raise ConfigError(f"phase {phase.name}: {error}") from error
 
 
 def read_recipe(path: Path, preset: Preset | None = None) -> Recipe:

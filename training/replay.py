@@ -3,7 +3,7 @@
     report = replay(trainer, 1234)
 
 From the newest checkpoint before the step, by the same steps: weights, samples and draws are those
-of the run, bit by bit on the same machine. Nothing is written.
+of the run, bit-identical on the same machine. Nothing is written.
 """
 
 from __future__ import annotations

@@ -1,358 +1,333 @@
-"""Runs a recipe: each phase starts from what the one before it left, and leaves its weights.
+"""Train a recipe: its phases in order, on one process or, under torchrun, on many.
 
-    out/01-pixel-dependency/       trainer.py's files, exposure.json
-        dit-ema.pt  dit-raw.pt     of a class-conditional phase
-        transformer-ema/  -raw/    of a text phase: diffusers folders for `pixart-rt build`
-    out/02-text-image-256/ ...
+    train("recipes/own-images.toml", {"own": "features"}, "run", init="tiny", pipeline="tiny")
 
-A phase is done when its done.json is there, which says as what it was trained. The data comes from
-outside (sample_source.py): this file knows neither stores nor encoders.
+What a phase does is in phases.py. Progress goes to a callback, notes to this module's logger.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, replace
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pixart_rt.buckets import PIXELS_PER_TOKEN
-from pixart_rt.checkpoints.dit import DiTCheckpoint, load_dit, read_dit, write_dit
-from pixart_rt.checkpoints.transformer import (
-    TransformerCheckpoint,
-    load_transformer,
-    read_transformer,
-    write_diffusers,
+from pixart_rt.checkpoints.hub import locate, transformer_path
+from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, write_model
+from pixart_rt.checkpoints.tensor_names import expected_shapes
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint, read_transformer
+from pixart_rt.config import Precision
+from pixart_rt.data.training_data import open_data
+from pixart_rt.errors import ConfigError
+from pixart_rt.model.dtypes import DTYPES
+from pixart_rt.training.device_defaults import usual_kernels, usual_precision
+from pixart_rt.training.phases import (
+    Validate,
+    global_batch,
+    is_done,
+    phase_folder,
+    phase_trainer,
+    result_path,
+    run_phase,
+    run_settings,
 )
-from pixart_rt.config import Kernels, ModelConfig, Precision
-from pixart_rt.errors import CheckpointError, ConfigError, DataError
-from pixart_rt.files import replacing
-from pixart_rt.model.dit import DiT, DiTConfig, initialize_dit
-from pixart_rt.training.device_defaults import check_kernels
-from pixart_rt.training.diffusion import GaussianDiffusion
-from pixart_rt.training.log_writers import Place
-from pixart_rt.training.next_phase import for_next_phase
-from pixart_rt.training.objectives.denoising import ClassObjective, Objective, TextObjective
-from pixart_rt.training.process_group import Ranks
-from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
-from pixart_rt.training.reparameterize import reparameterize
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
-from pixart_rt.training.sample_source import Source, feed_of, null_of, sampler_of
-from pixart_rt.training.sampler import BucketSampler
-from pixart_rt.training.trainer import Trainer
-from pixart_rt.training.weight_init import from_scratch
+from pixart_rt.training.presets import Preset
+from pixart_rt.training.process_group import Ranks, start_ranks
+from pixart_rt.training.progress import Progress, on_first, silent
+from pixart_rt.training.recipe import Phase, Recipe, Weights, read_recipe
+from pixart_rt.training.recipe_report import report
+from pixart_rt.training.replay import replay
+from pixart_rt.training.run_checks import check_places, check_results, chosen_phases, data_paths
+from pixart_rt.training.run_options import DEFAULT_OPTIONS, TrainOptions
+from pixart_rt.training.sample_source import Source
+from pixart_rt.training.tiny.kinds import Scenes
+from pixart_rt.training.tiny.source import open_scenes, phase_buckets
+from pixart_rt.training.validation import Validation, ValidationSettings
 
-Checkpoint = DiTCheckpoint | TransformerCheckpoint
-Validate = Callable[[dict[str, Tensor], int], None]  # whole weights by name, steps done
-EXPOSURE, DONE = "exposure.json", "done.json"
+_log = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe | str | Path,
+    data: Mapping[str, str | Path],
+    out: str | Path,
+    *,
+    preset: Preset | None = None,
+    phases: Collection[str] = (),
+    init: str | None = None,
+    pipeline: str | None = None,
+    encoder: str | None = None,
+    options: TrainOptions = DEFAULT_OPTIONS,
+    progress: Progress = silent,
+) -> Path:
+    """Train a recipe's phases, each from wherever it stopped; return where the result is.
+
+    recipe: settings or a TOML file. preset: replaces the recipe's.
+    data: paths by the recipe's names for data, or by phase: feature stores, or folders of pictures,
+      which the model `encoder` encodes; {res} stands for the phase's resolution. Phases on drawn
+      scenes need none.
+    out: the run's folder; phases that are done there are not run again.
+    phases: names of those to run, by default all.
+    init: what the first phase that is run starts from, instead of the recipe's: a checkpoint,
+      "tiny", a pipeline folder or a hub id.
+    pipeline: a model of which `out`/pipeline becomes a copy with the last phase's average.
+
+    The result is `out`/pipeline, or the last phase's averages. Raises ConfigError, DataError and
+    CheckpointError, one line each; what can be checked is checked before the first step.
+    """
+    run = _checked(recipe, data, out, preset, phases, init, encoder, options, pipeline)
+    with _started(run, progress) as live:
+        if live.ranks.is_first:
+            overrides = options.overrides
+            lines = report(
+                run.recipe,
+                _num_parameters(run.recipe),
+                batch=overrides.batch,
+                optimizer=overrides.optimizer,
+            )
+            for line in lines:
+                _log.info("%s", line)
+        done = _run_phases(live)
+        if pipeline is None:
+            return done
+        if live.ranks.is_first:
+            _write_pipeline(done, pipeline, run.out / "pipeline")
+        live.ranks.barrier()
+        return run.out / "pipeline"
+
+
+def replay_step(
+    recipe: Recipe | str | Path,
+    data: Mapping[str, str | Path],
+    out: str | Path,
+    phase: str,
+    step: int,
+    *,
+    preset: Preset | None = None,
+    init: str | None = None,
+    encoder: str | None = None,
+    options: TrainOptions = DEFAULT_OPTIONS,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Run one step of a phase again, without writing anything; report what was not finite in it.
+
+    The arguments are those that `train` was called with. The report is replay.py's.
+    """
+    run = _checked(recipe, data, out, preset, [phase], init, encoder, options, None)
+    with _started(run, progress) as live:
+        (only,) = run.phases
+        trainer, *_ = phase_trainer(
+            live.recipe, only, live.source(only), live.options, run.out, live.ranks,
+            init=live.start,
+        )  # fmt: skip
+        return replay(trainer, step)
+
+
+def with_device_defaults(
+    options: TrainOptions, recipe: Recipe, device: torch.device
+) -> TrainOptions:
+    """The options with a precision and kernels that nobody chose taken from the device."""
+    compute = options.compute
+    return replace(
+        options,
+        compute=replace(
+            compute,
+            precision=compute.precision or recipe.precision or usual_precision(device),
+            kernels=compute.kernels or usual_kernels(device),
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What a recipe leaves to where it runs. None takes the recipe's."""
+class _Run:
+    """The arguments of a run after its checks."""
 
-    steps: int | None = None
-    batch: int | None = None  # images of a step, over all ranks
-    micro_batches: int | None = None  # None: one for each rank
-    optimizer: OptimizerKind | None = None
-    precision: Precision = Precision.BF16
-    parallel: Parallel = Parallel.DDP
-    reproducible: bool = False
-    compile: bool = False
-    checkpointing: Checkpointing = Checkpointing.NONE
-    kernels: Kernels = Kernels.REFERENCE
-    ema_on_cpu: bool = False
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 1000
-    keep: int = 3
-    validate_every: int | None = None  # of text phases; what draws is given to run_phase
-    profile_every: int | None = None
-    log: Collection[Place] = (Place.CONSOLE, Place.JSONL)
+    recipe: Recipe
+    phases: list[Phase]
+    paths: dict[str, Path]  # data by phase
+    out: Path
+    init: str | None
+    encoder: str | None
+    options: TrainOptions
 
 
-def phase_folder(recipe: Recipe, phase: Phase, out: Path) -> Path:
-    return Path(out) / f"{recipe.phases.index(phase) + 1:02d}-{phase.name}"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LiveRun:
+    """A run on its ranks; the options have the device's defaults."""
+
+    run: _Run
+    ranks: Ranks
+    options: TrainOptions
+    start: Path | None  # the checkpoint of `init`
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    def source(self, phase: Phase) -> Source:
+        """The samples of a phase."""
+        if phase.name not in self.run.paths:
+            return self._scenes(phase)
+        return open_data(
+            self.run.paths[phase.name],
+            resolution=phase.resolution,
+            square=not phase.multi_scale,
+            encoder=self.run.encoder,
+            device=self.ranks.device,
+            workers=self.options.compute.workers,
+        )
+
+    def _scenes(self, phase: Phase) -> Source:
+        """The drawn scenes of a phase, their latents under the run's folder."""
+        name, last = f"encoding scenes for {phase.name}", 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            last = total
+            self.progress(name, done, total)
+
+        source = open_scenes(
+            Scenes(phase.data),
+            phase.num_images,
+            phase_buckets(phase.resolution, phase.multi_scale),
+            self.run.out / "scenes",
+            self.ranks,
+            progress=show,
+        )
+        if last:
+            self.progress(name, last, last)  # files are counted before they are encoded
+        return source
+
+    def validation(self, start: TransformerCheckpoint, folder: Path) -> Validate:
+        """Validation images of a phase; prompts are encoded here, when the phase begins."""
+        asked, precision = self.options.validation, self.options.compute.precision
+        assert asked is not None and precision is not None
+        drawn = Validation(
+            asked.model,
+            start.config,
+            ValidationSettings(prompts=asked.prompts),
+            self.ranks.device,
+            autocast=None if precision is Precision.FP32 else DTYPES[precision],
+            y_embedding=start.y_embedding,
+        )
+
+        def draw(weights: dict[str, Tensor], step: int) -> None:
+            _log.info("%s", drawn.of_weights(weights, folder, step))
+
+        return draw
 
 
-def result_path(phase: Phase, folder: Path, weights: Weights) -> Path:
-    """Where a phase leaves its weights."""
-    return folder / (f"dit-{weights}.pt" if phase.of_classes else f"transformer-{weights}")
+def _checked(
+    recipe: Recipe | str | Path,
+    data: Mapping[str, str | Path],
+    out: str | Path,
+    preset: Preset | None,
+    phases: Collection[str],
+    init: str | None,
+    encoder: str | None,
+    options: TrainOptions,
+    pipeline: str | None,
+) -> _Run:
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(Path(recipe), preset)
+    elif preset is not None:
+        recipe = replace(recipe, preset=preset)
+    out, chosen, validation = Path(out), chosen_phases(recipe, phases), options.validation
+    if pipeline is not None and chosen[-1].of_classes:
+        raise ConfigError(
+            f"`pipeline` was asked, but the last phase is {chosen[-1].name}, of classes; run a "
+            "text phase after it, or leave it out"
+        )
+    if validation is not None and all(phase.of_classes for phase in chosen):
+        raise ConfigError(
+            "validation images were asked, but no text phase is run, and a DiT draws none; leave "
+            "out `validation`"
+        )
+    paths = data_paths(recipe, chosen, data)
+    model = None if validation is None else validation.model
+    check_places(out, paths, pipeline=pipeline, encoder=encoder, validation=model)
+    check_results(recipe, chosen, out)
+    return _Run(recipe=recipe, phases=chosen, paths=paths, out=out, init=init, encoder=encoder,
+                options=options)  # fmt: skip
 
 
-def global_batch(recipe: Recipe, phase: Phase, machine: Machine) -> int:
-    """Images of a step, of all ranks."""
-    if machine.batch is None:
-        return phase.global_batch(recipe.settings)
-    if machine.batch < 1:
-        raise ConfigError(f"a batch of {machine.batch} images was asked; it must be positive")
-    return machine.batch
+@contextmanager
+def _started(run: _Run, progress: Progress) -> Iterator[_LiveRun]:
+    """Join the ranks; the device's defaults are chosen and the first checkpoint is found."""
+    compute = run.options.compute
+    with _deterministic(compute.reproducible), start_ranks(compute.device) as ranks:
+        options = with_device_defaults(run.options, run.recipe, ranks.device)
+        for phase in run.phases:
+            run_settings(run.recipe, phase, options, ranks.num_ranks)  # refuses what cannot be
+        start = None if run.init is None else _start_path(run.init, run.phases[0])
+        yield _LiveRun(run=run, ranks=ranks, options=options, start=start,
+                       progress=on_first(ranks, progress))  # fmt: skip
 
 
-def run_settings(recipe: Recipe, phase: Phase, machine: Machine, num_ranks: int) -> RunSettings:
-    """The recipe's optimiser on this machine. The rate follows the batch that is really used."""
-    preset = recipe.settings
-    optimizer = machine.optimizer or recipe.optimizer
-    adam = optimizer is not OptimizerKind.CAME  # whose betas and eps are its own
-    return RunSettings(
-        steps=phase.steps if machine.steps is None else machine.steps,
-        lr=preset.effective_lr(phase.lr, global_batch(recipe, phase, machine)),
-        warmup=phase.warmup(preset),
-        decay=phase.decay,
-        optimizer=optimizer,
-        weight_decay=preset.weight_decay,
-        betas=preset.betas if adam else None,
-        eps=preset.eps if adam else None,
-        clip_norm=preset.clip_norm,
-        ema_decay=recipe.ema_decay,
-        ema_on_cpu=machine.ema_on_cpu,
-        precision=machine.precision,
-        micro_batches=num_ranks if machine.micro_batches is None else machine.micro_batches,
-        parallel=machine.parallel,
-        reproducible=machine.reproducible,
-        compile=machine.compile,
-        checkpointing=machine.checkpointing,
-        seed=machine.seed,
-        log_every=machine.log_every,
-        save_every=machine.save_every,
-        keep=machine.keep,
-        validate_every=None if phase.of_classes else machine.validate_every,
-        profile_every=machine.profile_every,
-    )
-
-
-def phase_trainer(
-    recipe: Recipe,
-    phase: Phase,
-    source: Source,
-    machine: Machine,
-    out: Path,
-    ranks: Ranks,
-    *,
-    init: Path | None = None,
-    validation: Callable[[TransformerCheckpoint, Path], Validate] | None = None,
-) -> tuple[Trainer, Checkpoint, BucketSampler]:
-    """The trainer of a phase, the checkpoint that it starts from, and its sampler.
-
-    `validation` makes what draws validation images of a text phase, from its start and its folder;
-    it is called on the first rank alone.
-    """
-    check_source(phase, source)
-    settings = run_settings(recipe, phase, machine, ranks.num_ranks)
-    start = start_of(recipe, phase, out, init, machine.seed)
-    objective = objective_of(recipe, phase, start, source, machine, ranks.device)
-    sampler = sampler_of(
-        source,
-        batch=global_batch(recipe, phase, machine),
-        base_size=phase.resolution // PIXELS_PER_TOKEN,
-        multiple=settings.micro_batches,
-        seed=settings.seed,
-    )
-    folder = phase_folder(recipe, phase, out)
-    validate = None
-    if validation is not None and ranks.is_first and isinstance(start, TransformerCheckpoint):
-        validate = validation(start, folder)
-    trainer = Trainer(
-        objective,
-        feed_of(source, sampler, ranks),
-        settings,
-        folder,
-        ranks,
-        identity={**_identity(recipe, phase, machine), "data": source.identity},
-        log=machine.log,
-        validation=validate,
-    )
-    return trainer, start, sampler
-
-
-def run_phase(
-    recipe: Recipe,
-    phase: Phase,
-    source: Source,
-    machine: Machine,
-    out: Path,
-    ranks: Ranks,
-    *,
-    init: Path | None = None,
-    validation: Callable[[TransformerCheckpoint, Path], Validate] | None = None,
-) -> Path:
-    """Train a phase to its end, from wherever it stopped; returns where its weights are.
-
-    `init` is where the recipe's first phase starts, if not from random weights. Raises ConfigError
-    for data or a start that does not fit, CheckpointError for one that is missing.
-    """
-    folder = phase_folder(recipe, phase, out)
-    done = result_path(phase, folder, Weights.EMA)
-    if is_done(recipe, phase, machine, out):
-        return done
-    trainer, start, sampler = phase_trainer(
-        recipe, phase, source, machine, out, ranks, init=init, validation=validation
-    )
-    trainer.run()
-    exposure = [asdict(each) for each in sampler.exposure(trainer.done)]
-    for weights in Weights:
-        state = trainer.weights(average=weights is Weights.EMA)
-        if ranks.is_first:
-            _write(start, state, result_path(phase, folder, weights), trainer, recipe)
-    if ranks.is_first:
-        for each in exposure:
-            bucket = source.buckets[each["bucket"]]
-            each |= {"height": bucket.height, "width": bucket.width}
-        with replacing(folder / EXPOSURE) as temporary:
-            temporary.write_text(json.dumps(exposure, indent=1) + "\n")
-        with replacing(folder / DONE) as temporary:
-            record = _asked(recipe, phase, machine)
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
-    ranks.barrier()
+def _run_phases(live: _LiveRun) -> Path:
+    """Run those that are not done yet; return where the last one's averages are."""
+    run, ranks, options, start, done = live.run, live.ranks, live.options, live.start, live.run.out
+    validation = None if options.validation is None else live.validation
+    for phase in run.phases:
+        if is_done(run.recipe, phase, options, run.out):
+            if ranks.is_first:
+                unused = f"; the start {run.init} is not used" if start else ""
+                _log.info("phase %s is done%s", phase.name, unused)
+            done = result_path(phase, phase_folder(run.recipe, phase, run.out), Weights.EMA)
+        else:
+            source = live.source(phase)
+            if ranks.is_first:
+                _log.info("%s", _description(live, phase, source))
+            done = run_phase(
+                run.recipe, phase, source, options, run.out, ranks, init=start,
+                validation=validation,
+            )  # fmt: skip
+        start = None  # of the first phase alone
     return done
 
 
-def is_done(recipe: Recipe, phase: Phase, machine: Machine, out: Path) -> bool:
-    """Whether a phase was trained to its end. Raises ConfigError where it was as something else."""
-    path = phase_folder(recipe, phase, out) / DONE
-    if not path.is_file():
-        return False
-    found, asked = json.loads(path.read_text()), _asked(recipe, phase, machine)
-    for name, value in json.loads(json.dumps(asked)).items():
-        if found.get(name) != value:
-            raise ConfigError(
-                f"phase {phase.name} was trained in {path.parent} with {name} {found.get(name)}, "
-                f"this run has {value}; go on with the same, or in another folder"
-            )
-    return True
-
-
-def _asked(recipe: Recipe, phase: Phase, machine: Machine) -> dict[str, Any]:
-    """What makes a finished phase another one; not how many ranks shared it."""
-    settings = run_settings(recipe, phase, machine, 1)
-    asked = {**settings.identity(), **_identity(recipe, phase, machine), "steps": settings.steps}
-    del asked["micro_batches"]
-    return asked
-
-
-def _identity(recipe: Recipe, phase: Phase, machine: Machine) -> dict[str, Any]:
-    """What a phase's loss and samples depend on, beside RunSettings."""
-    return {
-        "phase": phase.name,
-        "batch": global_batch(recipe, phase, machine),
-        "text_dropout": recipe.text_dropout,
-        "label_dropout": recipe.label_dropout,
-        "min_snr_gamma": recipe.min_snr_gamma,
-        "timestep_shift": phase.timestep_shift,
-    }
-
-
-def start_of(recipe: Recipe, phase: Phase, out: Path, init: Path | None, seed: int) -> Checkpoint:
-    """The weights that a phase starts from, under its own configuration."""
-    config = phase.model_config(recipe.settings, _text_config(recipe))
-    if phase.start is Start.RANDOM and init is None:
-        return _random_dit(recipe, phase, seed) if phase.of_classes else from_scratch(config, seed)
-    path = _before(recipe, phase, out, init)
-    if phase.of_classes:
-        return read_dit(path, heads=recipe.model.num_heads)
-    if phase.start is Start.REPARAMETERIZED:
-        shape = replace(
-            recipe.text_start,
-            sample_size=config.sample_size,
-            interpolation_scale=config.interpolation_scale,
-            caption_channels=config.caption_channels,
-            max_text_tokens=config.max_text_tokens,
-        )
-        checkpoint = reparameterize(read_dit(path, heads=recipe.model.num_heads), shape)
-    else:
-        checkpoint = read_transformer(path)
-    return for_next_phase(checkpoint, replace(config, cfg_null=checkpoint.config.cfg_null), seed)
-
-
-def objective_of(
-    recipe: Recipe,
-    phase: Phase,
-    start: Checkpoint,
-    source: Source,
-    machine: Machine,
-    device: torch.device,
-) -> Objective:
-    """What the phase minimises, from its start, on a device: kernels are compared with their
-    references there first, in the dtypes of autocast too."""
-    check_kernels(device, machine.kernels, machine.precision)
-    diffusion, shift = GaussianDiffusion(min_snr_gamma=recipe.min_snr_gamma), phase.timestep_shift
-    if isinstance(start, DiTCheckpoint):
-        dit = load_dit(start, torch.float32).to(device).use(machine.kernels)
-        return ClassObjective(dit, diffusion, recipe.label_dropout, timestep_shift=shift)
-    model = load_transformer(start, torch.float32).to(device).use(machine.kernels)
-    null = null_of(start, source.empty_prompt)
-    return TextObjective(model, diffusion, null, recipe.text_dropout, timestep_shift=shift)
-
-
-def check_source(phase: Phase, source: Source) -> None:
-    """Raises DataError where a phase cannot train on the shapes of its data."""
-    shapes = {(bucket.height, bucket.width) for bucket in source.buckets}
-    square = {(phase.resolution, phase.resolution)}
-    if not phase.multi_scale and shapes != square:
-        raise DataError(
-            f"phase {phase.name} trains squares of {phase.resolution} px, but its data has "
-            f"{len(shapes)} shapes; extract it with --res {phase.resolution} --square"
-        )
-    if phase.multi_scale and (shapes == square or square - shapes):
-        raise DataError(
-            f"phase {phase.name} trains aspect ratios around {phase.resolution} px, but its data "
-            f"has {sorted(shapes)[:3]}...; extract it with --res {phase.resolution}"
-        )
-
-
-def _text_config(recipe: Recipe) -> ModelConfig:
-    return replace(recipe.model.config(), cfg_null=recipe.text_start.cfg_null)
-
-
-def _before(recipe: Recipe, phase: Phase, out: Path, init: Path | None) -> Path:
-    """The checkpoint that the phase before left; for the first, `init`."""
-    number = recipe.phases.index(phase)
-    if init is not None:
-        return init
-    if number == 0:
-        raise ConfigError(
-            f"phase {phase.name} starts {phase.start}, and no phase is before it; give the "
-            "checkpoint to start from with --init"
-        )
-    before = recipe.phases[number - 1]
-    path = result_path(before, phase_folder(recipe, before, out), phase.start_weights)
-    if not path.exists():
-        raise CheckpointError(
-            f"phase {phase.name} starts from {path}, which is not there; run {before.name} first, "
-            "or give another checkpoint with --init"
-        )
-    return path
-
-
-def _random_dit(recipe: Recipe, phase: Phase, seed: int) -> DiTCheckpoint:
-    shape = recipe.model
-    config = DiTConfig(
-        num_classes=shape.num_classes,
-        num_layers=shape.num_layers,
-        num_heads=shape.num_heads,
-        head_dim=shape.head_dim,
-        sample_size=phase.resolution // 8,
-    )
-    dit = initialize_dit(DiT(config), torch.Generator().manual_seed(seed))
-    return DiTCheckpoint(config, dict(dit.state_dict()), f"random weights, seed {seed}")
-
-
-def _write(
-    start: Checkpoint, state: dict[str, Tensor], path: Path, trainer: Trainer, recipe: Recipe
-) -> None:
-    state = {name.removeprefix("model."): value for name, value in state.items()}
-    if isinstance(start, DiTCheckpoint):
-        write_dit(replace(start, state=state), path)
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """PyTorch's deterministic operators, where a run is to be reproducible."""
+    if not wanted:
+        yield
         return
-    origin = {
-        **(start.origin or {}),
-        "trained": {
-            **trainer.identity, "steps": trainer.done, "lr": trainer.settings.lr,
-            "skipped": int(trainer.skipped.item()), "preset": str(recipe.preset),
-        },
-    }  # fmt: skip
-    write_diffusers(replace(start, state=state, origin=origin), path)
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+def _num_parameters(recipe: Recipe) -> int:
+    """Of the text model without micro-conditioning."""
+    return sum(shape.numel() for shape in expected_shapes(recipe.model.config()).values())
+
+
+def _start_path(model: str, phase: Phase) -> Path:
+    """The checkpoint of a path, of tiny or of a hub id, for a phase."""
+    return transformer_path(locate(model, ["transformer"]), model, phase.resolution)
+
+
+def _write_pipeline(transformer: Path, model: str, out: Path) -> None:
+    """Write a copy of the pipeline `model` with this transformer."""
+    write_model(read_transformer(transformer), out, pipeline=locate(model, COMPONENTS))
+
+
+def _description(live: _LiveRun, phase: Phase, source: Source) -> str:
+    settings = run_settings(live.recipe, phase, live.options, live.ranks.num_ranks)
+    return (
+        f"phase {phase.name}: {len(source.bucket_of)} samples, {settings.steps} steps of "
+        f"{global_batch(live.recipe, phase, live.options)} images in "
+        f"{settings.micro_batches} micro-batches on {live.ranks.num_ranks} ranks, "
+        f"lr {settings.lr:.3g}, warm-up {settings.warmup.steps:g} steps, {settings.optimizer}, "
+        f"{settings.precision}"
+    )

@@ -1,6 +1,6 @@
 """How a phase is run: what the optimiser does, in which precision, over how many ranks.
 
-Imports no torch. A recipe's phase gives most of it (run.py); the rest is the machine's.
+Imports no torch. A recipe's phase gives most of it (phases.py); the rest is run_options.py's.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ class Checkpointing(StrEnum):
     """Its inputs; all of it is run again."""
 
 
+class Place(StrEnum):
+    """Where log lines can go (log_writers.py)."""
+
+    CONSOLE = "console"
+    JSONL = "jsonl"
+    TENSORBOARD = "tensorboard"
+    """Needs the extra `tensorboard`."""
+    WANDB = "wandb"
+    """Weights & Biases; needs its package and its own login."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
     """One phase of training. Counts are of optimiser steps, from 0."""
@@ -90,6 +101,8 @@ class RunSettings:
                 f"profile_every {self.profile_every} was asked with a log line every "
                 f"{self.log_every} steps; use a multiple, so that a line reports what was profiled"
             )
+        if not self.weight_decay >= 0:
+            raise ConfigError(f"weight_decay must be >= 0, got {self.weight_decay}")
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"decay must be between 0 and 1, got {self.decay}")
         if self.seed < 0:
@@ -110,7 +123,7 @@ class RunSettings:
         return self.lr * self.warmup.share(step) * cosine_end(step, self.steps, self.decay)
 
     def identity(self) -> dict[str, object]:
-        """What must not change when a run goes on: the samples, their draws and how it learns."""
+        """What must not change when a run is resumed: samples, their draws and how it learns."""
         return {
             "seed": self.seed,
             "micro_batches": self.micro_batches,

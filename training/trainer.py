@@ -35,14 +35,15 @@ from torch.distributed.tensor import DTensor
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import Precision
 from pixart_rt.data.batch import Batch
-from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.errors import CheckpointError, ConfigError, TrainingError
 from pixart_rt.files import locked, replacing
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.training.checkpoints import FOLDER as CHECKPOINTS
 from pixart_rt.training.checkpoints import Checkpoints, Progress, State
 from pixart_rt.training.communication import profiled
-from pixart_rt.training.distributed import DTYPES, spread
+from pixart_rt.training.distributed import spread
 from pixart_rt.training.flops import peak_flops
-from pixart_rt.training.log_writers import JSONL, Log, Place, open_log
+from pixart_rt.training.log_writers import JSONL, Log, open_log
 from pixart_rt.training.metrics import Meter
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.optim.clipping import clip_gradients, step_if_finite
@@ -53,13 +54,14 @@ from pixart_rt.training.optim.loss_scale import LossScale
 from pixart_rt.training.optim.muon import muon_groups
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.reproducible_sums import TreeSum, sum_over_ranks, take_gradients
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, RunSettings
+from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Place, RunSettings
 from pixart_rt.training.sample_rng import Draws, draw
 
 _log = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
 LOCK = ".lock"  # held while a run writes to its folder
+SKIPPED_IN_A_ROW = 50  # end the run; fp16's loss scale has found its place after about 20
 LAST_WAIT = 120.0  # seconds for the checkpoint in flight when a run fails
 _OPTIONS = StateDictOptions(ignore_frozen_params=True)
 
@@ -95,8 +97,8 @@ class Trainer:
     """One phase on one rank of a run.
 
     `objective` is on any device; it is moved to the ranks'. `out` is the run's folder. `identity`
-    adds to what must be the same when the run goes on: the data, its sampler. `validation` is given
-    whole weights, the averages if there are any, on the first rank alone.
+    adds to what must be the same when the run is resumed: the data, its sampler. `validation` is
+    given whole weights, the averages if there are any, on the first rank alone.
     """
 
     def __init__(
@@ -152,12 +154,14 @@ class Trainer:
         self.checkpoints = Checkpoints(out, ranks, settings.keep)
         self.identity = {**settings.identity(), **(identity or {})}
         self.done = 0  # steps
+        self.saved: int | None = None  # the step of the newest checkpoint of this run or resumed
         self.log, self.validation = log, validation
         self.meter = self._new_meter()
         self._undecided: list[_Undecided] = []  # steps since the last log line
+        self._skipped_in_a_row = 0
 
     def run(self) -> None:
-        """Go on from the newest checkpoint to the last step, and save that one.
+        """Train from the newest checkpoint to the last step, and save that one.
 
         Raises ConfigError where another run writes to this folder, before it reads anything.
         """
@@ -207,7 +211,7 @@ class Trainer:
                     raise
         self.checkpoints.finish()
         self.ranks.barrier()  # the last one has its name
-        if self.done not in self.checkpoints.agreed_steps():
+        if self.saved != self.done:  # the name alone may be that of a damaged one
             self.save()
             self.checkpoints.finish()
             self.ranks.barrier()
@@ -227,6 +231,7 @@ class Trainer:
                 line = self.meter.line(self.done, result.lr)
                 log.write(line)
                 self._note_skipped(line.skipped)
+                self._refuse_skipping(stop)
             if saving:
                 self.save()
             if settings.validate_every and self.done % settings.validate_every == 0:
@@ -251,10 +256,13 @@ class Trainer:
         """Write down the samples of steps that were left out; their draws follow from them."""
         undecided, self._undecided = self._undecided, []
         if not count:
+            self._skipped_in_a_row = 0
             return
         for each in undecided:
             if not each.found_inf.item():  # the same on all ranks
+                self._skipped_in_a_row = 0
                 continue
+            self._skipped_in_a_row += 1
             ids: list[list[int]] = [[] for _ in range(self.ranks.num_ranks)]
             dist.all_gather_object(ids, each.ids)
             if not self.ranks.is_first:
@@ -267,6 +275,16 @@ class Trainer:
                 file.write(json.dumps(record) + "\n")
             _log.warning("step %d was not finite and changed nothing; --replay %d shows where",
                          each.step, each.step)  # fmt: skip
+
+    def _refuse_skipping(self, stop: int) -> None:
+        """Raise TrainingError, on all ranks, where steps have stopped changing anything."""
+        count = self._skipped_in_a_row
+        if count < SKIPPED_IN_A_ROW and (self.done < stop or 2 * count <= stop):
+            return
+        raise TrainingError(
+            f"the last {count} of {self.done} steps were not finite and changed nothing; lower lr "
+            f"({self.settings.lr:g}), or see {self.out / SKIPPED}"
+        )
 
     def _forget_skipped(self) -> None:
         """Leave out records of steps that are taken again."""
@@ -377,14 +395,14 @@ class Trainer:
         skipped = int(self.skipped.item())
         progress = Progress(step=self.done, skipped=skipped, identity=self.identity)
         self.checkpoints.save(self.state(), progress)
+        self.saved = self.done
 
     def resume(self, step: int | None = None) -> None:
-        """Take up the newest checkpoint, or that of a step; without any, begin.
+        """Resume from the newest whole checkpoint, or that of a step; without any, begin.
 
-        Raises CheckpointError for one of another run.
+        Raises CheckpointError for one of another run, or where all are damaged.
         """
-        steps = self.checkpoints.agreed_steps()
-        chosen = step if step is not None else (steps[-1] if steps else None)
+        chosen = step if step is not None else self.checkpoints.newest_whole()
         if chosen is None:
             return
         progress = self.checkpoints.progress(chosen)
@@ -393,8 +411,7 @@ class Trainer:
             if found != value:
                 raise CheckpointError(
                     f"{self.checkpoints.path(chosen)} was made with {name} {found}, this run has "
-                    f"{value}; go on with the same (--{name.replace('_', '-')}, where that is an "
-                    "option), or start in another folder"
+                    f"{value}; resume with the same `{name}`, or start in another folder"
                 )
         if progress.step > self.settings.steps:
             raise CheckpointError(
@@ -415,7 +432,7 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.objective.load_own_state(state["objective"])
         self.skipped.fill_(progress.skipped)
-        self.done = progress.step
+        self.done = self.saved = progress.step
 
 
 def _peak(settings: RunSettings, ranks: Ranks) -> float | None:

@@ -4,7 +4,7 @@
     validation(model, out, step)                         out/validation/step-<step>.png
     Trainer(..., validation=lambda weights, step: validation.of_weights(weights, out, step))
 
-The text encoder runs once, when this is made, and is let go; the VAE waits on the CPU. No random
+The text encoder runs once, when this is made, and is freed; the VAE waits on the CPU. No random
 state but the images' own is touched, and no compiled block is compiled again: the model runs
 eagerly here. `model` is whole, so a sharded one (FSDP) is gathered first; one rank draws.
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixart_rt.buckets import Bucket, bucket_for_aspect
+from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket, bucket_for_aspect
 from pixart_rt.checkpoints.hub import locate
 from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.config import Kernels, ModelConfig, SamplingConfig, Scheduler
@@ -36,7 +36,6 @@ from pixart_rt.training.dropout import drop_captions, null_text
 from pixart_rt.training.objectives.denoising import Positions, predict_noise
 
 FOLDERS = ("vae", "text_encoder", "tokenizer", "scheduler")
-VAE_SCALE = 8  # pixels per latent pixel
 _MODEL = "model."  # what an objective calls its transformer
 
 
@@ -167,7 +166,7 @@ class Validation:
         seeds = [self.settings.seed + row for row in rows]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         height, width = self.bucket.height, self.bucket.width
-        shape = (1, self.config.in_channels, height // VAE_SCALE, width // VAE_SCALE)
+        shape = (1, self.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
         noise = torch.cat([torch.randn(shape, generator=each) for each in generators])
         latents = self._denoise(model, noise.to(self.device), rows, generators)
         return (self._decoder(latents) / 2 + 0.5).clamp(0, 1).float().cpu()

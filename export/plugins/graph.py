@@ -23,20 +23,14 @@ from torch.export import Dim
 from pixart_rt.backends.trt.plugin_kernels import NAMESPACE, OPERATORS, VERSION, KernelSpec
 from pixart_rt.config import Kernels
 from pixart_rt.errors import ConfigError
-from pixart_rt.export.onnx_export import (
-    MAX_BATCH,
-    MAX_TOKENS,
-    OPSET,
-    Graph,
-    export_onnx,
-    quiet_exporter,
-)
+from pixart_rt.export.onnx_export import OPSET, Graph, export_onnx, quiet_exporter
 from pixart_rt.export.plugins.compiler import example
 from pixart_rt.export.worker.protocol import ask
 from pixart_rt.kernels.attention import attention_qkv_packed_ref
 from pixart_rt.kernels.attention_tiles import HEAD
 from pixart_rt.kernels.decompositions import decompositions
 from pixart_rt.kernels.ln_modulate import ln_modulate_ref
+from pixart_rt.model.signature import BOUNDS
 from pixart_rt.model.transformer import PixArtTransformer
 
 COMPILER = "pixart_rt.export.plugins.compiler"
@@ -185,7 +179,9 @@ def _function(name: str, spec: KernelSpec, row: int) -> onnx.FunctionProto:
         torch.zeros_like(each.expand(2, *each.shape[1:]) if at in batched else each)
         for at, each in enumerate(one_image)
     ]
-    batch, tokens = Dim("batch", min=1, max=MAX_BATCH), Dim("num_tokens", min=2, max=MAX_TOKENS)
+    batch, tokens = (
+        Dim(name, min=BOUNDS[name][0], max=BOUNDS[name][1]) for name in ("batch", "num_tokens")
+    )
     dims: list[dict[int, Dim]] = [{0: batch} if at in batched else {} for at in range(len(inputs))]
     dims[0][1] = tokens
     with quiet_exporter():

@@ -7,6 +7,7 @@ neither a compiler nor the model's Python code.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from pixart_rt.backends.engine_files import (
 from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BackendError, BundleError
 
+_CANNOT_MAP = ("failed to map segment", "Operation not permitted")  # dlopen's words
 CPU_CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # each runs what the earlier ones run
 
 
@@ -67,6 +69,12 @@ def load_package(path: Path, device: torch.device) -> Any:
         package = torch._inductor.aoti_load_package(str(path), device_index=index)
         built_for = package.get_metadata()
     except (RuntimeError, OSError, ValueError) as error:
+        if any(words in str(error) for words in _CANNOT_MAP):
+            raise BackendError(
+                f"the engine {path} could not be loaded from {tempfile.gettempdir()}, where "
+                f"programs may not run ({one_line(error)}); set TMPDIR to a folder of a file "
+                "system that is not mounted noexec"
+            ) from error
         raise BundleError(
             f"the engine {path} is damaged or from another torch than {torch.__version__} "
             f"({one_line(error)}); build the bundle again"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pixart_rt.backends.architectures import check_architecture
-from pixart_rt.backends.component import ABSORBED, CONTROL, INPUTS
 from pixart_rt.bundle import ComponentEntry, Manifest
 from pixart_rt.errors import BackendError, BundleError
+from pixart_rt.model.signature import ABSORBED, CONTROLNET, SIGNATURES
 
 HIDDEN = "hidden"  # the input of a later part that takes the previous part's output
 
@@ -71,7 +71,7 @@ class Chain:
             except KeyError as missing:
                 raise BackendError(
                     f"the {self.name} needs the input {missing}, it was called with "
-                    f"{sorted(inputs)}; pass {', '.join(INPUTS[self.name])}"
+                    f"{sorted(inputs)}; pass {', '.join(SIGNATURES[self.name].names())}"
                 ) from missing
             output = part(wanted)
             inputs[HIDDEN] = output
@@ -100,8 +100,8 @@ def part_inputs(name: str, index: int, *, controlled: bool = False) -> tuple[str
 
     `controlled`: the bundle has a ControlNet.
     """
-    also = (CONTROL,) if controlled and name == "transformer" else ()
-    return (*INPUTS[name], *also) if index == 0 else (HIDDEN, *INPUTS[name][1:])
+    names = SIGNATURES[name].names(*((CONTROLNET,) if controlled else ()))
+    return names if index == 0 else (HIDDEN, *names[1:])
 
 
 def forms_of(name: str) -> frozenset[str]:

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pixart_rt.buckets import VAE_SCALE_FACTOR
 from pixart_rt.config import ModelConfig
 from pixart_rt.kernels.cross_attention import Form, choose_form
 from pixart_rt.model.embeddings import FREQUENCY_CHANNELS
 from pixart_rt.model.text_encoder import T5Config
 
 KERNEL = 3  # of every convolution in the VAE but the shortcuts
-VAE_SCALE = 8  # pixels per latent pixel
 
 
 class Work(StrEnum):
@@ -167,7 +167,7 @@ def modulator(config: ModelConfig, rows: int) -> list[Product]:
 def vae_decoder(config: dict[str, Any], load: Load) -> list[Product]:
     """diffusers' AutoencoderKL decoder of this configuration."""
     B, widths = load.batch, [int(width) for width in reversed(config["block_out_channels"])]
-    pixels = load.height * load.width // VAE_SCALE**2
+    pixels = load.height * load.width // VAE_SCALE_FACTOR**2
     latent = int(config["latent_channels"])
     products = [conv("conv in", B, latent, widths[0], pixels)]
     if config.get("use_post_quant_conv", True):

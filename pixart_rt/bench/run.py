@@ -27,7 +27,7 @@ from pixart_rt.bench.systems import OURS, System, load_system
 from pixart_rt.buckets import Bucket, bucket_for_aspect
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Precision
-from pixart_rt.inference.pipeline import DTYPES
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Config
 from pixart_rt.model.tokenizer import PromptTokenizer
 

@@ -15,12 +15,12 @@ import torch
 
 from pixart_rt.bench.request import BenchRequest, Prompts, transformer_folder
 from pixart_rt.bench.stages import STEP, TEXT, VAE, Stages
-from pixart_rt.buckets import bucket_for_aspect
+from pixart_rt.buckets import VAE_SCALE_FACTOR, bucket_for_aspect
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Precision
-from pixart_rt.inference.denoiser import VAE_SCALE_FACTOR
-from pixart_rt.inference.pipeline import DTYPES, PixArtPipeline
+from pixart_rt.inference.pipeline import PixArtPipeline
 from pixart_rt.kernels.launch import refused
+from pixart_rt.model.dtypes import DTYPES
 
 OURS = "pixart_rt"
 LATE = 1000  # the number of a prompt that is as long as any

@@ -1,6 +1,6 @@
 """A component of a torch bundle: config.json and model.safetensors to a module, and back.
 
-The module takes exactly the component's inputs by keyword (backends/component.py), float32 at the
+The module takes exactly the component's inputs by keyword (model/signature.py), float32 at the
 border, weights in the precision they were written with.
 """
 
@@ -80,7 +80,7 @@ class DenoiserModule(nn.Module):
         cache: BlockCache | None = None,
         control: Tensor | None = None,
     ) -> Tensor:
-        """Shapes as in backends/component.py. Either text_kv or the three absorbed tensors."""
+        """Shapes as in model/signature.py. Either text_kv or the three absorbed tensors."""
         dtype = self.core.x_embedder.weight.dtype
         # An exported graph must not branch on a size that may be 0; PyTorch saves two copies.
         none = not torch.compiler.is_exporting() and null_rows.shape[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pixart_rt
 from pixart_rt.errors import CheckpointError
 
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
+VOCABULARY = "vocabulary.txt"  # of tiny: the words of all captions that it was trained on
 
 
 def locate(model: str, folders: Sequence[str]) -> Path:
@@ -27,6 +29,18 @@ def locate(model: str, folders: Sequence[str]) -> Path:
             "PixArt-alpha/PixArt-XL-2-1024-MS; check the path, or use --model tiny"
         )
     return _download(model, folders)
+
+
+def unseen_words(model: str, text: str) -> list[str]:
+    """The words of a prompt, in order, that `model` was never trained on, where that is known.
+
+    It is known of "tiny" alone, which draws something all the same.
+    """
+    if model != "tiny":
+        return []
+    known = set((TINY / VOCABULARY).read_text(encoding="utf-8").split())
+    words = re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
+    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 def locate_whole(option: str, model: str, folders: Sequence[str]) -> Path:

@@ -27,11 +27,14 @@ from pixart_rt.bundle import sha256
 from pixart_rt.checkpoints import tensor_names
 from pixart_rt.checkpoints.tensors import open_safetensors, read_pickle
 from pixart_rt.checkpoints.transformer import ORIGIN_FILE, TransformerCheckpoint
-from pixart_rt.config import Scheduler
+from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE_CONFIG = "base_config"  # in origin.json: ModelConfig of the model that it was trained on
+_OF_BASE = ("num_layers", "num_heads", "head_dim", "caption_channels", "sample_size",
+            "interpolation_scale", "micro_conditioning")  # fmt: skip
 _OLD_WEIGHTS = "adapter_model.bin"
 PREFIX = "base_model.model."  # of every tensor in the file
 _INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")  # those that leave W as it was
@@ -53,6 +56,7 @@ class Adapter:
     source: str
     sha256: str  # of the file of weights
     scheduler: Scheduler | None = None  # what samples the merged model; None: what samples the base
+    base_config: Mapping[str, Any] | None = None  # of the model it was trained on, if it says so
 
     def delta(self, module: str) -> Tensor:
         """What is added to the module's weight, in float32: [outputs, inputs]."""
@@ -72,7 +76,8 @@ def read_adapter(folder: Path) -> Adapter:
     path, tensors = _read_tensors(folder)
     pairs = _paired(tensors, path)
     scales = {module: _scale(config, module, a, path) for module, (a, _) in pairs.items()}
-    return Adapter(pairs, scales, str(folder), sha256(path), _scheduler(folder))
+    scheduler, base_config = _origin(folder)
+    return Adapter(pairs, scales, str(folder), sha256(path), scheduler, base_config)
 
 
 def merge(
@@ -84,6 +89,7 @@ def merge(
     The origin says what was merged. Raises CheckpointError for an adapter of another model.
     """
     config = checkpoint.config
+    _refuse_base(adapter, config, checkpoint.source)
     tensors = tensor_names.from_ours(checkpoint.state, config, tensor_names.diffusers_names)
     weights = {name.removesuffix(".weight"): name for name in tensors if name.endswith(".weight")}
     unknown = sorted(module for module in adapter.pairs if module not in weights)
@@ -131,16 +137,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scheduler(folder: Path) -> Scheduler | None:
-    """What our own origin.json says of a distilled adapter; peft's file has no place for it."""
+def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None]:
+    """(scheduler, base_config) of our own origin.json; peft's file has no place for them."""
     path = folder / ORIGIN_FILE
     if not path.is_file():
-        return None
+        return None, None
     try:
-        told = json.loads(path.read_text()).get("scheduler")
-        return None if told is None else Scheduler(told)
-    except (OSError, ValueError, AttributeError) as error:
+        origin = json.loads(path.read_text())
+        scheduler, config = origin.get("scheduler"), origin.get(BASE_CONFIG)
+        if config is not None:
+            config = dict(config)
+        return None if scheduler is None else Scheduler(scheduler), config
+    except (OSError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the adapter again") from error
+
+
+def _refuse_base(adapter: Adapter, config: ModelConfig, source: str) -> None:
+    """CheckpointError for an adapter that was trained on a model of another size or positions."""
+    for name in _OF_BASE:
+        trained, found = (adapter.base_config or {}).get(name), getattr(config, name)
+        if trained is not None and trained != found:
+            raise CheckpointError(
+                f"{adapter.source} was trained on a model with {name} {trained}, {source} has "
+                f"{found}; merge it into the model that it was trained on"
+            )
 
 
 def _refuse_unknown(config: Mapping[str, Any], folder: Path) -> None:

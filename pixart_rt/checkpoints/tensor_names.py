@@ -8,7 +8,7 @@
     blocks.i.cross_attn.kv_linear the same                  ...attn2.to_k, to_v        stacked
 
 Our x_embedder.weight is the convolution's [D, C, p, p] flattened to [D, C·p·p]; the other tensors
-are the same numbers, so a checkpoint goes from one family to another and back bit by bit.
+are the same numbers, so a checkpoint goes from one family to another and back bit for bit.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def to_ours(
 
 
 def from_ours(state: Mapping[str, Tensor], config: ModelConfig, namer: Namer) -> dict[str, Tensor]:
-    """Our tensors under a file's names; the inverse of `to_ours`, bit by bit."""
+    """Our tensors under a file's names; the exact inverse of `to_ours`."""
     tensors = {}
     for ours, tensor in state.items():
         names = namer(ours)

@@ -22,8 +22,9 @@ BIN_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
 
 
 class TensorFolder(Mapping[str, Tensor]):
-    """The tensors of a folder by name; each is read when it is asked for.
+    """The tensors of a folder by name; each is read when it is asked for, each file opened once.
 
+    Tensors of safetensors files are views of the mapped file: they take memory as they are used.
     Raises CheckpointError when the folder holds no weights or a file is truncated.
     """
 
@@ -32,22 +33,22 @@ class TensorFolder(Mapping[str, Tensor]):
         self.files = _weight_files(self.folder)
         self._loaded: dict[str, Tensor] = {}
         self._file_of: dict[str, Path] = {}
+        self._opened: dict[Path, safe_open] = {}
         for path in self.files:
             if path.suffix == ".bin":
                 tensors = read_pickle(path)
                 self._loaded.update(tensors)
                 self._file_of.update(dict.fromkeys(tensors, path))
             else:
-                with open_safetensors(path) as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
+                self._opened[path] = open_safetensors(path)
+                self._file_of.update(dict.fromkeys(self._opened[path].keys(), path))
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._loaded:
             return self._loaded[name]
         if name not in self._file_of:
             raise CheckpointError(f"{self.folder} has no tensor {name}; is it another model?")
-        with open_safetensors(self._file_of[name]) as file:
-            return file.get_tensor(name)
+        return self._opened[self._file_of[name]].get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

@@ -12,15 +12,21 @@ from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
 
 
 def read_text_encoder(
-    folder: Path, dtype: torch.dtype, start: int = 0, stop: int | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    tensors: TensorFolder | None = None,
 ) -> T5Encoder:
     """Read layers `start` to `stop` of a transformers T5EncoderModel folder, in `dtype`.
 
     Other layers are not read. In float16 the `wo` weights stay float32 (model/text_encoder.py says
-    why); norms always do. Raises CheckpointError for missing or truncated weights.
+    why); norms always do. `tensors` are the folder's, where it is open already. Raises
+    CheckpointError for missing or truncated weights.
     """
     config = T5Config.read(folder)
-    tensors = TensorFolder(folder)
+    tensors = tensors or TensorFolder(folder)
     with torch.device("meta"):
         encoder = T5Encoder(config, start, stop)
     state = {}

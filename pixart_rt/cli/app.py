@@ -11,6 +11,7 @@ from pixart_rt.cli.build import build
 from pixart_rt.cli.convert import convert
 from pixart_rt.cli.data import data
 from pixart_rt.cli.doctor import doctor
+from pixart_rt.cli.failures import Verb
 from pixart_rt.cli.fidelity import fidelity
 from pixart_rt.cli.finetune import finetune
 from pixart_rt.cli.generate import generate
@@ -60,7 +61,7 @@ for verb in (
     build, generate, fidelity, plan, convert, train, reparameterize, merge, inspect, verify, bench,
     tune, doctor,
 ):  # fmt: skip
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 app.add_typer(data)
 app.add_typer(finetune)
 app.add_typer(reproduce)

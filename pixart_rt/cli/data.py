@@ -161,7 +161,7 @@ def edges(
     """Draw the edges of images, for a ControlNet: a folder to extract a second store of.
 
     Edges are those of each image as `extract` cuts it, so give both the same --res and --square.
-    Then `pixart-rt data extract OUT` makes the second store. A stopped run goes on.
+    Then `pixart-rt data extract OUT` makes the second store. A stopped run resumes.
 
     \b
     Examples:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from pixart_rt.errors import PixArtError
+from typer.core import TyperCommand
+
+from pixart_rt.errors import ConfigError, PixArtError
 
 FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
 
@@ -18,6 +24,40 @@ _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _WRITERS = ("no space left on device", "disk quota exceeded", "pytorchstreamwriter failed writing")
 _DISK_FULL = "the disk is full; free space where the output goes, or choose another place"
 _EXTRAS = {"matplotlib": "train", "pyarrow": "data"}  # what the base install lacks
+
+_ARGUMENT = re.compile(r"`(\w+)(?:=([^`]*)|\['([^']+)'\])?`")  # `init`, `init=MODEL`, `data['HQ']`
+
+
+class Verb(TyperCommand):
+    """A verb whose errors name its options: the library's name the arguments of its functions."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb. Parameters have the names of the function's arguments."""
+        try:
+            return super().invoke(ctx)
+        except PixArtError as error:
+            error.args = (with_flags(str(error), self.params),)
+            raise
+
+
+def with_flags(message: str, parameters: Sequence[Any]) -> str:
+    """The message with `argument` as --argument, where the verb has a parameter of that name.
+
+    `init=MODEL` becomes --init MODEL, and `data['HQ']` --data HQ=PATH.
+    """
+    flags = {
+        each.name: each.opts[0] if each.param_type_name == "option" else each.metavar or each.name
+        for each in parameters
+    }
+
+    def flag(match: re.Match[str]) -> str:
+        name, value, key = match.groups()
+        if name not in flags:
+            return match[0]
+        words = [flags[name], *([value] if value else []), *([f"{key}=PATH"] if key else [])]
+        return " ".join(words)
+
+    return _ARGUMENT.sub(flag, message)
 
 
 def one_line(error: BaseException) -> str:
@@ -41,6 +81,22 @@ def one_line(error: BaseException) -> str:
         reason = error.strerror or _flat(error)
         return f"{error.filename}: {reason}" if error.filename else reason
     return f"{type(error).__name__}: {_flat(error)}"
+
+
+@contextmanager
+def options_named(options: Mapping[str, str]) -> Iterator[None]:
+    """Make a ConfigError of the library name the options of a verb.
+
+    options: the option for each Python argument, such as {"num_inference_steps": "--steps"}. Texts
+    in quotes are a user's own and stay, as do parts of paths and of other words.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        names = "|".join(map(re.escape, options))
+        pattern = rf"(?<!\w)'[^']*'|(?<![\w:/.-])(?:{names})(?![\w:/.-])"
+        said = re.sub(pattern, lambda name: options.get(name[0], name[0]), str(error))
+        raise ConfigError(said) from error
 
 
 def exit_code(error: BaseException) -> int:

@@ -1,15 +1,13 @@
-"""The options that verbs of `pixart-rt finetune` have in common."""
+"""The options that verbs of `pixart-rt finetune` have in common, as Typer reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pixart_rt.config import Precision
-from pixart_rt.files import Kind, check_into, check_model
 from pixart_rt.training.finetune.settings import LoraTargets
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
@@ -38,24 +36,16 @@ Floats = Annotated[
     Precision | None, typer.Option(help="Of matrix products. Default: the device's.")
 ]
 Optimizer = Annotated[OptimizerKind, typer.Option(help="adamw8bit and came need less memory.")]
-Recompute = Annotated[Checkpointing, typer.Option(help="Activations computed again.")]
+Recompute = Annotated[Checkpointing, typer.Option(help="Recompute activations in the backward.")]
 MicroBatches = Annotated[int | None, typer.Option(help="Parts of a step, one after the other.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")]
-DEFAULT_MODEL = "PixArt-alpha/PixArt-XL-2-1024-MS"
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A feature store, or pictures with captions.")
+]
+StepBatch = Annotated[int, typer.Option(help="Images of a step.")]
 Share = Annotated[Parallel, typer.Option(help="How ranks share.")]
 Workers = Annotated[int, typer.Option(help="Processes that read data, for each rank.")]
 Targets = Annotated[LoraTargets, typer.Option(help="Linears of the blocks that get adapters.")]
 Alpha = Annotated[
     float | None, typer.Option(help="Adapters count alpha / rank times. Default: the rank.")
 ]
-
-
-def run_folder_of(out: Path) -> Path:
-    """Where the log and the checkpoints of a result are: beside it."""
-    return out.with_name(f"{out.name}.run")
-
-
-def check_outputs(out: Path, kind: Kind | Iterable[Kind], *, force: bool) -> None:
-    """Refuse a result, or its run folder, that could not be written. Raises ConfigError."""
-    check_model(out, kind, force=force)
-    check_into(run_folder_of(out))

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pixart_rt.approximations import one_approximation
-from pixart_rt.buckets import choose_bucket
 from pixart_rt.bundle import Manifest
+from pixart_rt.checkpoints.hub import unseen_words
 from pixart_rt.cli.console import Steps, note, print_json
+from pixart_rt.cli.failures import options_named
 from pixart_rt.cli.previews import PreviewWriter, check_previews
-from pixart_rt.config import DISTILLED, USUAL_STEPS, SamplingConfig, Scheduler
+from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError
+from pixart_rt.inference.request import DEFAULT_SEED, Request
 from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from pixart_rt.inference.pipeline import PipelineOutput, PixArtPipeline
+    from pixart_rt.inference.generation import PipelineOutput
+    from pixart_rt.inference.pipeline import PixArtPipeline
     from pixart_rt.memory.tiers import Tier
 
-_LARGEST_SEED = 2**63 - 1
+OPTIONS = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative",
+    "num_images_per_prompt": "--num",
+    "aspect_ratio": "--aspect",
+    "height": "--height",
+    "width": "--width",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-stop",
+    "seed": "--seed",
+    "scheduler": "--scheduler",
+}  # the command's word for each argument of the pipeline
 
 
 def generate(
@@ -50,9 +64,7 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale. Default: 4.5; 1 with lcm and dmd.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=_LARGEST_SEED, help="Image k draws from seed + k.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Image k draws from seed + k.")] = DEFAULT_SEED,
     negative: Annotated[str, typer.Option(help="What the image should not show.")] = "",
     scheduler: Annotated[
         Scheduler | None, typer.Option(help="The sampler. Default: the checkpoint's own.")
@@ -104,31 +116,39 @@ def generate(
     Examples:
       pixart-rt generate "a red circle above a blue square" --bundle engines/tiny-1024 -o out.png
       pixart-rt generate "a small green star" --bundle engines/tiny-1024 -o star.png --aspect 3:2
-      pixart-rt generate "two circles" --bundle engines/tiny-1024 -o sheet.png -n 4 --grid --seed 7
+      pixart-rt generate "a blue star" --bundle engines/tiny-1024 -o sheet.png -n 4 --grid --seed 7
     """
     from pixart_rt.inference.images import refuse_existing
 
-    _check_text(prompt, negative)
+    with options_named(OPTIONS):
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative,
+            seed=seed,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            guidance_interval=None if guidance_stop is None else (0.0, guidance_stop),
+            scheduler=scheduler,
+            approximate=one_approximation(step_cache, first_block_cache),
+            aspect_ratio=aspect,
+            height=height,
+            width=width,
+        )
     paths = _output_paths(output, num, grid)
     refuse_existing(paths, force=force)
     if prompt_cache is not None and prompt_cache.exists() and not prompt_cache.is_dir():
         raise ConfigError(f"--prompt-cache {prompt_cache} is a file; name a folder")
     manifest = Manifest.read(bundle)
-    sampler = scheduler or Scheduler(manifest.scheduler)
-    if guidance is None:
-        guidance = 1.0 if sampler in DISTILLED else SamplingConfig().guidance_scale
-    if steps is None:
-        steps = USUAL_STEPS.get(sampler, SamplingConfig().num_inference_steps)
-    sampling = SamplingConfig(
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        scheduler=sampler,
-        guidance_interval=(0.0, 1.0 if guidance_stop is None else guidance_stop),
-        approximate=one_approximation(step_cache, first_block_cache),
-    )
+    with options_named(OPTIONS):
+        sampling = request.resolved(manifest).sampling
+    unseen = unseen_words(str(manifest.model["name"]), f"{request.prompt} {negative}")
+    if unseen:
+        note(
+            f"warning: tiny has never seen {', '.join(unseen[:8])}; it knows coloured circles, "
+            "squares, triangles and stars (docs/tiny.md), and draws what it takes this for"
+        )
     if preview is not None:
         check_previews(preview, bundle, force=force)
-    choose_bucket(int(manifest.engine_config["resolution"]), aspect, height, width)
     if (control_image is None) != (manifest.control is None):
         raise ConfigError(
             f"--control-image was {'not ' if control_image is None else ''}given, but {bundle} has "
@@ -136,20 +156,20 @@ def generate(
             + ("name a picture of edges" if manifest.control else "leave it out")
         )
     picture = None if control_image is None else _open_picture(control_image)
-    writer = None if preview is None else PreviewWriter(preview, preview_every, steps)
+    writer = None
+    if preview is not None:
+        writer = PreviewWriter(preview, preview_every, sampling.num_inference_steps)
     fit = None if vram is None else _fit(bundle, manifest, vram, vae_tiling)
     tiled = fit.config.vae_tiling if fit else vae_tiling or manifest.vae_tiling
-    options = {"aspect_ratio": aspect, "height": height, "width": width, "vae_tiling": tiled,
-               "control_image": picture}  # fmt: skip
     loading = {
         "prompt_cache": prompt_cache,
         "text_place": fit.config.text_place if fit else None,
         "auto_capture": not no_auto_capture and fit is None,  # a graph's memory is not predicted
     }
     at_once = fit.config.max_batch if fit else int(manifest.engine_config["max_batch"])
-    result, seconds = _run(
-        bundle, at_once, loading, prompt, negative, num, seed, sampling, options, writer
-    )
+    options = {"num_images_per_prompt": num, "vae_tiling": tiled, "control_image": picture}
+    with options_named(OPTIONS):
+        result, seconds = _run(bundle, at_once, loading, request, options, writer)
     facts = _facts(result, manifest, negative, sampling, tiled)
     if control_image is not None:
         facts = [{**fact, "control_image": control_image.name} for fact in facts]
@@ -185,14 +205,6 @@ def _open_picture(path: Path) -> Image:
         raise ConfigError(f"--control-image {path} cannot be read ({error})") from error
 
 
-def _check_text(*texts: str) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"the text {text!r} is not valid UTF-8; type it again") from error
-
-
 def _output_paths(output: Path, num: int, grid: bool) -> list[Path]:
     """FILE itself for one image or a sheet, else name-0.png to name-(n-1).png beside it."""
     if output.suffix.lower() != ".png":
@@ -206,70 +218,42 @@ def _run(
     bundle: Path,
     at_once: int,
     loading: dict[str, Any],
-    prompt: str,
-    negative: str,
-    num: int,
-    seed: int,
-    sampling: SamplingConfig,
+    request: Request,
     options: dict[str, Any],
     previews: PreviewWriter | None,
 ) -> tuple[PipelineOutput, float]:
-    """The images, `at_once` in a batch, and the seconds they took without loading the bundle.
-
-    Progress is by step, or by batch where a CUDA graph replays the steps from the third on.
-    """
-    batches = -(-num // at_once)
-    total, done = sampling.num_inference_steps * batches, 0
+    """The images, `at_once` in a batch, and the seconds they took without loading the bundle."""
     with Steps() as progress:
-        progress(f"loading {bundle}", 0, total)
+        progress(f"loading {bundle}", 0, 1)
         from pixart_rt.inference.pipeline import (
             PixArtPipeline,  # torch, diffusers: seconds to import
         )
 
-        def count(pipe: PixArtPipeline, step: int, _timestep: Any, tensors: Any) -> None:
-            nonlocal done
-            if previews is not None:
-                previews(pipe, step, tensors)
-            done += 1
-            last = step + 1 == sampling.num_inference_steps
-            progress("decoding" if last else "denoising", min(done, total), total)
+        def write(pipe: PixArtPipeline, step: int, _timestep: Any, tensors: Any) -> None:
+            assert previews is not None
+            previews(pipe, step, tensors)
 
         pipe = PixArtPipeline.from_bundle(bundle, **loading)
         pipe.max_batch = at_once
-        progress("reading the prompt", 0, total)
+        progress("reading the prompt", 0, 1)
         started = time.monotonic()
-        by_batch = previews is None and num // at_once >= 3 and pipe.captures
-        results = []
-        for first in range(0, num, at_once if by_batch else num):
-            result = pipe(
-                prompt,
-                negative,
-                num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale,
-                guidance_interval=sampling.guidance_interval,
-                scheduler=sampling.scheduler,
-                approximate=sampling.approximate,
-                num_images_per_prompt=min(at_once, num - first) if by_batch else num,
-                seed=seed + first,
-                callback_on_step_end=None if by_batch else count,
-                **options,
-            )
-            results.append(result)
-            if by_batch:
-                progress("denoising", sampling.num_inference_steps * len(results), total)
-        result = _joined(results)
+        result = pipe(
+            request.prompt,
+            request.negative_prompt,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            guidance_interval=request.guidance_interval,
+            scheduler=request.scheduler,
+            approximate=request.approximate,
+            aspect_ratio=request.aspect_ratio,
+            height=request.height,
+            width=request.width,
+            callback_on_step_end=None if previews is None else write,
+            progress=progress,
+            **options,
+        )
     return result, time.monotonic() - started
-
-
-def _joined(results: list[PipelineOutput]) -> PipelineOutput:
-    """The images of several calls as if one had made them."""
-    return replace(
-        results[0],
-        images=[image for result in results for image in result.images],
-        prompts=[prompt for result in results for prompt in result.prompts],
-        seeds=[seed for result in results for seed in result.seeds],
-        skipped_steps=[steps for result in results for steps in result.skipped_steps],
-    )
 
 
 def _facts(

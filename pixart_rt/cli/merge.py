@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pixart_rt.cli.console import Steps, note, print_json
-from pixart_rt.config import Scheduler
-from pixart_rt.errors import ConfigError
-from pixart_rt.files import PIPELINE, TRANSFORMER, check_model
 
 
 def merge(
@@ -55,63 +50,17 @@ def merge(
       pixart-rt merge tiny style-lora/ styled/ --res 256 --scale 0.7
       pixart-rt merge transformer/ style-lora/ styled.pth
     """
-    if not math.isfinite(scale):
-        raise ConfigError(f"--scale {scale} was asked; give a number such as 1 or 0.7")
-    check_model(out, (PIPELINE, TRANSFORMER), force=force)
     with Steps() as progress:
         progress(f"merging {adapter}", 0, 1)
-        summary = _merge(
-            base, adapter, out, scale, res, transformer_only, heads, sample_size, lcm, force
-        )
+        from pixart_rt.training.finetune.merge import merge_adapter  # torch
+
+        summary = merge_adapter(
+            base, adapter, out, scale=scale, res=res, transformer_only=transformer_only,
+            heads=heads, sample_size=sample_size, lcm=lcm, force=force,
+        )  # fmt: skip
     if as_json:
         print_json(summary)
         return
     for line in summary["kept"]:
         note(f"kept: {line}")
     typer.echo(str(out))
-
-
-def _merge(
-    base: str,
-    adapter: Path,
-    out: Path,
-    scale: float,
-    res: int | None,
-    transformer_only: bool,
-    heads: int | None,
-    sample_size: int | None,
-    lcm: bool,
-    force: bool,
-) -> dict[str, Any]:
-    """Read both, then write; nothing is written before everything fits."""
-    from pixart_rt.checkpoints import lora as adapters
-    from pixart_rt.checkpoints import pipeline_folder
-    from pixart_rt.checkpoints.hub import locate, transformer_path
-    from pixart_rt.checkpoints.transformer import read_transformer
-    from pixart_rt.training.finetune.lcm_pipeline import use_lcm_scheduler
-
-    found = adapters.read_adapter(adapter)
-    if lcm:
-        found = replace(found, scheduler=Scheduler.LCM)
-    whole = not transformer_only and out.suffix != ".pth"
-    folder = locate(base, pipeline_folder.COMPONENTS if whole else ["transformer"])
-    pipeline = folder if whole and pipeline_folder.is_pipeline(folder) else None
-    check_model(out, TRANSFORMER if pipeline is None else PIPELINE, force=force)
-    path = transformer_path(folder, base, res)
-    checkpoint = read_transformer(path, heads=heads, sample_size=sample_size)
-    if res is not None and checkpoint.config.resolution != res:
-        raise ConfigError(
-            f"--res {res} was asked, but {base} is a {checkpoint.config.resolution} px model"
-        )
-    merged = adapters.merge(checkpoint, found, scale)
-    distilled = found.scheduler is Scheduler.LCM
-    if distilled and pipeline is None:
-        note(f"{out} will hold no scheduler: sample it with lcm, without guidance")
-    summary = pipeline_folder.write_model(
-        merged,
-        out,
-        pipeline=pipeline,
-        finish=use_lcm_scheduler if distilled else lambda _: None,
-        force=force,
-    )
-    return summary | {"origin": merged.origin}

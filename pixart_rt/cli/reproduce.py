@@ -29,7 +29,7 @@ def root() -> None:
 
 @reproduce.command()
 def ablation(
-    out: Annotated[Path, typer.Option(help="The run's folder; a run there goes on.")],
+    out: Annotated[Path, typer.Option(help="The run's folder; a run there is resumed.")],
     minutes: Annotated[
         float | None,
         typer.Option(help="About how long all arms take; steps follow from a measurement."),
@@ -47,7 +47,7 @@ def ablation(
     """Re-parameterisation, adaLN-single, dense captions, decomposed training; with and without.
 
     Five models learn drawn scenes with equal steps, from equal starts. OUT gets a table and a
-    picture for each claim; whatever they show. A run that was stopped goes on with the same
+    picture for each claim; whatever they show. A run that was stopped is resumed by the same
     command. On a new folder give --minutes or --steps.
 
     \b

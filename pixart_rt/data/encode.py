@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixart_rt.bundle import sha256
@@ -28,16 +28,15 @@ from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.checkpoints.transformer import FAMILY_TEXT_TOKENS
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, DataError
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.vae import read_vae
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 FOLDERS = ("vae", "text_encoder", "tokenizer")
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.FP16: torch.float16,
-    Precision.BF16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +81,6 @@ class FeatureEncoder:
         device: torch.device,
         identity: dict[str, str],
     ) -> None:
-        if vae.config.shift_factor is not None:
-            raise CheckpointError("this VAE shifts its latents (shift_factor); PixArt's do not")
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.device, self.identity = device, identity
         self.clock = Stopwatch(device)

@@ -2,7 +2,7 @@
 
 A shard covers a fixed run of the metadata's lines and depends on nothing else. It is written
 aside, waited for and renamed, so after a kill -9 at most the open shard is lost, and the same
-command goes on with the shards that are missing. Several processes, on one or many GPUs, may run
+command resumes with the shards that are missing. Several processes, on one or many GPUs, may run
 the same command on the same folder: a lock on each shard, which dies with its process, divides the
 work.
 """

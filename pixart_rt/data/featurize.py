@@ -112,7 +112,7 @@ class Featurizer:
         return Loaded(source, entry, bucket, fitted)
 
     def _latents(self, group: list[Loaded]) -> list[tuple[Loaded, bytes]]:
-        """Each picture's moments as bytes; the pixels are let go."""
+        """Each picture's moments as bytes; the pixels are freed."""
         moments = self.encoder.moments([each.fitted.pixels for each in group])
         nothing = np.empty((0, 0, 3), np.uint8)
         return [

@@ -17,12 +17,12 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixart_rt.buckets import RESOLUTIONS
+from pixart_rt.buckets import RESOLUTIONS, VAE_SCALE_FACTOR
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
+from pixart_rt.model.vae import vae_from_config
 
 HOUR = 3600  # seconds
 
@@ -180,7 +180,7 @@ def encoder_flops(
     convolutions and attention.
     """
     with torch.device("meta"):
-        vae, encoder = AutoencoderKL.from_config(vae_config), T5Encoder(text)
+        vae, encoder = vae_from_config(vae_config), T5Encoder(text)
         image = torch.empty(1, 3, resolution, resolution)
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         mask = torch.ones(1, num_tokens, dtype=torch.long)
@@ -195,7 +195,9 @@ def feature_bytes(
     resolution: int, num_tokens: float, *, latent_channels: int = 4, text_width: int = 4096
 ) -> float:
     """Bytes of an image in a store: means and deviations in float16, text in bfloat16."""
-    return 2 * (2 * latent_channels * (resolution // 8) ** 2 + num_tokens * text_width)
+    return 2 * (
+        2 * latent_channels * (resolution // VAE_SCALE_FACTOR) ** 2 + num_tokens * text_width
+    )
 
 
 def size(count: float) -> str:

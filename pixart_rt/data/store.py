@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pixart_rt.buckets import Bucket
+from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket
 from pixart_rt.data.batch import Batch, draw_noise
 from pixart_rt.data.manifest import (
     CLASSES,
@@ -53,7 +53,7 @@ class FeatureStore:
         if not self.manifest.complete:
             raise DataError(
                 f"{self.path} is not finished: run the `pixart-rt data extract` that began it "
-                "again, it goes on where it stopped"
+                "again, it resumes where it stopped"
             )
         self.buckets: tuple[Bucket, ...] = self.manifest.bucket_table
         self._rows = self._read_index()
@@ -217,7 +217,12 @@ class FeatureStore:
         """(moments [2, C, h, w] float16, text [n, E] bfloat16), copied out of the file."""
         row, manifest = self._row(sample), self.manifest
         bucket = self.buckets[row["bucket"]]
-        shape = (2, manifest.latent_channels, bucket.height // 8, bucket.width // 8)
+        shape = (
+            2,
+            manifest.latent_channels,
+            bucket.height // VAE_SCALE_FACTOR,
+            bucket.width // VAE_SCALE_FACTOR,
+        )
         latents = self._bytes(row, "latents_at", 2 * int(np.prod(shape)), sample)
         text_bytes = 2 * int(row["num_tokens"]) * manifest.text_width
         text = self._bytes(row, "text_at", text_bytes, sample)

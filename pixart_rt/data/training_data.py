@@ -118,7 +118,7 @@ def open_data(
     if encoder is None:
         raise ConfigError(
             f"{path} is no feature store; make one with `pixart-rt data extract`, or encode its "
-            "pictures in every step with --encoder MODEL"
+            "pictures in every step with `encoder=MODEL`"
         )
     config = EncoderConfig(model=encoder, text_precision=usual_text_precision(device))
     opened = FeatureEncoder.open(config, device)

@@ -16,14 +16,14 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
-from pixart_rt.buckets import Bucket
+from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket
 from pixart_rt.bundle import Manifest
 from pixart_rt.checkpoints.bundle_module import VAE_ENCODER, load_module
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError, ConfigError
-from pixart_rt.inference.denoiser import VAE_SCALE_FACTOR
+from pixart_rt.inference.request import Request
 
-ControlImage = Image | Sequence[Image]  # one for all images of a request, or one for each
+ControlImage = Image | Sequence[Image]  # one for all images of a call, or one for each
 
 
 class Controls:
@@ -39,44 +39,47 @@ class Controls:
         self._encoder: nn.Module | None = None
 
     def __call__(
-        self,
-        image: ControlImage | None,
-        latents: Tensor | None,
-        bucket: Bucket,
-        count: int,
+        self, requests: Sequence[Request], buckets: Sequence[Bucket]
     ) -> list[Tensor | None]:
-        """[1, C, h, w] for each of `count` images, or None for each without a ControlNet.
+        """Latents [1, C, h, w] for each request at its bucket; None for each without a ControlNet.
 
-        latents [1 or count, C, h, w], scaled, replace the image. Raises ConfigError where there are
-        too many, too few or of another shape, or where the bundle does not take what was given.
+        A picture that several requests share is encoded once. The requests have been checked.
+        Raises ConfigError for latents of another shape.
         """
-        given = [each for each in (image, latents) if each is not None]
-        if not self.wanted and given:
+        encoded: dict[tuple[int, Bucket], Tensor] = {}
+        found: list[Tensor | None] = []
+        for request, bucket in zip(requests, buckets, strict=True):
+            image, latents = request.control_image, request.control_latents
+            if image is not None:
+                key = (id(image), bucket)  # the requests keep the pictures, so ids stay theirs
+                if key not in encoded:
+                    encoded[key] = self._encode(image, bucket)
+                latents = encoded[key]
+            found.append(None if latents is None else self._fitting(latents, bucket))
+        return found
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that lacks its control image, has two, or has one that is not taken."""
+        num_given = (request.control_image is not None) + (request.control_latents is not None)
+        if not self.wanted and num_given:
             raise ConfigError(
                 "a control image was given, but this bundle has no ControlNet; leave it out, or "
                 "build with --controlnet"
             )
-        if not self.wanted:
-            return [None] * count
-        if len(given) != 1:
+        if self.wanted and num_given != 1:
             raise ConfigError(
-                f"{len(given) or 'no'} control images were given to a bundle with a ControlNet; "
+                f"{num_given or 'no'} control images were given to a bundle with a ControlNet; "
                 "give control_image or control_latents, one of the two"
             )
-        if latents is None:
-            assert image is not None
-            images = [image] if isinstance(image, Image) else list(image)
-            _check_count(len(images), count)
-            latents = torch.cat([self._encode(each, bucket) for each in images])
-        _check_count(len(latents), count)
-        expected = self.blank(bucket).shape[1:]
-        if latents.shape[1:] != expected:
+
+    def _fitting(self, latents: Tensor, bucket: Bucket) -> Tensor:
+        expected = self.blank(bucket).shape
+        if latents.shape != expected:
             raise ConfigError(
                 f"control_latents are {list(latents.shape)}; images of {bucket.width}x"
-                f"{bucket.height} pixels take [1 or {count}, {', '.join(map(str, expected))}]"
+                f"{bucket.height} pixels take {list(expected)} each"
             )
-        rows = latents.float().to(self._device).split(1)
-        return list(rows) if len(rows) == count else [rows[0]] * count
+        return latents.float().to(self._device)
 
     def blank(self, bucket: Bucket) -> Tensor:
         """Latents [1, C, h, w] of zeros, where only their shape matters."""
@@ -96,10 +99,3 @@ class Controls:
             self._encoder = load_module(self._folder / VAE_ENCODER, VAE_ENCODER).to(self._device)
         encoded: Tensor = self._encoder(pixels.permute(2, 0, 1)[None].float() / 127.5 - 1)
         return encoded
-
-
-def _check_count(found: int, count: int) -> None:
-    if found not in (1, count):
-        raise ConfigError(
-            f"{found} control images were given for {count} images; give one, or one for each"
-        )

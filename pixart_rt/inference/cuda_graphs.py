@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+from pixart_rt.inference.lru import Lru
 
 GRAPH_BYTES = 1 << 32  # of all graphs that one `Graphs` keeps, their memory pools included
 MAX_SEEN = 256  # keys remembered; 40 buckets with four forms of the text are 160
@@ -81,7 +82,9 @@ class _Entry:
 
 
 class Graphs(Generic[InputsT]):
-    """Captured runs by key, the latest used up to a number of bytes. Serves one thread."""
+    """Captured runs by key, the latest used up to a number of bytes. Serves one thread at a time:
+    a graph has one set of inputs.
+    """
 
     def __init__(
         self,
@@ -92,10 +95,11 @@ class Graphs(Generic[InputsT]):
     ) -> None:
         """automatic: `recall` captures the keys that a second request asks for."""
         self._capture = capture or CudaGraph
-        self.max_bytes, self.automatic = max_bytes, automatic
+        self.automatic = automatic
         self.replays = self.captures = 0
-        self._kept: OrderedDict[GraphKey, _Entry] = OrderedDict()
-        self._seen: OrderedDict[GraphKey, float] = OrderedDict()  # key -> its first request
+        self._kept: Lru[GraphKey, _Entry] = Lru(lambda entry: entry.num_bytes, max_bytes=max_bytes)
+        # The first request of each key.
+        self._seen: Lru[GraphKey, float] = Lru(max_entries=MAX_SEEN)
         self._request = 0
 
     def __len__(self) -> int:
@@ -112,25 +116,20 @@ class Graphs(Generic[InputsT]):
         """Record `run` for this key, whose launches have run before. Graphs of older weights go
         first, then the least used.
         """
-        for old in [kept for kept in self._kept if kept.weights != key.weights]:
-            del self._kept[old]
+        self._kept.remove(lambda kept: kept.weights != key.weights)
         own = {name: _copy(tensor) for name, tensor in inputs.tensors().items()}
         captured = self._capture(run, inputs.with_tensors(own))
         size = captured.num_bytes + sum(tensor.nbytes for tensor in own.values())
-        self._kept[key] = _Entry(own, captured, size)
-        self._kept.move_to_end(key)
-        self._seen.pop(key, None)
+        self._seen.remove(lambda seen: seen == key)
         self.captures += 1
-        while self.num_bytes > self.max_bytes and len(self._kept) > 1:
-            evicted, _ = self._kept.popitem(last=False)
-            self._see(evicted, NEVER)
+        for evicted in self._kept.put(key, _Entry(own, captured, size)):
+            self._seen.put(evicted, NEVER)
 
     def replay(self, key: GraphKey, inputs: InputsT) -> Tensor | None:
         """The output for these inputs, or None where nothing was captured for the key."""
         entry = self._kept.get(key)
         if entry is None:
             return None
-        self._kept.move_to_end(key)
         with torch.inference_mode():  # where tensors of either kind may be written to
             for name, value in inputs.tensors().items():
                 entry.tensors[name].copy_(value, non_blocking=True)
@@ -152,13 +151,22 @@ class Graphs(Generic[InputsT]):
             try:
                 self.capture(key, run, inputs)
             except Exception as error:  # out of memory, or an operator that no graph can hold
-                self._see(key, NEVER)
+                self._seen.put(key, NEVER)
                 _warn(error)
         return self.replay(key, inputs)
 
     @property
     def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self._kept.values())
+        return self._kept.num_bytes
+
+    @property
+    def max_bytes(self) -> float:
+        """The bound, which holds from the next capture on."""
+        return self._kept.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, bound: float) -> None:
+        self._kept.max_bytes = bound
 
     @property
     def num_seen(self) -> int:
@@ -166,18 +174,14 @@ class Graphs(Generic[InputsT]):
         return len(self._seen)
 
     def _is_repeated(self, key: GraphKey) -> bool:
-        """Whether an earlier request asked for this key, and it may be captured. Notes the key."""
-        for old in [seen for seen in self._seen if seen.weights != key.weights]:
-            del self._seen[old]  # a key holds its component, whose weights would stay in memory
-        first = self._seen.get(key, self._request)
-        self._see(key, first)
+        """True where an earlier request asked for this key, and it may be captured. Notes it."""
+        # A key holds its component, whose weights would stay in memory.
+        self._seen.remove(lambda seen: seen.weights != key.weights)
+        first = self._seen.get(key)
+        if first is None:
+            first = self._request
+            self._seen.put(key, first)
         return first < self._request
-
-    def _see(self, key: GraphKey, first: float) -> None:
-        self._seen[key] = first
-        self._seen.move_to_end(key)
-        while len(self._seen) > MAX_SEEN:
-            self._seen.popitem(last=False)
 
 
 def _copy(tensor: Tensor) -> Tensor:

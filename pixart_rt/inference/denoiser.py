@@ -1,7 +1,8 @@
 """From texts, seeds and sizes to latents: plan, rows of the batch, loop or graph.
 
 DPM-Solver++ runs on tokens (token_loop.py), so that images of different shapes with equal token
-counts share a batch. The other samplers are diffusers' and step latents of one shape.
+counts share a batch; its tokens become latents after the last step, and before that only for an
+`After`. The other samplers are diffusers' and step latents of one shape.
 
 B images, C latent channels, h×w latent pixels, T text tokens, L blocks.
 """
@@ -16,38 +17,52 @@ import torch
 from torch import Tensor
 
 from pixart_rt.approximations import FirstBlockCache, StepCache
-from pixart_rt.backends.component import ABSORBED, Component
-from pixart_rt.buckets import Bucket, nearest_bucket
+from pixart_rt.backends.component import Component
+from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket, nearest_bucket
 from pixart_rt.config import ModelConfig, SamplingConfig, Saving, Scheduler
 from pixart_rt.errors import ConfigError
 from pixart_rt.inference.cuda_graphs import GraphKey, Graphs
-from pixart_rt.inference.prompts import Encoded, TextCache
+from pixart_rt.inference.prompt_embeds import PromptEmbeds
+from pixart_rt.inference.prompts import TextCache
 from pixart_rt.inference.request_plan import Plan, PlanKey, Planner
 from pixart_rt.inference.schedulers import uses_learned_variance
 from pixart_rt.inference.step_cache import FirstBlockRun, Skipping, steps_to_skip
-from pixart_rt.inference.token_loop import LoopInputs, TextInputs, run_loop
+from pixart_rt.inference.token_loop import LoopInputs, OnStep, TextInputs, run_loop
 from pixart_rt.kernels.launch import SM80
+from pixart_rt.kernels.solver import Coefficient
 from pixart_rt.model.embeddings import depatchify, patchify, unpatchify
+from pixart_rt.model.signature import ABSORBED
 from pixart_rt.model.text_kv import PromptText
 
-VAE_SCALE_FACTOR = 8  # pixels per latent pixel
 Before = Callable[[int], None]  # called with the step that comes next; may raise
-# step, timestep, latents of each image, and what the step takes for the finished ones
-After = Callable[[int, Tensor, list[Tensor], list[Tensor]], list[Tensor]]
+# step, timestep, latents [B, C, h, w], and what the step takes for the finished ones; the latents
+# to go on with, which may be the first changed in place
+After = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One image to be. Texts are names for caches; embeddings that came from a caller have none."""
+class ImageInputs:
+    """What one image of a batch is made from."""
 
     bucket: Bucket
     seed: int
     guidance_scale: float
-    text: str | None
-    encoded: Encoded  # one row
-    null_text: str | None
-    null: Encoded | None  # None without guidance
+    prompt: PromptEmbeds  # of one prompt, as the next
+    negative: PromptEmbeds | None  # None without guidance
     control: Tensor | None = None  # [1, C, h, w], for a transformer with a ControlNet
+    generator: torch.Generator | None = None  # draws the noise instead of the seed
+
+    def noise_source(self) -> torch.Generator:
+        """The generator of the image's noise: the caller's own, or a fresh one of the seed."""
+        return self.generator or torch.Generator().manual_seed(self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Denoised:
+    """Latents [1, C, h, w] of each image, and the steps at which the model did not run."""
+
+    latents: list[Tensor]
+    skipped_steps: tuple[int, ...] = ()
 
 
 class Denoiser:
@@ -65,7 +80,6 @@ class Denoiser:
         self.transformer, self.config, self.planner = transformer, config, planner
         self.texts, self.device, self.savings = texts, device, savings
         self.graphs: Graphs[LoopInputs] = Graphs()
-        self.skipped: tuple[int, ...] = ()  # the steps at which the latest call reused others
         can_absorb = device.type == "cpu" or torch.cuda.get_device_capability(device) >= SM80
         self._absorbs = can_absorb and transformer.also_takes.issuperset(ABSORBED)
         everything = torch.arange(config.patch_size**2 * config.out_channels)
@@ -74,19 +88,25 @@ class Denoiser:
         self._noise_outputs = everything[noise].to(device)
 
     def __call__(
-        self, items: Sequence[Item], sampling: SamplingConfig, before: Before, after: After | None
-    ) -> list[Tensor]:
-        """Latents [1, C, h, w] of each image. Their token counts are equal, and so are their
-        buckets unless `on_tokens(sampling)`. `after` may replace the latents of each step.
+        self,
+        images: Sequence[ImageInputs],
+        sampling: SamplingConfig,
+        before: Before,
+        after: After | None,
+    ) -> Denoised:
+        """Denoise images of equal token counts, and of one bucket unless `mixes(sampling)`.
+
+        `after`, for images of one bucket, sees the latents of each step and may change them; with
+        it no graph is replayed. `before` is called with 0, and where no graph replays all steps
+        with each of the others.
         """
         self.graphs.begin()
-        plan = self.planner(_key(items, sampling))
+        plan = self.planner(plan_key(images, sampling))
         model = self._model(sampling, plan)
         before(0)
         run = self._on_tokens if self.on_tokens(plan) else self._on_latents
-        latents = run(items, sampling, plan, model, before, after)
-        self.skipped = model.skipped
-        return latents
+        latents = run(images, sampling, plan, model, before, after)
+        return Denoised(latents, model.skipped)
 
     def check(self, sampling: SamplingConfig) -> None:
         """Raises ConfigError where the transformer cannot do what `sampling` asks."""
@@ -115,34 +135,34 @@ class Denoiser:
         return Skipping(self.transformer)
 
     def on_tokens(self, plan: Plan) -> bool:
-        """Whether the loop of token_loop.py runs for this plan."""
+        """True where the loop of token_loop.py runs for this plan."""
         return plan.coefficients is not None and Saving.FUSED_SOLVER in self.savings
 
     def mixes(self, sampling: SamplingConfig) -> bool:
-        """Whether images of different shapes may share a batch."""
+        """True where images of different shapes may share a batch."""
         square = nearest_bucket(self.config.resolution, 1, 1)
         key = PlanKey(sampling.scheduler, sampling.num_inference_steps, (square,))
         return self.on_tokens(self.planner(key))
 
-    def warm(self, items: Sequence[Item], sampling: SamplingConfig) -> None:
+    def warm(self, images: Sequence[ImageInputs], sampling: SamplingConfig) -> None:
         """Run a step of such a batch, of each form; then capture the loop where a CUDA graph can
         hold it. Does nothing where it is captured already.
         """
-        plan = self.planner(_key(items, sampling))
+        plan = self.planner(plan_key(images, sampling))
         if not self.on_tokens(plan):
             return
-        inputs = self._inputs(items, sampling, plan)
+        inputs = self.loop_inputs(images, sampling, plan)
         skips = self._model(sampling, plan).planned if self.captures() else None
-        key = None if skips is None else self._graph_key(inputs, skips)
+        key = None if skips is None else self.graph_key(inputs, skips)
         if key is not None and key in self.graphs:
             return
         for guides in {True, False} & set(inputs.guides):
-            self._run(replace(inputs, guides=(guides,)))
+            self.run_loop(replace(inputs, guides=(guides,)))
         if key is not None and skips is not None:
-            self.graphs.capture(key, partial(self._run, skips=skips), inputs)
+            self.graphs.capture(key, partial(self.run_loop, skips=skips), inputs)
 
     def captures(self) -> bool:
-        """Whether a CUDA graph can hold the transformer's launches."""
+        """True where a CUDA graph can hold the transformer's launches."""
         # A caller's own wrapper need not say that it is.
         capturable = getattr(self.transformer, "capturable", False)
         return self.device.type == "cuda" and bool(capturable)
@@ -152,53 +172,69 @@ class Denoiser:
         may_capture = self.graphs.automatic and self.captures()
         if not may_capture and not len(self.graphs):
             return None  # so most pipelines ask no version of their weights
-        run = partial(self._run, skips=skips) if may_capture else None
-        return self.graphs.recall(self._graph_key(inputs, skips), run, inputs)
+        run = partial(self.run_loop, skips=skips) if may_capture else None
+        return self.graphs.recall(self.graph_key(inputs, skips), run, inputs)
 
-    def _graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
+    def graph_key(self, inputs: LoopInputs, skips: tuple[int, ...]) -> GraphKey:
         weights: Hashable = (self.transformer, self.transformer.version())
         return GraphKey.of(inputs, weights, (inputs.guides, skips))
 
-    def _run(self, inputs: LoopInputs, skips: tuple[int, ...] = ()) -> Tensor:
+    def run_loop(self, inputs: LoopInputs, skips: tuple[int, ...] = ()) -> Tensor:
+        """The tokens after the last step, without a graph and with nobody to be told."""
         return run_loop(Skipping(self.transformer, skips), inputs, self.config.in_channels)
 
     def _on_tokens(
         self,
-        items: Sequence[Item],
+        images: Sequence[ImageInputs],
         sampling: SamplingConfig,
         plan: Plan,
         model: Skipping | FirstBlockRun,
         before: Before,
         after: After | None,
     ) -> list[Tensor]:
-        inputs = self._inputs(items, sampling, plan)
+        inputs = self.loop_inputs(images, sampling, plan)
         x = None
         if after is None and model.planned is not None:
             x = self._recall(inputs, model.planned)
         if x is None:
-            steps = _Steps(self, items, plan, before, after)
-            x = run_loop(model, inputs, self.config.in_channels, steps)
-        return self.latents(x, items)
-
-    def latents(self, x: Tensor, items: Sequence[Item]) -> list[Tensor]:
-        """Tokens [B, N, C·p·p] as latents [1, C, h, w] of each image."""
+            on_step = self._on_step(images, plan, before, after)
+            x = run_loop(model, inputs, self.config.in_channels, on_step)
         p = self.config.patch_size
-        return [depatchify(x[row : row + 1], item.bucket.grid, p) for row, item in enumerate(items)]
+        return [
+            depatchify(x[row : row + 1], image.bucket.grid, p) for row, image in enumerate(images)
+        ]
 
-    def tokens(self, latents: Sequence[Tensor]) -> Tensor:
-        """The opposite of `latents`."""
-        return torch.cat([patchify(each, self.config.patch_size) for each in latents])
+    def _on_step(
+        self, images: Sequence[ImageInputs], plan: Plan, before: Before, after: After | None
+    ) -> OnStep:
+        """Between the steps of a loop that is no graph."""
+        grid, p = images[0].bucket.grid, self.config.patch_size
+        assert after is None or all(image.bucket.grid == grid for image in images)
 
-    def _inputs(self, items: Sequence[Item], sampling: SamplingConfig, plan: Plan) -> LoopInputs:
+        def on_step(step: int, x: Tensor, x0: Tensor) -> Tensor:
+            if after is not None:
+                latents, denoised = depatchify(x, grid, p), depatchify(x0, grid, p)
+                x = patchify(after(step, plan.timesteps[step], latents, denoised), p)
+            if step + 1 < len(plan.timesteps):
+                before(step + 1)
+            return x
+
+        return on_step
+
+    def loop_inputs(
+        self, images: Sequence[ImageInputs], sampling: SamplingConfig, plan: Plan
+    ) -> LoopInputs:
+        """All that the loop on tokens reads, on the device."""
         assert plan.coefficients is not None
-        noise = self._noise(items, _generators(items))
-        scales = torch.tensor([item.guidance_scale for item in items])
-        coefficients = plan.coefficients[:, None].repeat(1, len(items), 1)
-        coefficients[:, :, 5] = scales
+        noise = self._noise(images, [image.noise_source() for image in images])
+        coefficients = plan.coefficients[:, None].repeat(1, len(images), 1)
+        coefficients[..., Coefficient.GUIDANCE] = torch.tensor(
+            [image.guidance_scale for image in images]
+        )
         guides = _guides(sampling, len(plan.timesteps))
-        plain, guided = self._text(items, guides)
+        plain, guided = self._text(images, guides)
         return LoopInputs(
-            x=self.tokens(noise) * plan.noise_scale,
+            x=self._tokens(noise) * plan.noise_scale,
             pos_embed=plan.pos_embed,
             modulation=plan.modulation,
             coefficients=coefficients.to(self.device),
@@ -206,40 +242,43 @@ class Denoiser:
             plain=plain,
             guided=guided,
             guides=guides,
-            control=self._control(items),
+            control=self._control(images),
         )
 
-    def _control(self, items: Sequence[Item]) -> Tensor | None:
+    def _tokens(self, latents: Sequence[Tensor]) -> Tensor:
+        """Latents [1, C, h, w] of each image as tokens [B, N, C·p·p]."""
+        return torch.cat([patchify(image, self.config.patch_size) for image in latents])
+
+    def _control(self, images: Sequence[ImageInputs]) -> Tensor | None:
         """The control images' latents as tokens [B, N, C·p·p]; None without a ControlNet."""
-        found = [item.control.to(self.device) for item in items if item.control is not None]
-        assert len(found) in (0, len(items))
-        return self.tokens(found) if found else None
+        controls = [image.control.to(self.device) for image in images if image.control is not None]
+        assert len(controls) in (0, len(images))
+        return self._tokens(controls) if controls else None
 
     def _outputs(self, scheduler: Scheduler) -> Tensor:
         drops = Saving.NOISE_ONLY in self.savings and not uses_learned_variance(scheduler)
         return self._noise_outputs if drops else self._all_outputs
 
     def _text(
-        self, items: Sequence[Item], guides: tuple[bool, ...]
+        self, images: Sequence[ImageInputs], guides: tuple[bool, ...]
     ) -> tuple[TextInputs | None, TextInputs | None]:
         """The rows and their text for the steps without guidance, if any, and those with it."""
-        images = torch.arange(len(items), device=self.device)
-        none = images[:0]
-        names = [item.text for item in items]
-        text = self.texts(names, Encoded.cat([item.encoded for item in items]))
+        rows = torch.arange(len(images), device=self.device)
+        none = rows[:0]
+        prompts = [image.prompt for image in images]
+        text, names = self.texts(prompts), _names(prompts)
         nothing = text.kv.new_zeros(len(text.kv), 0, 1, self.config.hidden_size)
         plain = guided = None
         if not all(guides):
-            plain = self._attended(none, images, nothing, text, names)
+            plain = self._attended(none, rows, nothing, text, names)
         if not any(guides):
             return plain, None
-        null_names = [item.null_text for item in items]
-        nulls = [item.null for item in items if item.null is not None]
-        null = self.texts(null_names, Encoded.cat(nulls))
+        negatives = [image.negative for image in images if image.negative is not None]
+        null, null_names = self.texts(negatives), _names(negatives)
         if Saving.CONSTANT_TEXT in self.savings and null.constant is not None:
-            guided = self._attended(images, images, null.constant, text, names)
+            guided = self._attended(rows, rows, null.constant, text, names)
         else:
-            twice = torch.cat([images, images])
+            twice = torch.cat([rows, rows])
             both = PromptText.cat([null, text])
             guided = self._attended(none, twice, nothing, both, [*null_names, *names])
         return plain, guided
@@ -261,24 +300,24 @@ class Denoiser:
 
     def _on_latents(
         self,
-        items: Sequence[Item],
+        images: Sequence[ImageInputs],
         sampling: SamplingConfig,
         plan: Plan,
         model: Skipping | FirstBlockRun,
         before: Before,
         after: After | None,
     ) -> list[Tensor]:
-        bucket = items[0].bucket
-        assert all(item.bucket == bucket for item in items)
+        bucket = images[0].bucket
+        assert all(image.bucket == bucket for image in images)
         solver = self.planner.solver(plan.key)
-        generators = _generators(items)
-        latents = torch.cat(self._noise(items, generators)) * plan.noise_scale
+        generators = [image.noise_source() for image in images]
+        latents = torch.cat(self._noise(images, generators)) * plan.noise_scale
         guides = _guides(sampling, len(plan.timesteps))
-        plain, guided = self._text(items, guides)
-        scales = torch.tensor([item.guidance_scale for item in items], device=self.device)
+        plain, guided = self._text(images, guides)
+        scales = torch.tensor([image.guidance_scale for image in images], device=self.device)
         stochastic = sampling.scheduler is not Scheduler.DPM_SOLVER
         extra = {"generator": generators} if stochastic else {}
-        control = self._control(items)
+        control = self._control(images)
         also = {} if control is None else {"control": control}
         for step, timestep in enumerate(plan.timesteps):
             if step:
@@ -300,8 +339,8 @@ class Denoiser:
             latents, *rest = solver.step(noise, timestep, latents, **extra, return_dict=False)
             if after is not None:
                 denoised = rest[0] if rest else solver.model_outputs[-1]
-                both = list(latents.split(1)), list(denoised.split(1))
-                latents = torch.cat(after(step, timestep, *both))
+                # The solver may keep `denoised`, which is the last step's latents with some.
+                latents = after(step, timestep, latents, denoised.clone())
         return list(latents.split(1))
 
     def _guide(self, noise: Tensor, scales: Tensor, scheduler: Scheduler) -> Tensor:
@@ -314,46 +353,26 @@ class Denoiser:
             variance = variance.chunk(2)[1]
         return torch.cat([noise, variance], dim=1) if uses_learned_variance(scheduler) else noise
 
-    def _noise(self, items: Sequence[Item], generators: Sequence[torch.Generator]) -> list[Tensor]:
-        """The initial noise [1, C, h, w] of each image, drawn on the CPU."""
+    def _noise(
+        self, images: Sequence[ImageInputs], generators: Sequence[torch.Generator]
+    ) -> list[Tensor]:
+        """The initial noise [1, C, h, w] of each image, drawn where its generator is: the CPU,
+        unless a caller's is elsewhere.
+        """
         noise = []
-        for item, generator in zip(items, generators, strict=True):
-            height, width = item.bucket.height, item.bucket.width
+        for image, generator in zip(images, generators, strict=True):
+            height, width = image.bucket.height, image.bucket.width
             shape = (
                 1, self.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR
             )  # fmt: skip
-            noise.append(torch.randn(shape, generator=generator).to(self.device))
+            drawn = torch.randn(shape, generator=generator, device=generator.device)
+            noise.append(drawn.to(self.device))
         return noise
 
 
-class _Steps:
-    """What happens between the steps of a loop that is no graph."""
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        items: Sequence[Item],
-        plan: Plan,
-        before: Before,
-        after: After | None,
-    ) -> None:
-        self._denoiser, self._items, self._plan = denoiser, items, plan
-        self._before, self._after = before, after
-
-    def __call__(self, step: int, x: Tensor, x0: Tensor) -> Tensor:
-        if self._after is not None:
-            shown = self._denoiser.latents(x, self._items)
-            denoised = self._denoiser.latents(x0, self._items)
-            latents = self._after(step, self._plan.timesteps[step], shown, denoised)
-            if latents is not shown:
-                x = self._denoiser.tokens(latents)
-        if step + 1 < len(self._plan.timesteps):
-            self._before(step + 1)
-        return x
-
-
-def _key(items: Sequence[Item], sampling: SamplingConfig) -> PlanKey:
-    buckets = tuple(item.bucket for item in items)
+def plan_key(images: Sequence[ImageInputs], sampling: SamplingConfig) -> PlanKey:
+    """The key of the plan for a batch."""
+    buckets = tuple(image.bucket for image in images)
     return PlanKey(sampling.scheduler, sampling.num_inference_steps, buckets)
 
 
@@ -361,5 +380,5 @@ def _guides(sampling: SamplingConfig, num_steps: int) -> tuple[bool, ...]:
     return tuple(sampling.guides(step) for step in range(num_steps))
 
 
-def _generators(items: Sequence[Item]) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(item.seed) for item in items]
+def _names(rows: Sequence[PromptEmbeds]) -> list[str | None]:
+    return [name for row in rows for name in row.texts]

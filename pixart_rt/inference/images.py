@@ -1,4 +1,4 @@
-"""Images to files: PNG with what made it in its text chunks, and sheets of captioned images.
+"""Finished images: the size and form that was asked, PNG files with metadata, captioned sheets.
 
 A file is written aside and renamed, so it is whole or absent, and no file is replaced unasked.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 
@@ -33,6 +33,39 @@ def as_image(image: Image.Image | Tensor) -> Image.Image:
         raise ConfigError(f"an image is a tensor [3, H, W] in 0..1, got {tuple(image.shape)}")
     pixels = (image.detach().float().clamp(0, 1) * 255).round().permute(1, 2, 0)
     return Image.fromarray(pixels.byte().cpu().numpy())
+
+
+def in_form(images: Tensor, height: int | None, width: int | None, output_type: str) -> Any:
+    """The decoder's images [B, 3, H, W] in about [-1, 1] in the asked size and form.
+
+    output_type: "pil" (a list), "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1), or
+    "latent", which is returned as it is. Sizes and values are those of diffusers'
+    PixArtImageProcessor, bit for bit.
+    """
+    if output_type == "latent":
+        return images
+    if height is not None and width is not None:
+        images = resize_and_crop(images, height, width)
+    images = (images * 0.5 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    pixels = images.cpu().permute(0, 2, 3, 1).float().numpy()
+    if output_type == "np":
+        return pixels
+    return [Image.fromarray(each) for each in (pixels * 255).round().astype("uint8")]
+
+
+def resize_and_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """images [B, C, H, W] scaled to cover height x width, bilinearly, and centre-cropped to it."""
+    import torch.nn.functional as F  # here: commands that only check a PNG load no torch
+
+    if images.shape[-2:] == (height, width):
+        return images
+    scale = max(height / images.shape[2], width / images.shape[3])
+    size = int(images.shape[2] * scale), int(images.shape[3] * scale)
+    images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return images[:, :, top : top + height, left : left + width]
 
 
 def refuse_existing(paths: Iterable[Path], *, force: bool) -> None:

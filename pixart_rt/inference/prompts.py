@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from pixart_rt.config import CfgNull, text_lengths
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.files import replacing
 from pixart_rt.inference.cuda_graphs import GraphKey, Graphs
+from pixart_rt.inference.lru import Lru
+from pixart_rt.inference.prompt_embeds import PromptEmbeds
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.text_kv import PromptText, TextSide
 from pixart_rt.model.tokenizer import PromptTokenizer
@@ -35,32 +36,10 @@ from pixart_rt.model.tokenizer import PromptTokenizer
 logger = logging.getLogger(__name__)
 
 CACHED_PROMPTS = 256  # XL: 2 MB each
+PROMPT_BYTES = 1 << 29  # of their embeddings: 256 of PixArt-alpha's XL, 109 of Sigma's
 CACHED_TEXT_BYTES = 1 << 28  # XL in 16 bits: 15.5 MB a prompt
 TEXT_GRAPH_BYTES = 1 << 30  # of the text encoder's CUDA graphs
 NULL_PROMPT = "null_prompt.safetensors"  # T5("") of the bundle, at full length
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """embeds [B, T, C] float32; mask [B, T] boolean, True at tokens; tokens of each on the host.
-
-    Embeddings of padding are the text encoder's, or zeros where it did not run that far.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    num_tokens: tuple[int, ...]
-
-    def __getitem__(self, rows: slice) -> Encoded:
-        return Encoded(self.embeds[rows], self.mask[rows], self.num_tokens[rows])
-
-    @staticmethod
-    def cat(parts: Sequence[Encoded]) -> Encoded:
-        return Encoded(
-            torch.cat([part.embeds for part in parts]),
-            torch.cat([part.mask for part in parts]),
-            tuple(count for part in parts for count in part.num_tokens),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,36 +84,40 @@ class PromptEncoder:
         self.hits = self.disk_hits = self.misses = 0
         self.graphs: Graphs[TextTokens] = Graphs(max_bytes=TEXT_GRAPH_BYTES)
         self._disk, self._disk_key = disk, disk_key
-        self._cache: OrderedDict[tuple[str, bool], Encoded] = OrderedDict()
+        self.cache: Lru[tuple[str, bool], PromptEmbeds] = Lru(
+            lambda prompt: prompt.num_bytes, max_bytes=PROMPT_BYTES, max_entries=CACHED_PROMPTS
+        )
         self._null = None if null_prompt is None else load_null(null_prompt, device)
 
-    def __call__(self, prompts: Sequence[str], *, whole: bool = False) -> Encoded:
+    def __call__(self, prompts: Sequence[str], *, whole: bool = False) -> PromptEmbeds:
         """The embeddings of B prompts; warns when one is longer than the model reads.
 
         whole: also the embeddings of padding, for the conventions that attend to them.
         """
+        return PromptEmbeds.cat(self.rows(prompts, whole=whole))
+
+    def rows(self, prompts: Sequence[str], *, whole: bool = False) -> list[PromptEmbeds]:
+        """The same, each prompt by itself; equal prompts are one object."""
         texts = list(dict.fromkeys(prompts))
-        found = {text: self._find(text, whole) for text in texts}
-        missing = [text for text in texts if found[text] is None]
+        known = {text: self._find(text, whole) for text in texts}
+        rows = {text: row for text, row in known.items() if row is not None}
+        missing = [text for text in texts if text not in rows]
         self.misses += len(missing)
         self.hits += len(prompts) - len(missing)
         for chunk, tokens in self._chunks(missing):
             encoded = self._encode(tokens, whole)
-            for row, text in enumerate(chunk):
-                found[text] = encoded[row : row + 1]
-                self._write(text, whole, encoded[row : row + 1])
-        for text, encoded_text in found.items():
-            assert encoded_text is not None
-            self._cache[text, whole] = encoded_text
-            self._cache.move_to_end((text, whole))
-        while len(self._cache) > CACHED_PROMPTS:
-            self._cache.popitem(last=False)
-        return Encoded.cat([each for text in prompts if (each := found[text]) is not None])
+            for text, row in zip(chunk, encoded.rows(), strict=True):
+                rows[text] = row.named(text)
+                self._write(text, whole, row)
+        for text, row in rows.items():
+            if row is not self._null:
+                self.cache.put((text, whole), row)
+        return [rows[text] for text in prompts]
 
-    def _find(self, text: str, whole: bool) -> Encoded | None:
+    def _find(self, text: str, whole: bool) -> PromptEmbeds | None:
         if text == "" and self._null is not None:
             return self._null
-        return self._cache.get((text, whole)) or self._read(text, whole)
+        return self.cache.get((text, whole)) or self._read(text, whole)
 
     def _chunks(self, prompts: list[str]) -> Iterator[tuple[list[str], TextTokens]]:
         """Prompts of about one length, at most `max_batch`, with their tokens on the CPU."""
@@ -146,7 +129,7 @@ class PromptEncoder:
             chunk = [prompts[row] for row in rows.tolist()]
             yield chunk, TextTokens(tokens.input_ids[rows], tokens.attention_mask[rows])
 
-    def _encode(self, tokens: TextTokens, whole: bool) -> Encoded:
+    def _encode(self, tokens: TextTokens, whole: bool) -> PromptEmbeds:
         counts = tuple(tokens.attention_mask.sum(1).tolist())
         longest = self.tokenizer.max_tokens
         length = longest if whole else text_length(max(counts), longest)
@@ -155,7 +138,9 @@ class PromptEncoder:
         )
         embeds = self.embed(TextTokens(ids, mask)).to(self.device)
         padding = longest - length
-        return Encoded(F.pad(embeds, (0, 0, 0, padding)), F.pad(mask.bool(), (0, padding)), counts)
+        return PromptEmbeds(
+            F.pad(embeds, (0, 0, 0, padding)), F.pad(mask.bool(), (0, padding)), counts
+        )
 
     def warm(self, num_prompts: int) -> None:
         """Capture the text encoder for so many prompts at once, at each of its lengths, where a
@@ -192,10 +177,10 @@ class PromptEncoder:
     def _path(self, text: str, whole: bool) -> Path | None:
         if self._disk is None:
             return None
-        name = f"{self._disk_key}\0{whole}\0{text}"
-        return self._disk / f"{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+        name = f"{self._disk_key}\0{whole}\0{text}".encode(errors="surrogatepass")
+        return self._disk / f"{hashlib.sha256(name).hexdigest()}.safetensors"
 
-    def _read(self, text: str, whole: bool) -> Encoded | None:
+    def _read(self, text: str, whole: bool) -> PromptEmbeds | None:
         path = self._path(text, whole)
         if path is None or not path.is_file():
             return None
@@ -211,9 +196,9 @@ class PromptEncoder:
         self.disk_hits += 1
         embeds = F.pad(embeds, (0, 0, 0, longest - len(embeds)))[None].to(self.device)
         mask = torch.arange(longest, device=self.device)[None] < count
-        return Encoded(embeds, mask, (count,))
+        return PromptEmbeds(embeds, mask, (count,), (text,))
 
-    def _write(self, text: str, whole: bool, encoded: Encoded) -> None:
+    def _write(self, text: str, whole: bool, encoded: PromptEmbeds) -> None:
         path = self._path(text, whole)
         if path is None:
             return
@@ -237,65 +222,62 @@ def text_length(num_tokens: int, longest: int) -> int:
     return min(length for length in text_lengths(longest) if length >= num_tokens)
 
 
-def load_null(path: Path, device: torch.device) -> Encoded | None:
+def load_null(path: Path, device: torch.device) -> PromptEmbeds | None:
     """The bundle's T5(""), or None if the bundle has no text encoder."""
     if not path.is_file():
         return None
     tensors = load_file(path)
     mask = tensors["mask"].bool()
     embeds = tensors["embeds"].float().to(device)
-    return Encoded(embeds, mask.to(device), (int(mask.sum()),))
+    return PromptEmbeds(embeds, mask.to(device), (int(mask.sum()),), ("",))
 
 
 class TextCache:
-    """Keys and values of all blocks for each text, in memory up to a number of bytes (LRU)."""
+    """Keys and values of all blocks for each text, in memory up to a number of bytes."""
 
     def __init__(self, side: TextSide, max_bytes: int = CACHED_TEXT_BYTES) -> None:
-        self.side, self.max_bytes = side, max_bytes
+        self.side = side
         self.hits = self.misses = 0
-        self._kept: OrderedDict[str, PromptText] = OrderedDict()
-        self._absorbed: tuple[tuple[str | None, ...], Absorbed | None] = ((), None)
+        self._kept: Lru[str, PromptText] = Lru(lambda text: text.num_bytes, max_bytes=max_bytes)
+        self._absorbed: Lru[tuple[str | None, ...], Absorbed | None] = Lru(max_entries=1)
 
-    def __call__(self, texts: Sequence[str | None], encoded: Encoded) -> PromptText:
-        """One entry for each row of `encoded`; a row without a text is not kept."""
-        rows = []
-        for index, text in enumerate(texts):
-            kept = self._kept.get(text) if text is not None else None
-            if kept is None:
-                self.misses += 1
-                one = encoded[index : index + 1]
-                kept = self.side(one.embeds, one.mask, one.num_tokens[0])
-            else:
-                self.hits += 1
-            rows.append(kept)
-            if text is not None:
-                self._keep(text, kept)
-        return PromptText.cat(rows)
+    def __call__(self, rows: Sequence[PromptEmbeds]) -> PromptText:
+        """The text of rows of one prompt each; one without a name is not kept."""
+        return PromptText.cat([self._one(row) for row in rows])
 
-    def absorbed(self, texts: Sequence[str | None], text: PromptText) -> Absorbed | None:
-        """The absorbed form of rows with these texts, where it is less work; the last is kept."""
-        key = tuple(texts)
-        if None in key or key != self._absorbed[0]:
-            self._absorbed = (key, self.side.absorbed(text))
-        return self._absorbed[1]
+    def _one(self, row: PromptEmbeds) -> PromptText:
+        [name] = row.texts
+        kept = None if name is None else self._kept.get(name)
+        if kept is not None:
+            self.hits += 1
+            return kept
+        self.misses += 1
+        made = self.side(row.embeds, row.mask, row.num_tokens[0])
+        if name is not None:
+            self._kept.put(name, made)
+        return made
 
-    def _keep(self, text: str, made: PromptText) -> None:
-        self._kept[text] = made
-        self._kept.move_to_end(text)
-        size = sum(each.num_bytes for each in self._kept.values())
-        while size > self.max_bytes and len(self._kept) > 1:
-            size -= self._kept.popitem(last=False)[1].num_bytes
+    def absorbed(self, names: Sequence[str | None], text: PromptText) -> Absorbed | None:
+        """The absorbed form of rows of these names, where it is less work; the last is kept."""
+        key = tuple(names)
+        if None in key:
+            return self.side.absorbed(text)
+        if key in self._absorbed:
+            return self._absorbed.get(key)
+        made = self.side.absorbed(text)
+        self._absorbed.put(key, made)
+        return made
 
 
 def unconditional(
     convention: CfgNull,
-    prompt: Encoded,
+    prompt: PromptEmbeds,
     negative: list[str],
     encoder: PromptEncoder | None,
     y_embedding: Tensor | None,
     *,
     whole: bool = False,
-) -> Encoded:
+) -> PromptEmbeds:
     """What the unconditional half sees, a row per row of `prompt` (see CfgNull).
 
     A negative prompt that is not empty replaces the convention for its row.
@@ -315,14 +297,14 @@ def unconditional(
     own = [text != "" for text in negative]
     keep = torch.tensor(own, device=encoded.mask.device)
     counts = zip(own, encoded.num_tokens, prompt.num_tokens, strict=True)
-    return Encoded(
+    return PromptEmbeds(
         torch.where(keep[:, None, None], encoded.embeds, null.embeds),
         torch.where(keep[:, None], encoded.mask, prompt.mask),
         tuple(mine if is_own else theirs for is_own, mine, theirs in counts),
     )
 
 
-def _null_rows(prompt: Encoded, y_embedding: Tensor | None) -> Encoded:
+def _null_rows(prompt: PromptEmbeds, y_embedding: Tensor | None) -> PromptEmbeds:
     if y_embedding is None:
         raise BundleError("the bundle lacks y_embedding.safetensors; build it again")
-    return Encoded(y_embedding.expand_as(prompt.embeds), prompt.mask, prompt.num_tokens)
+    return PromptEmbeds(y_embedding.expand_as(prompt.embeds), prompt.mask, prompt.num_tokens)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pixart_rt.kernels.solver import cfg_dpmpp_step
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> x to go on with
+OnStep = Callable[[int, Tensor, Tensor], Tensor]  # step, x after it, its x0 -> the next x
 
 
 @dataclass(frozen=True, slots=True)
 class TextInputs:
-    """The transformer's inputs that tell its rows and their text; see backends/component.py."""
+    """The transformer's inputs that tell its rows and their text; see model/signature.py."""
 
     null_rows: Tensor
     text_rows: Tensor

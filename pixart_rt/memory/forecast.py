@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from pixart_rt.buckets import PIXELS_PER_TOKEN, buckets
+from pixart_rt.buckets import PIXELS_PER_TOKEN, VAE_SCALE_FACTOR, buckets
 from pixart_rt.bundle import ComponentEntry
 from pixart_rt.config import EngineConfig, Quality, TextPlace, Weights
 from pixart_rt.inference.prompts import CACHED_PROMPTS, CACHED_TEXT_BYTES
@@ -29,7 +29,6 @@ from pixart_rt.memory.models import Model
 from pixart_rt.memory.weights import SIZE, engine_bytes, module_bytes
 
 WIDE = 4  # bytes: float32
-LATENT_SHRINK = 8  # pixels per latent pixel
 LATENT_COPIES = 6  # noise, latents and x0 before and after a step, both halves' prediction
 ABSORBED = 64  # slots of the absorbed form of the longest prompts that have one: it is the largest
 
@@ -122,7 +121,7 @@ def forecast(
     if "vae_decoder" in parts:
         decoding = parts["vae_decoder"].running
         if config.vae_tiling:
-            decoding += image + 3 * 3 * _decoded(config) * LATENT_SHRINK**2 * WIDE
+            decoding += image + 3 * 3 * _decoded(config) * VAE_SCALE_FACTOR**2 * WIDE
         found.stages["decode"] = request + absorbed + latents + max(decoding, 3 * image)
     return found
 
@@ -177,7 +176,7 @@ def _size(name: str, config: EngineConfig, entry: ComponentEntry | None) -> int:
 
 def _decoded(config: EngineConfig) -> int:
     """The most latent pixels of an image that the VAE decodes at once."""
-    sizes = [(bucket.height // LATENT_SHRINK, bucket.width // LATENT_SHRINK)
+    sizes = [(bucket.height // VAE_SCALE_FACTOR, bucket.width // LATENT_SHRINK)
              for bucket in buckets(config.resolution)]  # fmt: skip
     if config.vae_tiling:
         sizes = [tile_size(*size, Tiling()) for size in sizes]

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from pixart_rt.config import Kernels, Quality, Weights
 from pixart_rt.errors import ConfigError
@@ -33,7 +32,7 @@ from pixart_rt.kernels.gate_residual import (
     gate_residual_ln_modulate,
     gate_residual_ref,
 )
-from pixart_rt.kernels.launch import SM80, choice
+from pixart_rt.kernels.launch import SM80, choice, constant_result
 from pixart_rt.kernels.linear import linear_gate_residual, linear_gelu, linear_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate, ln_modulate_fp8, ln_modulate_ref
 
@@ -314,12 +313,14 @@ def implementation(op: str, x: Tensor, out: int, default: str) -> str:
     shape = (x.shape[0] * x.shape[1], x.shape[2], out)
     if not torch.compiler.is_compiling():
         return choice(op, x, shape, default)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # sympy: half a second
+
     if not has_static_value(shape[0]):
         return default
     return _traced_choice(op, x.device, x.dtype, shape, default)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _traced_choice(
     op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], default: str
 ) -> str:

@@ -1,8 +1,6 @@
 """Prompt text to token ids, exactly as diffusers' PixArt pipelines do it.
 
-Captions are cleaned by DeepFloyd-IF's rules, twice, then lower-cased: the published checkpoints
-were trained on captions treated so. The rules are diffusers' own code; bs4 and ftfy, without which
-diffusers silently skips them, are hard dependencies.
+Captions are cleaned first (captions.py), then cut into sentencepiece tokens by transformers.
 """
 
 from __future__ import annotations
@@ -10,29 +8,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import PixArtAlphaPipeline
 from torch import Tensor
-from transformers import T5Tokenizer
 
-from pixart_rt.errors import CheckpointError
+from pixart_rt.errors import CheckpointError, shorten
+from pixart_rt.model.captions import clean_caption
 
 logger = logging.getLogger(__name__)
-
-
-class _Rules:
-    """Just the cleaning rules of diffusers' pipeline, without a pipeline."""
-
-    bad_punct_regex = PixArtAlphaPipeline.bad_punct_regex
-    _clean_caption = PixArtAlphaPipeline._clean_caption
-
-
-def clean_caption(text: str) -> str:
-    """A caption as the training data had it: cleaned twice, lower case, stripped."""
-    rules: Any = _Rules()
-    return rules._clean_caption(rules._clean_caption(text)).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +33,27 @@ class PromptTokenizer:
     def __init__(self, folder: Path, max_tokens: int) -> None:
         if not Path(folder).is_dir():
             raise CheckpointError(f"{folder} is missing; a pipeline folder has a tokenizer")
+        from transformers import T5Tokenizer  # a second to import, for those who have a tokenizer
+
         self.tokenizer = T5Tokenizer.from_pretrained(str(folder))
         self.max_tokens = max_tokens
 
     def __call__(self, prompts: list[str]) -> Tokens:
         cleaned = [clean_caption(prompt) for prompt in prompts]
+        for prompt, left in zip(prompts, cleaned, strict=True):
+            if prompt.strip() and not left:
+                logger.warning(
+                    "nothing is left of the prompt %s after cleaning, which removes Chinese "
+                    "characters, @names, #numbers, links and file names; the model sees the empty "
+                    "prompt", shorten(prompt),
+                )  # fmt: skip
         whole = self.tokenizer(cleaned, add_special_tokens=True)["input_ids"]
         num_cut = [max(0, len(ids) - self.max_tokens) for ids in whole]
         for prompt, cut in zip(prompts, num_cut, strict=True):
             if cut:
                 logger.warning(
-                    "the prompt %r is too long: its last %d tokens were cut, the model reads %d",
-                    prompt if len(prompt) < 60 else prompt[:57] + "...", cut, self.max_tokens,
+                    "the prompt %s is too long: its last %d tokens were cut, the model reads %d",
+                    shorten(prompt), cut, self.max_tokens,
                 )  # fmt: skip
         batch = self.tokenizer(
             cleaned,

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from pixart_rt.config import Kernels, ModelConfig, Quality, Weights
 from pixart_rt.kernels.cross_attention import (
@@ -36,10 +35,22 @@ MODULATION_ROWS = 7  # shift, scale, gate of attention; of the MLP; the embeddin
 SHIFT_MSA, GATE_MSA, SHIFT_MLP, GATE_MLP = 0, 2, 3, 5  # rows; each scale follows its shift
 
 
+_DISTRIBUTED: tuple[type[Tensor], ...] = ()
+
+
+def read_locally(kind: type[Tensor]) -> None:
+    """Make `local` take tables of this class: DTensor, whose import costs inference a second.
+
+    Called by what distributes a model. torch.compile follows isinstance, not hasattr.
+    """
+    global _DISTRIBUTED
+    _DISTRIBUTED = (kind,)
+
+
 def local(table: Tensor) -> Tensor:
     """A block's table. One that is replicated over ranks (training/distributed.py) is read as this
     rank's tensor: the end of a block reads the next one's, which FSDP has not gathered yet."""
-    return table.to_local() if isinstance(table, DTensor) else table
+    return cast(Any, table).to_local() if isinstance(table, _DISTRIBUTED) else table
 
 
 class Mlp(nn.Module):

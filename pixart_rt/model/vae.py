@@ -8,16 +8,19 @@ ones of vae_fused.py.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError
 from pixart_rt.kernels.catalog import VAE, self_test
 from pixart_rt.model.vae_fused import Swap, fused_modules, swap
+from pixart_rt.torchao_import import quiet_imports
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 SD_VAE: dict[str, Any] = {  # the shape of sd-vae-ft-ema, for random weights
     "block_out_channels": [128, 256, 512, 512],
@@ -81,18 +84,32 @@ class VaeEncoder(nn.Module):
         return moments.chunk(2, dim=1)[0].float() * self.scaling_factor
 
 
+def _autoencoder() -> type[AutoencoderKL]:
+    """diffusers' class: seconds to import, so only for those who build a VAE."""
+    with quiet_imports():
+        from diffusers import AutoencoderKL
+    return AutoencoderKL
+
+
 def read_vae(folder: Path) -> AutoencoderKL:
     """A diffusers AutoencoderKL folder in float32. Raises CheckpointError if it is not one."""
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json; it is not a VAE folder")
     try:
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        vae = _autoencoder().from_pretrained(folder, torch_dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the VAE in {folder} cannot be read: {reason}") from error
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        value = vae.config.get(name)
+        if value is not None:
+            raise CheckpointError(
+                f"the VAE in {folder} has {name} {value}, which PixArt's latents do not; its "
+                "images would be wrong. Give the VAE that the transformer was trained with"
+            )
     return vae.eval().requires_grad_(False)
 
 
 def vae_from_config(config: dict[str, Any]) -> AutoencoderKL:
     """An AutoencoderKL of this configuration with fresh weights."""
-    return AutoencoderKL.from_config(config).eval().requires_grad_(False)
+    return _autoencoder().from_config(config).eval().requires_grad_(False)

@@ -12,13 +12,16 @@ B images, N pixels, K head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from pixart_rt.kernels.group_norm_silu import group_norm_silu
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
 
 SCORE_BYTES = 64 << 20  # of float32 scores at once: a few thousand rows at 512 px, 1024 at 1024 px
 
@@ -97,6 +100,9 @@ def fused_modules(decoder: nn.Module) -> Iterator[Swap]:
 
     What is not as PixArt's VAEs have it (another activation, another norm) is left out.
     """
+    from diffusers.models.attention_processor import Attention  # loaded: the decoder is diffusers'
+    from diffusers.models.resnet import ResnetBlock2D
+
     for block in decoder.modules():
         if isinstance(block, ResnetBlock2D) and _norms_then_silu(block):
             yield block, "norm1", FusedGroupNorm(block.norm1, silu=True)

@@ -1,10 +1,12 @@
 """AOTInductor packages, compiled once here, against PyTorch float32."""
 
+import tempfile
+
 import pytest
 import torch
 
 from pixart_rt.backends import get_backend
-from pixart_rt.backends.aoti import _check_device
+from pixart_rt.backends.aoti import _check_device, load_package
 from pixart_rt.errors import BackendError, BundleError, ConfigError
 from pixart_rt.export.engines import build_aoti
 from pixart_rt.export.onnx_export import export_program, transformer_graph, transformer_inputs
@@ -58,6 +60,21 @@ def test_a_truncated_package_is_one_line(package, make_bundle, tmp_path, capfd):
         get_backend("aoti").load(bundle, manifest, "transformer", CPU)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_where_programs_may_not_run_is_named(package, monkeypatch, tmp_path):
+    """dlopen's words where TMPDIR is mounted noexec; the bundle is not damaged."""
+    path, _ = package
+    words = "/t/x.so: failed to map segment from shared object"
+
+    def load(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(f"Error in dlopen: {words}")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", load)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(BackendError, match="noexec") as caught:
+        load_package(path, CPU)
+    assert str(tmp_path) in str(caught.value) and "TMPDIR" in str(caught.value)
 
 
 def test_a_package_for_another_device_or_cpu_is_refused(package, monkeypatch):

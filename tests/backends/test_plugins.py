@@ -13,10 +13,11 @@ import pytest
 import torch
 import triton
 
-from pixart_rt.backends.trt.backend import TensorRTBackend, cuda_driver, import_library
-from pixart_rt.backends.trt.backend import backend as trt
-from pixart_rt.backends.trt.backend import engine as trt_engine
-from pixart_rt.backends.trt.backend import plugins as trt_plugins
+from pixart_rt.backends.trt import backend as trt
+from pixart_rt.backends.trt import cuda_driver
+from pixart_rt.backends.trt import engine as trt_engine
+from pixart_rt.backends.trt import plugins as trt_plugins
+from pixart_rt.backends.trt.backend import TensorRTBackend, import_library
 from pixart_rt.backends.trt.cuda_driver import Driver
 from pixart_rt.backends.trt.plugin_kernels import (
     OPERATORS,

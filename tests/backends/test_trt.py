@@ -10,8 +10,8 @@ import torch
 
 from pixart_rt.backends import get_backend
 from pixart_rt.backends.component import Availability
+from pixart_rt.backends.trt import engine as trt_engine
 from pixart_rt.backends.trt.arena import Arena
-from pixart_rt.backends.trt.backend import engine as trt_engine
 from pixart_rt.backends.trt.backend import import_library, supported_targets
 from pixart_rt.backends.trt.cache import RuntimeCache, cache_folder
 from pixart_rt.backends.trt.engine import Engine, deserialize, fitting_profile

@@ -1,4 +1,4 @@
-"""Checkpoints there and back, bit by bit; diffusers as the oracle of its own layout."""
+"""Checkpoints there and back, bit for bit; diffusers as the oracle of its own layout."""
 
 import json
 import logging

@@ -52,7 +52,7 @@ def test_without_matplotlib_nothing_is_measured(
     outcome = run(*asked)
     assert outcome.code == 1
     assert "pip install 'pixart_rt[train]'" in outcome.error
-    assert "no text encoder" in run(*asked, "--no-plots").error, "now it goes on, to the bundle"
+    assert "no text encoder" in run(*asked, "--no-plots").error, "now it continues, to the bundle"
 
 
 def test_a_measurement_beside_diffusers(

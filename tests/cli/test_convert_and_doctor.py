@@ -1,4 +1,4 @@
-"""`convert` there and back, bit by bit; `doctor` against the libraries' own versions."""
+"""`convert` there and back, bit for bit; `doctor` against the libraries' own versions."""
 
 from __future__ import annotations
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from pixart_rt.bundle import Manifest
+from pixart_rt.cli.app import app
+from pixart_rt.cli.failures import with_flags
 from pixart_rt.errors import BundleError, ConfigError
 
 CASES: list[tuple[BaseException, int, str]] = [
@@ -79,3 +82,22 @@ def test_debug_keeps_the_traceback(
     failing(ConfigError("cannot be"))
     with pytest.raises(ConfigError, match="cannot be"):
         run(*words)
+
+
+@pytest.mark.parametrize(("said", "shown"), [
+    ("give it as `init`, or `micro_batches`", "give it as --init, or --micro-batches"),
+    ("choose `device=cpu`", "choose --device cpu"),
+    ("say where with `data['HQ']`", "say where with --data HQ=PATH"),
+    ("a `recipe` and its `phases`", "a RECIPE and its --phase"),
+    ("`betas`; `pixart-rt data extract`", "`betas`; `pixart-rt data extract`"),
+])  # fmt: skip
+def test_arguments_are_shown_as_options(said: str, shown: str) -> None:
+    """Of `train`: what it has no option for, and commands, stay as they are."""
+    group: Any = typer.main.get_command(app)
+    assert with_flags(said, group.commands["train"].params) == shown
+
+
+def test_an_error_of_the_library_names_the_option(run: Callable[..., Any], tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "tiny.toml"
+    words = ("train", recipe, "--out", tmp_path, "--micro-batches", 0)
+    assert run(*words).error == "--micro-batches must be > 0, got 0"

@@ -73,5 +73,5 @@ def test_a_file_of_the_users_is_not_replaced_unasked(
         refused = run(*words)
         assert refused.code == 2 and "exists" in refused.error and "--force" in refused.error
         forced = run(*words, "--force")
-        assert forced.code != 0 and "exists" not in forced.error, "now it goes on, to the bundle"
+        assert forced.code != 0 and "exists" not in forced.error, "now it continues, to the bundle"
         assert (tmp_path / "out.json").read_text() == "mine"

@@ -52,6 +52,7 @@ def test_a_lora_is_trained_and_merged(run: Callable[..., Any], dog: Path, tmp_pa
     assert "step 3/3  loss 0." in outcome.err
     origin = json.loads((out / "origin.json").read_text())
     assert (origin["prompt"], origin["lora"]["rank"]) == (PROMPT, 4)
+    assert origin["base_config"]["sample_size"] == 32
     learned = load_file(out / "adapter_model.safetensors")
     assert any(t.abs().max() > 0 for name, t in learned.items() if "lora_B" in name)
     assert run("merge", "tiny", out, merged, "--res", 256).code == 0
@@ -80,14 +81,14 @@ def test_a_run_that_was_stopped_goes_on(
     run: Callable[..., Any], dog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped while the result is written: its checkpoint is the last step's."""
-    from pixart_rt.cli import finetuning
+    from pixart_rt.training.finetune import lora
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     out, asked = tmp_path / "lora", ("--prompt", PROMPT)
     with monkeypatch.context() as patched:
-        patched.setattr(finetuning, "_write", stopped)
+        patched.setattr(lora, "write_adapter", stopped)
         assert run(*words("lora", dog, out, *asked)).code == 130
     assert not out.exists()
     other = run(*words("lora", dog, out, "--prompt", "another"))
@@ -134,6 +135,10 @@ def test_one_line_for_what_cannot_be(run: Callable[..., Any], dog: Path, tmp_pat
         (("--prompt", PROMPT, "--class-images", dog), "go together"),
         (("--prompt", PROMPT, "--rank", 0), "rank of a LoRA"),
         (("--prompt", PROMPT, "--lr", 0), "lr must be > 0"),
+        (
+            ("--prompt", PROMPT, "--batch", 3, "--micro-batches", 2),
+            "--micro-batches 2 was asked, but a step of 3 images",
+        ),
         (("--prompt", PROMPT, "--res", 512), "is a 1024 px model"),
     ):
         assert reason in run(*words("lora", dog, out, *more)).error

@@ -123,7 +123,7 @@ def test_a_run_that_was_stopped_goes_on(
     run: Callable[..., Any], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped while the student is written: nothing is at OUT, and the same command ends it."""
-    from pixart_rt.cli import lcm_training
+    from pixart_rt.training.finetune import lcm
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
@@ -131,7 +131,7 @@ def test_a_run_that_was_stopped_goes_on(
     whole, out = tmp_path / "whole", tmp_path / "parts"
     assert run(*words(store, whole)).code == 0
     with monkeypatch.context() as patched:
-        patched.setattr(lcm_training, "use_lcm_scheduler", stopped)
+        patched.setattr(lcm, "use_lcm_scheduler", stopped)
         assert run(*words(store, out)).code == 130
     assert not out.exists()
     assert "was made with asked" in run(*words(store, out, "--guidance-w", 3.0)).error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,23 @@ def test_tiny_has_a_model_for_256(run: Callable[..., Any], adapter: Path, tmp_pa
     assert "does not fit" in outcome.error
     assert "transformer_256" in outcome.error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_a_model_for_another_resolution_is_refused(
+    run: Callable[..., Any], pipeline_folder: Callable[..., Path], adapter: Path, tmp_path: Path
+) -> None:
+    """Its shapes fit: only origin.json tells the models apart."""
+    told = tmp_path / "lora"
+    shutil.copytree(adapter, told)
+    config = read_transformer(pipeline_folder(32)).config
+    for size, code in ((config.sample_size, 0), (2 * config.sample_size, 1)):
+        base = replace(config, sample_size=size).to_dict()
+        (told / "origin.json").write_text(json.dumps({"base_config": base}))
+        outcome = run("merge", pipeline_folder(32), told, tmp_path / "merged")
+        assert outcome.code == code
+        if code:
+            assert "a model with sample_size 64, " in outcome.error and "has 32" in outcome.error
+        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
 
 
 def test_what_cannot_be_merged_leaves_nothing(

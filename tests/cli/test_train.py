@@ -1,4 +1,4 @@
-"""`pixart-rt train`: from pictures to a transformer, stopped and gone on with, and mistakes."""
+"""`pixart-rt train`: from pictures to a transformer, stopped and resumed, and mistakes."""
 
 from __future__ import annotations
 

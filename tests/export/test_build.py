@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,19 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pixart_rt.bundle import Manifest, damaged_files
+from pixart_rt.checkpoints import tensors
 from pixart_rt.config import CfgNull, EngineConfig, ModelConfig, Precision
 from pixart_rt.errors import BuildError, BundleError, CheckpointError, ConfigError, NumericsError
-from pixart_rt.export import component_build
+from pixart_rt.export import checkpoint_source, component_build
 from pixart_rt.export.build import build, default_precision
 from pixart_rt.export.checkpoint_source import open_source, random_transformer
 from pixart_rt.export.component_spec import (
-    DTYPES,
     part_bytes,
     predicted_peak,
     split_layers,
     vae_profiles,
 )
 from pixart_rt.export.numerics import difference, verify_bundle
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5_XXL
 
 TORCH_256 = EngineConfig(resolution=256, backend="torch")
@@ -52,6 +54,32 @@ def test_a_second_build_is_a_cache_hit(bundle_256: Path, pipeline_folder, caplog
     result = build(str(pipeline_folder(32)), bundle_256, config)
     assert result.cached and "nothing to do" in result.notes[0]
     assert (bundle_256 / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_build_opens_every_weight_file_once(
+    pipeline_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And reads each VAE and each ControlNet once: `read_vae` is diffusers' own loading."""
+    opened: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(path: Path, *args: object, **kwargs: object) -> object:
+            opened[f"{name} {Path(path).parent.name}/{Path(path).name}"] += 1
+            return function(path, *args, **kwargs)
+
+        return call
+
+    source = pipeline_folder(32)
+    for module, name in ((tensors, "safe_open"), (checkpoint_source, "read_vae")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    config = EngineConfig(resolution=256, backend="onnxruntime")
+    build(str(source), tmp_path / "b", config)
+    ours = {name: count for name, count in opened.items() if "/b" not in name}
+    assert ours == {
+        "safe_open transformer/diffusion_pytorch_model.safetensors": 1,
+        "safe_open text_encoder/model.safetensors": 1,
+        f"read_vae {source.name}/vae": 1,
+    }
 
 
 def test_another_key_or_a_damaged_file_builds_again(folder: Path, tmp_path: Path) -> None:

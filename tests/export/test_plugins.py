@@ -21,14 +21,14 @@ from pixart_rt.export.build import build
 from pixart_rt.export.checkpoint_source import random_transformer
 from pixart_rt.export.engines import build_tensorrt
 from pixart_rt.export.onnx_export import Graph, export_onnx, transformer_graph, transformer_inputs
+from pixart_rt.export.plugins import compiler as plugin_compiler
+from pixart_rt.export.plugins import graph as plugins_module
 from pixart_rt.export.plugins.graph import (
     compile_kernels,
     export_with_plugins,
     kernels_of,
     with_functions,
 )
-from pixart_rt.export.plugins.graph import compiler as plugin_compiler
-from pixart_rt.export.plugins.graph import graph as plugins_module
 from pixart_rt.export.worker.protocol import Refused
 
 CONFIG = ModelConfig(
@@ -307,7 +307,7 @@ def test_plugins_for_a_gpu_that_is_too_old(tmp_path) -> None:
 def test_an_engine_with_plugins_equals_pytorch(tmp_path, monkeypatch, library, dtype) -> None:
     """Several sizes, back to back, on a stream of the caller's."""
     from pixart_rt.backends.engine_files import capability
-    from pixart_rt.backends.trt.backend import backend as trt
+    from pixart_rt.backends.trt import backend as trt
     from pixart_rt.bundle import ComponentEntry
 
     if not (state := get_backend(library).available()).ok:

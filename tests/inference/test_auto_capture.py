@@ -1,4 +1,4 @@
-"""Graphs that repeated shapes get of their own accord: when, of what, how many, and after failures.
+"""Graphs that repeated shapes get automatically: when, of what, how many, and after failures.
 
 A graph here is a run kept with the tensors it was captured on, which is all that a CUDA graph is to
 its caller. The device of a real one is tested on a stand-in for torch.cuda that knows what is

@@ -32,7 +32,7 @@ from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.build import build
 from pixart_rt.export.numerics import verify_bundle
 from pixart_rt.inference.images import read_metadata
-from pixart_rt.inference.pipeline import Request
+from pixart_rt.inference.request import Request
 from pixart_rt.model.controlnet import ControlNetTransformer
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
 from pixart_rt.model.embeddings import patchify, position_table, unpatchify
@@ -231,7 +231,7 @@ def test_control_images_that_do_not_fit_are_refused(pipe, edges, bundle_256) -> 
         latents(pipe, control_image=edges, control_latents=blank)
     with pytest.raises(ConfigError, match="2 control images were given for 3 images"):
         latents(pipe, prompt=[PROMPT] * 3, control_image=[edges, edges])
-    with pytest.raises(ConfigError, match=r"\[1, 4, 32, 32\]; .* take \[1 or 1, 4, 22, 44\]"):
+    with pytest.raises(ConfigError, match=r"\[1, 4, 32, 32\]; .* take \[1, 4, 22, 44\] each"):
         latents(pipe, control_latents=torch.zeros(1, 4, 32, 32))
     plain = PixArtPipeline.from_bundle(bundle_256, "cpu")
     with pytest.raises(ConfigError, match="this bundle has no ControlNet; leave it out"):

@@ -10,7 +10,14 @@ import torch
 from PIL import Image, ImageFont
 
 from pixart_rt.errors import ConfigError
-from pixart_rt.inference.images import as_image, contact_sheet, read_metadata, wrap, write_png
+from pixart_rt.inference.images import (
+    as_image,
+    contact_sheet,
+    in_form,
+    read_metadata,
+    wrap,
+    write_png,
+)
 
 RED, GREEN = (250, 10, 10), (10, 250, 10)
 
@@ -131,3 +138,20 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
     write_png(Image.new("RGB", (4, 4)), tmp_path / "o.png", {})
     assert (tmp_path / "o.png").is_symlink()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.png"]
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+@pytest.mark.parametrize("size", [None, (40, 24), (64, 64), (33, 71), (120, 50)])
+def test_size_and_form_are_diffusers(output_type: str, size: tuple[int, int] | None) -> None:
+    """Bit for bit, scaled up and down, with values outside [-1, 1]."""
+    from diffusers.image_processor import PixArtImageProcessor
+
+    images = 1.3 * torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(1))
+    height, width = size or (None, None)
+    actual = in_form(images, height, width, output_type)
+    processor = PixArtImageProcessor(vae_scale_factor=8)
+    sized = images if size is None else processor.resize_and_crop_tensor(images, width, height)
+    expected = processor.postprocess(sized, output_type=output_type)
+    if output_type == "pil":
+        actual, expected = ([np.asarray(each) for each in found] for found in (actual, expected))
+    assert np.array_equal(np.asarray(actual), np.asarray(expected))

@@ -329,11 +329,12 @@ def test_a_changed_or_missing_file_is_refused(bundle_256: Path, tmp_path: Path) 
 
 def y_embedding_row(convention: CfgNull, **given: Any) -> Any:
     """`unconditional` on two prompts of 3 and 5 tokens with a fake encoder."""
-    from pixart_rt.inference.prompts import Encoded, unconditional
+    from pixart_rt.inference.prompt_embeds import PromptEmbeds
+    from pixart_rt.inference.prompts import unconditional
 
-    def encoded(value: float, counts: tuple[int, int]) -> Encoded:
+    def encoded(value: float, counts: tuple[int, int]) -> PromptEmbeds:
         mask = torch.arange(6)[None] < torch.tensor(counts)[:, None]
-        return Encoded(torch.full((2, 6, 4), value), mask, counts)
+        return PromptEmbeds(torch.full((2, 6, 4), value), mask, counts)
 
     prompt, empty = encoded(1.0, (3, 5)), encoded(7.0, (1, 1))
     null = torch.full((6, 4), -2.0)

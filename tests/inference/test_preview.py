@@ -129,7 +129,7 @@ def test_tiling_is_asked_for(bundle_256: Path, monkeypatch: pytest.MonkeyPatch) 
     whole = image(tiled=False)
     assert torch.equal(image(tiled=True), whole)
     small = partial(TiledDecoder, tiling=Tiling(tile=16, overlap=4))
-    monkeypatch.setattr("pixart_rt.inference.pipeline.TiledDecoder", small)
+    monkeypatch.setattr("pixart_rt.inference.decoding.TiledDecoder", small)
     tiled = image(tiled=True)
     assert tiled.shape == whole.shape and not torch.equal(tiled, whole)
     pipe.vae_tiling = True  # as of a bundle that was built so

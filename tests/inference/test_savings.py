@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pixart_rt.buckets import buckets
 from pixart_rt.config import EngineConfig, Precision, Saving
 from pixart_rt.errors import ConfigError
 from pixart_rt.export.build import build
-from pixart_rt.inference.pipeline import Request
+from pixart_rt.inference.request import Request
 
 SHORT = "a red circle above a blue square"
 LONG = "a large yellow star to the left of a small purple circle, " * 9  # the standard form
@@ -291,7 +290,7 @@ def test_prompts_of_several_batches_are_encoded_together(
     encoder = pipe.prompt_encoder
     assert encoder is not None
     monkeypatch.setattr(encoder, "max_batch", 2)
-    monkeypatch.setattr(encoder, "_cache", OrderedDict())
+    encoder.cache.clear()
     calls, inner = [], encoder.text_encoder
 
     class Recorder(Unshared):
@@ -304,7 +303,7 @@ def test_prompts_of_several_batches_are_encoded_together(
     assert [rows for rows, _ in calls] == [2, 2]
     assert calls[0][1] == 16 < calls[1][1]
     for request, actual in zip(requests, together, strict=True):
-        encoder._cache.clear()
+        encoder.cache.clear()
         alone = pipe(request.prompt, num_inference_steps=1, height=request.height,
                      width=request.width, output_type="latent").images  # fmt: skip
         assert distance(actual, alone) < 1e-4

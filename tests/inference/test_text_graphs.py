@@ -21,9 +21,10 @@ from pixart_rt.bench.systems import Ours
 from pixart_rt.checkpoints.bundle_module import TextEncoderModule
 from pixart_rt.config import EngineConfig, TextPlace, text_lengths
 from pixart_rt.export.build import build
+from pixart_rt.inference.bundle_components import PlacedComponent
 from pixart_rt.inference.cuda_graphs import Graphs
-from pixart_rt.inference.pipeline import _Placed
-from pixart_rt.inference.prompts import Encoded, PromptEncoder, TextTokens
+from pixart_rt.inference.prompt_embeds import PromptEmbeds
+from pixart_rt.inference.prompts import PromptEncoder, TextTokens
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
 
 LONGEST = 40  # lengths 16, 32 and 40
@@ -98,7 +99,7 @@ def words(count: int, seed: int) -> str:
     return " ".join(str(int(each)) for each in ids)
 
 
-def check(actual: Encoded, module: TextEncoderModule, prompts: list[str]) -> None:
+def check(actual: PromptEmbeds, module: TextEncoderModule, prompts: list[str]) -> None:
     """Against the module itself at full length, at the prompts' own tokens."""
     tokens = tokenize(prompts)
     with torch.no_grad():
@@ -194,12 +195,14 @@ def test_the_least_used_length_goes_beyond_the_bound(module: TextEncoderModule) 
 
 def test_what_cannot_be_captured_is_not(module: TextEncoderModule) -> None:
     plain = component(module, [], capturable=False)  # engines, and an offloaded encoder
-    on_host = _Placed(component(module, []), torch.device("cpu"))  # beside a pipeline on a GPU
+    on_host = PlacedComponent(
+        component(module, []), torch.device("cpu")
+    )  # beside a pipeline on a GPU
     for text_encoder in (plain, on_host):
         mine = encoder(text_encoder)
         mine.warm(1)
         assert mine.graphs.captures == 0
-    assert _Placed(component(module, []), torch.device("cuda")).capturable
+    assert PlacedComponent(component(module, []), torch.device("cuda")).capturable
 
 
 def test_warmup_fills_them_and_a_request_replays(

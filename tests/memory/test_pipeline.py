@@ -98,7 +98,7 @@ def test_a_request_s_peak_in_tiles(
     tiling = Tiling(tile=size, overlap=size // 4)
     pipe = PixArtPipeline.from_bundle(bundle, "cpu")
     monkeypatch.setattr(
-        "pixart_rt.inference.pipeline.TiledDecoder", partial(TiledDecoder, tiling=tiling)
+        "pixart_rt.inference.decoding.TiledDecoder", partial(TiledDecoder, tiling=tiling)
     )
     monkeypatch.setattr("pixart_rt.memory.forecast.Tiling", lambda: tiling)
     call = partial(pipe, [LONG, LONG[1:]][:batch], LONG[2:], num_inference_steps=STEPS,

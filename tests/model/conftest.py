@@ -10,6 +10,9 @@ from pixart_rt.checkpoints import tensor_names
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint, load_transformer
 from pixart_rt.config import ModelConfig
 from pixart_rt.model.transformer import PixArtTransformer
+from tests.training.conftest import plain_dit, plain_positions, random_dit
+
+__all__ = ["ours_of", "plain_dit", "plain_positions", "random_dit", "reference", "small_config"]
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import CheckpointError
 from pixart_rt.model.text_encoder import T5Config, relative_bucket
-from pixart_rt.model.tokenizer import PromptTokenizer, clean_caption
+from pixart_rt.model.tokenizer import PromptTokenizer
 
 LENGTHS = (1, 2, 37, 119, 120)
 ONE = T5Config(vocab_size=1, d_model=1, d_kv=1, d_ff=1, num_heads=1, num_layers=1)
@@ -142,23 +142,6 @@ def test_missing_and_truncated_weights_are_named(t5_folder: Path, tmp_path: Path
         read_text_encoder(tmp_path, torch.float32)
 
 
-CAPTIONS = [
-    "A <b>Red</b> Circle above a blue square",
-    "see http://example.com/a.png for 1024x768, café & crème #42 @someone",
-    "  «quoted» — “text”, 10.5×3 IMG_1234.jpg  ",
-    "",
-]
-
-
-@pytest.mark.parametrize("caption", CAPTIONS)
-def test_captions_are_cleaned_as_diffusers_does(caption: str) -> None:
-    from diffusers import PixArtAlphaPipeline
-
-    pipeline = object.__new__(PixArtAlphaPipeline)
-    expected = PixArtAlphaPipeline._text_preprocessing(pipeline, caption, clean_caption=True)
-    assert [clean_caption(caption)] == expected
-
-
 def test_tokens_are_sentencepiece_ids_padded_and_ended(pipeline_folder) -> None:
     import sentencepiece
 
@@ -178,3 +161,14 @@ def test_a_long_prompt_is_cut_and_says_so(pipeline_folder, caplog) -> None:
         tokens = tokenizer(["a red circle above " * 60])
     assert tokens.num_cut[0] > 0
     assert f"last {tokens.num_cut[0]} tokens were cut" in caplog.text
+
+
+@pytest.mark.parametrize("prompt", ["一只红色的猫", "@redcircle", "#12345", "circle.jpg", "&nbsp;"])
+def test_a_prompt_that_is_cleaned_to_nothing_says_so(prompt: str, pipeline_folder, caplog) -> None:
+    tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
+    with caplog.at_level(logging.WARNING):
+        tokenizer(["", "  ", "a red circle"])
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert tokenizer([prompt]).attention_mask.sum() == 1
+    assert f"nothing is left of the prompt {prompt!r}" in caplog.text

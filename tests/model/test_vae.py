@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixart_rt.config import Kernels
+from pixart_rt.errors import CheckpointError
 from pixart_rt.kernels import launch
 from pixart_rt.model import vae_fused
-from pixart_rt.model.vae import VaeDecoder, vae_from_config
+from pixart_rt.model.vae import VaeDecoder, read_vae, vae_from_config
 from pixart_rt.model.vae_fused import ChunkedAttention, FusedGroupNorm
 
 SD_LIKE = {  # an SD VAE's structure, narrow: attention, 8 groups, an upsampling, a shortcut
@@ -58,7 +65,7 @@ def test_the_fused_decoder_is_diffusers(no_kernels, monkeypatch, config, size):
     expected = vae.decode(x / vae.config.scaling_factor).sample
     decoder = VaeDecoder(vae).use(Kernels.FUSED)
     kinds = [type(module) for module in decoder.modules()]
-    resnets = kinds.count(vae_fused.ResnetBlock2D)
+    resnets = kinds.count(ResnetBlock2D)
     attentions = int(config is SD_LIKE)
     assert kinds.count(FusedGroupNorm) == 2 * resnets + 1 + attentions
     assert torch.nn.GroupNorm not in kinds and torch.nn.SiLU not in kinds
@@ -167,3 +174,18 @@ def test_chunked_attention_on_tensor_cores(dtype):
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     actual = vae_fused.attend_in_chunks(q, k, v, 512**-0.5)
     assert float((actual.double() - expected).norm() / expected.norm()) < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("shift_factor", 0.5), ("latents_mean", [1.0] * 4), ("latents_std", [2.0] * 4)],
+)
+def test_a_vae_with_other_latent_statistics_is_refused(
+    name: str, value: object, pipeline_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """PixArt's pipelines ignore them, so its images would be silently wrong."""
+    folder = Path(shutil.copytree(pipeline_folder(32) / "vae", tmp_path / "vae"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        read_vae(folder)

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tests.training.test_controlnet import batch_of, objective_of
 
 from pixart_rt.config import Precision
 from pixart_rt.data.batch import Batch
 from pixart_rt.training.process_group import start_ranks
 from pixart_rt.training.run_settings import Checkpointing, Parallel, RunSettings
 from pixart_rt.training.trainer import Trainer
+from tests.training.objectives.test_controlnet import batch_of, objective_of
 
 
 def main() -> None:

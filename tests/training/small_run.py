@@ -121,7 +121,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def digest(trainer: Trainer) -> str:
-    """Of weights, averages and moments, bit by bit, whoever holds them."""
+    """Of weights, averages and moments, bit for bit, whoever holds them."""
     sums = hashlib.sha256()
     assert trainer.ema is not None
     for name, each in trainer.objective.named_parameters():

@@ -7,7 +7,8 @@ import torch
 
 from pixart_rt.config import CfgNull
 from pixart_rt.errors import ConfigError
-from pixart_rt.inference.prompts import Encoded, unconditional
+from pixart_rt.inference.prompt_embeds import PromptEmbeds
+from pixart_rt.inference.prompts import unconditional
 from pixart_rt.training.dropout import (
     NullText,
     draw_dropped,
@@ -43,9 +44,9 @@ def test_a_dropped_caption_is_what_sampling_calls_unconditional(captions, source
         assert set(prompts) == {""}
         n = len(prompts)
         counts = (int(empty_mask.sum()),) * n
-        return Encoded(empty.expand(n, T, C), empty_mask.expand(n, T), counts)
+        return PromptEmbeds(empty.expand(n, T, C), empty_mask.expand(n, T), counts)
 
-    given = Encoded(embeds, mask, tuple(mask.sum(1).tolist()))
+    given = PromptEmbeds(embeds, mask, tuple(mask.sum(1).tolist()))
     expected = unconditional(convention, given, [""] * B, encoder, sources["y_embedding"])
     dropped = torch.tensor([True, False, True, True])
     found, found_mask = drop_captions(embeds, mask, dropped, null_text(convention, **sources))

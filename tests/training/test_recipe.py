@@ -12,10 +12,13 @@ import pytest
 
 from pixart_rt.config import XL_2_256, XL_2_1024_MS, CfgNull
 from pixart_rt.errors import ConfigError
+from pixart_rt.training.optim.warmup import Warmup
+from pixart_rt.training.optimizer_settings import PhaseOptimizer
 from pixart_rt.training.presets import PRESETS, Preset
 from pixart_rt.training.recipe import Recipe, Stage, Start, Weights, read_recipe
-from pixart_rt.training.recipe_report import differences, phase_table, report
+from pixart_rt.training.recipe_report import differences, optimizer_table, phase_table, report
 from pixart_rt.training.reparameterize_settings import TBlock, TextStart
+from pixart_rt.training.run_settings import OptimizerKind
 
 FILE = Path(__file__).parents[2] / "recipes" / "pixart-alpha.toml"
 PAPER, CODE = PRESETS[Preset.PAPER], PRESETS[Preset.ORIGINAL_CODE]
@@ -39,7 +42,7 @@ def test_the_five_phases_of_table_4(recipe):
     assert recipe.preset is Preset.PAPER
     found = [
         (each.resolution, each.num_images / 1e6, each.steps / 1e3, each.global_batch(PAPER),
-         each.effective_lr(PAPER), each.v100_days)
+         recipe.phase_optimizer(each).lr, each.v100_days)
         for each in recipe.phases
     ]  # fmt: skip
     assert found == TABLE_4
@@ -60,15 +63,16 @@ def test_the_papers_optimiser(recipe):
     """Section 3.1: AdamW, weight decay 0.03, a constant 2e-5."""
     assert PAPER.weight_decay == 0.03
     for phase in recipe.phases:
-        warmup = PAPER.warmup(phase.num_gpus)
-        assert [phase.effective_lr(PAPER) * warmup.share(step) for step in (0, 1, 10**6)] == [
-            2e-5
-        ] * 3
+        optimizer = recipe.phase_optimizer(phase)
+        assert optimizer.weight_decay == 0.03
+        rates = [optimizer.lr * optimizer.warmup.share(step) for step in (0, 1, 10**6)]
+        assert rates == [2e-5] * 3
 
 
 def test_the_original_codes_rates(recipe):
     """1.33e-4, 6.3e-5 and 2.45e-5: 2e-5 sqrt(batch / 256) of 176 x 64, 40 x 64 and 12 x 32."""
-    found = {each.name: each.effective_lr(CODE) for each in recipe.phases}
+    code = replace(recipe, preset=Preset.ORIGINAL_CODE)
+    found = {each.name: code.phase_optimizer(each).lr for each in code.phases}
     assert found["text-image-256"] == found["aesthetics-256"] == pytest.approx(1.33e-4, rel=3e-3)
     assert found["text-image-256"] == pytest.approx(2e-5 * (176 * 64 / 256) ** 0.5, rel=1e-12)
     assert found["aesthetics-512"] == pytest.approx(6.3e-5, rel=4e-3)
@@ -125,6 +129,82 @@ def test_the_report_names_every_rate_and_difference(recipe):
     assert "  eps: 1e-08 (paper), 1e-10 (original-code)" in text
 
 
+OVERRIDES = """
+[optimizer]
+lr = 1e-4
+weight_decay = 0.01
+betas = [0.9, 0.99]
+eps = 1e-9
+clip_norm = 0.5
+warmup_steps = 200
+decay = 0.25
+
+[text_start]"""
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_a_table_replaces_the_presets_settings_and_a_phase_the_tables(tmp_path, preset):
+    """The nearest setting counts; the preset's rule for the rate stays: 1 or sqrt(batch / 256)."""
+    text = FILE.read_text().replace("[text_start]", OVERRIDES, 1)
+    text = text.replace("lr = 2e-5\nv100_days = 672", "v100_days = 672", 1)  # text-image-256
+    last = "lr = 2e-5\nweight_decay = 0\nbetas = [0.8, 0.95]\neps = 1e-7\nclip_norm = 2\n"
+    text = text.replace("lr = 2e-5\nv100_days = 160",
+                        last + "warmup_steps = 0\ndecay = 1\nv100_days = 160", 1)  # fmt: skip
+    (tmp_path / "r.toml").write_text(text)
+    recipe = read_recipe(tmp_path / "r.toml", preset)
+    grows = preset is Preset.ORIGINAL_CODE
+    table, own = recipe.phase_optimizer(recipe.phases[1]), recipe.phase_optimizer(recipe.phases[4])
+    assert table == PhaseOptimizer(
+        kind=OptimizerKind.ADAMW, lr=pytest.approx(1e-4 * (44**0.5 if grows else 1)),
+        weight_decay=0.01, betas=(0.9, 0.99), eps=1e-9, clip_norm=0.5, warmup=Warmup(steps=200),
+        decay=0.25,
+    )  # fmt: skip
+    assert own == PhaseOptimizer(
+        kind=OptimizerKind.ADAMW, lr=pytest.approx(2e-5 * (1.5**0.5 if grows else 1)),
+        weight_decay=0, betas=(0.8, 0.95), eps=1e-7, clip_norm=2, warmup=Warmup(), decay=1,
+    )  # fmt: skip
+    again = recipe.phase_optimizer(recipe.phases[4], batch=1024)
+    assert again.lr == pytest.approx(2e-5 * (2 if grows else 1))
+
+
+def test_came_keeps_its_own_betas_and_eps(tmp_path, recipe):
+    came = recipe.phase_optimizer(recipe.phases[0], kind=OptimizerKind.CAME)
+    assert (came.betas, came.eps, came.weight_decay) == (None, None, 0.03)
+    for setting, says in (
+        ("betas = [0.9, 0.99]", r"phase pixel-dependency: betas \[0.9, 0.99\] .* came takes 3"),
+        ("eps = 1e-8", "came has two of its own"),
+    ):
+        table = f'[optimizer]\nkind = "came"\n{setting}\n[text_start]'
+        with pytest.raises(ConfigError, match=says):
+            read_recipe(changed(tmp_path, "[text_start]", table))
+    table = '[optimizer]\nkind = "came"\nbetas = [0.8, 0.9, 0.99]\n[text_start]'
+    found = read_recipe(changed(tmp_path, "[text_start]", table))
+    assert found.phase_optimizer(found.phases[0]).betas == (0.8, 0.9, 0.99)
+
+
+def test_the_report_shows_preset_recipe_and_effective_values(tmp_path):
+    path = changed(tmp_path, "[text_start]", "[optimizer]\nweight_decay = 0.01\n[text_start]")
+    recipe = read_recipe(path, Preset.ORIGINAL_CODE)
+    first, *others = recipe.phases
+    recipe = replace(recipe, phases=(replace(first, clip_norm=0.02), *others))
+    rows = [re.split(r"\s{2,}", line) for line in optimizer_table(recipe)]
+    assert rows[0] == ["phase", "setting", "preset", "recipe", "effective"]
+    assert ["all", "weight_decay", "0.03", "0.01", "0.01"] in rows
+    assert ["all", "eps", "1e-10", "-", "1e-10"] in rows
+    assert ["all", "betas", "0.9 0.999", "-", "0.9 0.999"] in rows
+    assert ["pixel-dependency", "clip_norm", "0.01", "0.02", "0.02"] in rows
+    assert ["aesthetics-512", "clip_norm", "0.01", "-", "0.01"] in rows
+    assert ["text-image-256", "lr", "* sqrt(batch / 256)", "2e-05", "0.000133"] in rows
+    assert ["text-image-256", "warmup_steps", "15.6", "-", "15.6"] in rows
+    lines = optimizer_table(recipe, batch=1024, optimizer=OptimizerKind.CAME)
+    rows = [re.split(r"\s{2,}", line) for line in lines]
+    assert ["all", "lr", "* sqrt(batch / 256)", "2e-05", "4e-05"] in rows
+    assert ["all", "kind", "adamw", "adamw", "came"] in rows
+    assert ["all", "eps", "1e-10", "-", "came's own"] in rows
+    text = "\n".join(report(recipe))
+    assert "pixel-dependency: clip ratio 8.09e+03" in text, "twice the norm, twice the ratio"
+
+
 def changed(tmp_path: Path, old: str, new: str) -> Path:
     text = FILE.read_text()
     assert old in text
@@ -152,6 +232,22 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
         ("t = 500", "t = 1000", "text_start: t must be a timestep"),
         ("[text_start]", "[[text_start]]", "text_start must be a table"),
         ("preset =", "preset", "is no TOML"),
+        (
+            "[text_start]",
+            "[optimizer]\nweight_decy = 0\n[text_start]",
+            "optimizer has the unknown setting weight_decy",
+        ),
+        (
+            "[text_start]",
+            "[optimizer]\nclip_norm = 0\n[text_start]",
+            "clip_norm must be > 0, got",
+        ),
+        ("[text_start]", "[optimizer]\nbetas = [1.0]\n[text_start]", r"betas must be in \[0, 1\)"),
+        ("[text_start]", "[optimizer]\nbetas = 0.9\n[text_start]", "betas must be a list"),
+        ("[text_start]", '[optimizer]\nkind = "sgd"\n[text_start]', "kind is 'sgd'; choose from"),
+        ("preset =", 'optimizer = "muon"\npreset =', "optimizer must be a table, got 'muon'"),
+        ("lr = 2e-5\n", "", "phase pixel-dependency: no lr is set; give one in"),
+        ("lr = 2e-5\n", "lr = 2e-5\nweight_decay = -1\n", "weight_decay must be >= 0"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_its_place(tmp_path, old, new, message):

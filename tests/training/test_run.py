@@ -1,234 +1,95 @@
-"""A recipe's phases: where each starts, what it leaves, and data that does not fit it."""
+"""`pixart_rt.train`: the function behind the verb, its checks and what it returns."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
 
-from pixart_rt.buckets import Bucket, buckets
-from pixart_rt.checkpoints.dit import read_dit
+import pixart_rt
+from pixart_rt.checkpoints.hub import TINY
 from pixart_rt.checkpoints.transformer import read_transformer
-from pixart_rt.config import CfgNull, Precision
-from pixart_rt.data.batch import Batch
-from pixart_rt.errors import CheckpointError, ConfigError, DataError
+from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import Preset
-from pixart_rt.training.process_group import start_ranks
-from pixart_rt.training.recipe import ModelShape, Phase, Recipe, Stage, Start, Weights
-from pixart_rt.training.reparameterize import reparameterize
-from pixart_rt.training.run import (
-    Machine,
-    is_done,
-    phase_folder,
-    phase_trainer,
-    run_phase,
-    run_settings,
-    start_of,
+from pixart_rt.training.recipe import ModelShape, Phase, Recipe, Stage, Start
+from pixart_rt.training.run import replay_step, train
+from pixart_rt.training.run_options import (
+    Compute,
+    Overrides,
+    Records,
+    TrainOptions,
+    ValidationImages,
 )
-from pixart_rt.training.run_settings import OptimizerKind
 
-SHAPE = ModelShape(num_layers=2, num_heads=2, caption_channels=10, max_text_tokens=5, num_classes=4)
-SHARED = {"data": "made up", "num_images": 9, "steps": 2, "batch_per_gpu": 2, "num_gpus": 1,
-          "lr": 1e-3}  # fmt: skip
 RECIPE = Recipe(
     preset=Preset.PAPER,
-    model=SHAPE,
     ema_decay=0.5,
+    model=ModelShape(num_layers=8, num_heads=2, caption_channels=128),
     phases=(
-        Phase(name="pixels", stage=Stage.PIXEL_DEPENDENCY, start=Start.RANDOM, resolution=256,
-              **SHARED),
-        Phase(name="align", stage=Stage.TEXT_IMAGE_ALIGNMENT, start=Start.REPARAMETERIZED,
-              resolution=256, **SHARED),
-        Phase(name="large", stage=Stage.HIGH_AESTHETICS, start=Start.PREVIOUS, resolution=512,
-              start_weights=Weights.RAW, multi_scale=True, micro_conditioning=True, **SHARED),
+        Phase(name="text", stage=Stage.TEXT_IMAGE_ALIGNMENT, start=Start.PREVIOUS, resolution=256,
+              data="scenes", num_images=2, steps=2, batch_per_gpu=1, num_gpus=1, lr=1e-3),
     ),
 )  # fmt: skip
-PIXELS, ALIGN, LARGE = RECIPE.phases
-MACHINE = Machine(precision=Precision.FP32, log=())
+OPTIONS = TrainOptions(
+    overrides=Overrides(steps=1), compute=Compute(device="cpu", workers=0), records=Records(log=())
+)
 
 
-@dataclass
-class MadeUp:
-    """Samples of random numbers, spread over a resolution's buckets."""
-
-    buckets: tuple[Bucket, ...]
-    count: int = 9
-    width: int = 10
-    identity: str = "made up"
-
-    @property
-    def bucket_of(self) -> npt.NDArray[np.int64]:
-        return np.arange(self.count) % len(self.buckets)
-
-    @property
-    def empty_prompt(self) -> Tensor:
-        return torch.ones(1, self.width)
-
-    def feed(
-        self, ids: Callable[[int], npt.NDArray[np.int64]], seed: int
-    ) -> Callable[[int, int], Iterator[Batch]]:
-        def batches(start: int, stop: int) -> Iterator[Batch]:
-            for step in range(start, stop):
-                yield self.batch(ids(step))
-
-        return batches
-
-    def batch(self, ids: npt.NDArray[np.int64]) -> Batch:
-        bucket = self.buckets[int(self.bucket_of[ids[0]])]
-        random = torch.Generator().manual_seed(int(ids[0]))
-        sides = bucket.height // 8, bucket.width // 8
-        return Batch(
-            ids=torch.from_numpy(ids),
-            latents=torch.randn(len(ids), 4, *sides, generator=random),
-            prompt_embeds=torch.randn(len(ids), 5, self.width, generator=random),
-            prompt_mask=torch.arange(5) < torch.tensor([[3]] * len(ids)),
-            original_size=torch.full((len(ids), 2), 300.0),
-            aspect_ratio=torch.full((len(ids), 1), bucket.ratio),
-            bucket=bucket,
-            labels=torch.from_numpy(ids % 4),
-        )
+def test_it_is_a_public_name() -> None:
+    assert pixart_rt.train is train
 
 
-def square(resolution: int) -> MadeUp:
-    return MadeUp(tuple(each for each in buckets(resolution) if each.height == each.width))
+def test_a_recipe_is_trained_into_a_pipeline(tmp_path: Path, caplog: Any) -> None:
+    """AdamW's first step moves a weight w by 1e-3 (±1 + 0.03 w); the average goes half the way."""
+    shown: list[tuple[str, int, int]] = []
+    caplog.set_level("INFO", logger="pixart_rt")
+    result = train(RECIPE, {}, tmp_path / "run", init="tiny", pipeline="tiny", options=OPTIONS,
+                   progress=lambda *step: shown.append(step))  # fmt: skip
+    assert result == tmp_path / "run" / "pipeline"
+    name = "blocks.3.mlp.fc1.weight"
+    start = read_transformer(TINY / "transformer_256").state[name].float()
+    moved = read_transformer(result).state[name] - start
+    assert (moved + 0.5e-3 * 0.03 * start).abs().max() == pytest.approx(0.5e-3, rel=1e-3)
+    assert shown == [("encoding scenes for text", done, 1) for done in (0, 1)], "one file"
+    assert "phase text: 2 samples, 1 steps of 1 images" in caplog.text
+    done = train(RECIPE, {}, tmp_path / "run", options=OPTIONS)
+    assert done == tmp_path / "run" / "01-text" / "transformer-ema"
+    assert torch.equal(read_transformer(done).state[name], read_transformer(result).state[name])
+    report = replay_step(RECIPE, {}, tmp_path / "run", "text", 1, init="tiny", options=OPTIONS)
+    assert report["finite"] and report["from_checkpoint"] == 1
+    json.dumps(report)
 
 
-def many(resolution: int) -> MadeUp:
-    wanted = buckets(resolution)
-    return MadeUp((wanted[0], *(each for each in wanted if each.height == each.width)))
+IMAGES = ValidationImages(model="tiny", every=1, prompts=("a circle",))
+CLASSES = replace(
+    RECIPE,
+    phases=(replace(RECIPE.phases[0], stage=Stage.PIXEL_DEPENDENCY, start=Start.RANDOM),),
+)
 
 
-@pytest.fixture(scope="module")
-def ranks():
-    with start_ranks("cpu") as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def out(ranks, tmp_path_factory) -> Path:
-    """The folder of a run of all three phases."""
-    out = tmp_path_factory.mktemp("run")
-    for phase, source in ((PIXELS, square(256)), (ALIGN, square(256)), (LARGE, many(512))):
-        run_phase(RECIPE, phase, source, MACHINE, out, ranks)
-    return out
-
-
-def test_each_phase_leaves_its_weights_in_a_format_of_others(out):
-    dit = read_dit(phase_folder(RECIPE, PIXELS, out) / "dit-ema.pt", heads=2)
-    assert dit.config.num_classes == 4 and dit.config.sample_size == 32
-    for phase in (ALIGN, LARGE):
-        for weights in Weights:
-            path = phase_folder(RECIPE, phase, out) / f"transformer-{weights}"
-            found = read_transformer(path)
-            assert found.config == replace(
-                phase.model_config(RECIPE.settings, SHAPE.config()), cfg_null=CfgNull.EMPTY_PROMPT
-            )
-            assert found.origin["trained"]["phase"] == phase.name
-    large = read_transformer(phase_folder(RECIPE, LARGE, out) / "transformer-ema").config
-    assert large.micro_conditioning and large.sample_size == 64 and large.interpolation_scale == 2
-
-
-def test_a_phase_starts_from_what_the_one_before_left(out):
-    dit = read_dit(phase_folder(RECIPE, PIXELS, out) / "dit-ema.pt", heads=2)
-    text = replace(
-        RECIPE.text_start, sample_size=32, interpolation_scale=1.0, caption_channels=10,
-        max_text_tokens=5,
-    )  # fmt: skip
-    expected = reparameterize(dit, text).state
-    found = start_of(RECIPE, ALIGN, out, None, 0).state
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    raw = read_transformer(phase_folder(RECIPE, ALIGN, out) / "transformer-raw").state
-    found = start_of(RECIPE, LARGE, out, None, 0).state
-    assert all(torch.equal(found[name], raw[name]) for name in raw)
-    assert set(found) - set(raw) == {
-        f"modulator.{kind}_embedder.mlp.{layer}.{part}"
-        for kind in ("csize", "ar") for layer in (0, 2) for part in ("weight", "bias")
-    }  # fmt: skip
-
-
-def test_training_moved_the_weights_and_the_average_follows(out):
-    folder = phase_folder(RECIPE, ALIGN, out)
-    start = start_of(RECIPE, ALIGN, out, None, 0).state
-    raw, ema = (read_transformer(folder / f"transformer-{each}").state for each in ("raw", "ema"))
-    name = "blocks.0.attn.qkv.weight"
-    moved, behind = (raw[name] - start[name]).abs(), (raw[name] - ema[name]).abs()
-    assert 1e-4 < moved.max() <= 2.1e-3  # two steps of Adam at 1e-3
-    assert 0 < behind.max() < moved.max()
-
-
-def test_exposure_is_reported(out):
-    rows = json.loads((phase_folder(RECIPE, LARGE, out) / "exposure.json").read_text())
-    assert sum(row["steps"] for row in rows) == 2
-    assert {(row["height"], row["width"]) for row in rows} == {(256, 1024), (512, 512)}
-
-
-def test_a_phase_that_is_done_is_not_run_again(out, ranks):
-    refusing = MadeUp((), count=0)
-    assert is_done(RECIPE, PIXELS, MACHINE, out)
-    run_phase(RECIPE, PIXELS, refusing, MACHINE, out, ranks)
-
-
-def test_a_phase_needs_its_start(ranks, tmp_path):
-    with pytest.raises(CheckpointError, match="run pixels first"):
-        run_phase(RECIPE, ALIGN, square(256), MACHINE, tmp_path, ranks)
-    alone = replace(RECIPE, phases=(LARGE,))
-    with pytest.raises(ConfigError, match="--init"):
-        run_phase(alone, LARGE, many(512), MACHINE, tmp_path, ranks)
-
-
-@pytest.mark.parametrize("phase, source, says", [
-    (PIXELS, many(256), "--square"),
-    (PIXELS, square(512), "--res 256 --square"),
-    (LARGE, square(512), "--res 512"),
-    (LARGE, many(256), "--res 512"),
+@pytest.mark.parametrize("call, says", [
+    (lambda out: train(RECIPE, {}, out, phases=["texts"]), "`phases=texts` was asked.* has text"),
+    (lambda out: train(RECIPE, {"nose": "x"}, out), r"`data\['nose'\]` names no data"),
+    (lambda out: train(RECIPE, {"text": out / "x"}, out), "check `data`"),
+    (lambda out: train(CLASSES, {}, out, pipeline="tiny"), "`pipeline` was asked, but the last"),
+    (lambda out: train(CLASSES, {}, out, options=replace(OPTIONS, validation=IMAGES)),
+     "leave out `validation`"),
+    (lambda out: train(RECIPE, {}, out, options=OPTIONS), "start from as `init`"),
+    (lambda out: Overrides(batch=0), "`batch` must be > 0, got 0"),
+    (lambda out: Compute(workers=-1), "`workers` must be >= 0"),
+    (lambda out: Records(log=("paper",)), "`log=paper` was asked; choose from console"),
+    (lambda out: Records(keep=0), "`keep` must be > 0"),
+    (lambda out: replace(IMAGES, every=0), "`validate_every` must be > 0"),
+    (lambda out: replace(IMAGES, prompts=()), "without a prompt"),
+    (lambda out: TrainOptions(seed=-1), "`seed` must be >= 0"),
 ])  # fmt: skip
-def test_data_of_other_shapes_is_refused(phase, source, says, ranks, tmp_path):
-    with pytest.raises(DataError, match=says):
-        phase_trainer(RECIPE, phase, source, MACHINE, tmp_path, ranks)
-
-
-def test_text_of_another_width_is_refused(out, ranks):
-    source = replace(square(256), width=12)
-    with pytest.raises(DataError, match="12 wide, the model takes 10"):
-        phase_trainer(RECIPE, ALIGN, source, MACHINE, out, ranks)
-
-
-def test_a_null_that_features_lack_is_refused(out, ranks):
-    null = replace(RECIPE.text_start, cfg_null=CfgNull.EMPTY_PROMPT_CAPTION_MASK)
-    recipe = replace(RECIPE, text_start=null)
-    with pytest.raises(ConfigError, match="padding"):
-        phase_trainer(recipe, ALIGN, square(256), MACHINE, out, ranks)
-
-
-def test_settings_follow_the_preset_and_the_real_batch():
-    code = replace(RECIPE, preset=Preset.ORIGINAL_CODE)
-    settings = run_settings(code, ALIGN, replace(MACHINE, batch=1024), 4)
-    assert settings.lr == pytest.approx(2e-3) and settings.clip_norm == 0.01
-    assert settings.eps == 1e-10 and settings.micro_batches == 4
-    came = run_settings(code, ALIGN, replace(MACHINE, optimizer=OptimizerKind.CAME), 1)
-    assert came.eps is None and came.betas is None
-
-
-def test_a_phase_that_is_done_as_something_else_is_refused(out, ranks):
-    with pytest.raises(ConfigError, match="with steps 2, this run has 9"):
-        run_phase(RECIPE, PIXELS, square(256), replace(MACHINE, steps=9), out, ranks)
-    with pytest.raises(ConfigError, match="with seed 0, this run has 3"):
-        run_phase(RECIPE, PIXELS, square(256), replace(MACHINE, seed=3), out, ranks)
-
-
-def test_a_start_that_is_given_is_taken_in_place_of_random_weights(out):
-    """As the original code starts: from a published DiT."""
-    path = phase_folder(RECIPE, PIXELS, out) / "dit-ema.pt"
-    found = start_of(RECIPE, PIXELS, out, path, 0)
-    expected = read_dit(path, heads=2).state
-    assert all(torch.equal(found.state[name], expected[name]) for name in expected)
-    with pytest.raises(CheckpointError, match="does not exist"):
-        start_of(RECIPE, PIXELS, out, out / "nothing.pt", 0)
+def test_errors_name_the_arguments(
+    call: Callable[[Path], object], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        call(tmp_path / "run")

@@ -19,8 +19,9 @@ from pixart_rt.checkpoints.dit import read_dit
 from pixart_rt.checkpoints.hub import TINY
 from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
 from pixart_rt.errors import ConfigError
+from pixart_rt.training.phases import run_settings
 from pixart_rt.training.recipe import Stage, Start, read_recipe
-from pixart_rt.training.run import Machine, run_settings
+from pixart_rt.training.run_options import Overrides, TrainOptions
 from pixart_rt.training.run_settings import OptimizerKind
 from pixart_rt.training.tiny.kinds import Scenes
 from pixart_rt.training.tiny.scenes import SHAPES
@@ -52,7 +53,7 @@ def test_the_recipe_is_the_papers_in_miniature():
 
 def test_what_departs_from_the_paper_reaches_the_runs_settings():
     recipe, paper = read_recipe(FILE), read_recipe(ROOT / "recipes" / "pixart-alpha.toml")
-    first, *_, last = (run_settings(recipe, each, Machine(), 1) for each in recipe.phases)
+    first, *_, last = (run_settings(recipe, each, TrainOptions(), 1) for each in recipe.phases)
     assert first.optimizer is last.optimizer is OptimizerKind.MUON
     assert (first.warmup.steps, first.decay) == (100, 0) and (last.warmup.steps, last.decay) == (
         50,
@@ -60,9 +61,9 @@ def test_what_departs_from_the_paper_reaches_the_runs_settings():
     )
     assert first.rate(0) == pytest.approx(2.2e-5) and first.rate(first.steps - 1) == 2.2e-3
     assert 0 < last.rate(last.steps - 1) < 1e-3 * last.lr
-    machine = Machine(optimizer=OptimizerKind.ADAMW)
-    assert run_settings(recipe, recipe.phases[0], machine, 1).optimizer is OptimizerKind.ADAMW
-    plain = run_settings(paper, paper.phases[0], Machine(), 1)
+    options = TrainOptions(overrides=Overrides(optimizer=OptimizerKind.ADAMW))
+    assert run_settings(recipe, recipe.phases[0], options, 1).optimizer is OptimizerKind.ADAMW
+    plain = run_settings(paper, paper.phases[0], TrainOptions(), 1)
     assert (plain.optimizer, plain.decay, plain.warmup.steps) == (OptimizerKind.ADAMW, 0, 0)
     with pytest.raises(ConfigError, match="decay must be between 0 and 1"):
         replace(recipe.phases[0], decay=-0.5)
@@ -100,7 +101,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow
 def test_five_phases_killed_and_gone_on_with(tmp_path):
-    """Against the same run that nobody disturbed, bit by bit; then an image is drawn."""
+    """Against the same run that nobody disturbed, bit for bit; then an image is drawn."""
     recipe = short_recipe(tmp_path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert finished(started(recipe, whole)) == str(whole / PHASES[-1] / "transformer-ema")

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from pixart_rt.config import Precision
-from pixart_rt.errors import CheckpointError, ConfigError, DataError
+from pixart_rt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from pixart_rt.training.checkpoints import remove_checkpoints
 from pixart_rt.training.optim.warmup import Warmup
 from pixart_rt.training.process_group import start_ranks
@@ -150,7 +150,7 @@ def test_ranks_share_the_steps_of_one(alone, tmp_path, parallel, num_ranks, node
 
 @pytest.mark.slow
 def test_a_reproducible_run_has_the_same_bits_on_one_two_and_four_ranks(tmp_path):
-    """Also when it was killed on two ranks and goes on with four, or one."""
+    """Also when it was killed on two ranks and resumed with four, or one."""
     option = ("--set", "reproducible=true")
     (one,) = run(tmp_path / "one", *option)
     killed = tmp_path / "killed"
@@ -196,7 +196,12 @@ def test_an_unfinished_checkpoint_is_never_taken(ranks, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_an_error_in_one_line(ranks, tmp_path):
+    """One of a version that wrote no checksums: DCP itself finds out."""
     make_trainer(tmp_path, 3, ranks).run()
+    progress = tmp_path / "checkpoints" / "step-00000003" / "progress.json"
+    values = json.loads(progress.read_text())
+    del values["files"]
+    progress.write_text(json.dumps(values))
     for file in (tmp_path / "checkpoints" / "step-00000003").glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be loaded") as error:
@@ -246,6 +251,58 @@ def test_old_checkpoints_are_removed(ranks, tmp_path):
     trainer = make_trainer(tmp_path, 7, ranks, save_every=1, keep=2)
     trainer.run()
     assert trainer.checkpoints.steps() == [6, 7]
+
+
+@pytest.mark.parametrize("how", ["changed", "shortened", "removed", "no progress"])
+def test_a_damaged_checkpoint_is_passed_over(ranks, tmp_path, how, caplog):
+    """One bit of a tensor too: what it would load is silently another model."""
+    trainer = make_trainer(tmp_path, 7, ranks)
+    trainer.run()
+    assert trainer.checkpoints.steps() == [3, 6, 7]
+    newest = trainer.checkpoints.path(7)
+    files = trainer.checkpoints.progress(7).files
+    assert set(files) == {path.name for path in newest.iterdir()} - {"progress.json"}
+    data = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    if how == "changed":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    elif how == "shortened":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif how == "removed":
+        data.unlink()
+    else:
+        (newest / "progress.json").write_text("{")
+    again = make_trainer(tmp_path, 7, ranks)
+    again.resume()
+    assert again.done == 6
+    assert "step-00000007 is damaged" in caplog.text and "resuming from step 6" in caplog.text
+    again.run()
+    assert digest(again) == digest(trainer)
+    assert not again.checkpoints.damage(7)
+
+
+def test_nothing_is_begun_anew_over_damaged_checkpoints(ranks, tmp_path):
+    trainer = make_trainer(tmp_path, 3, ranks)
+    trainer.run()
+    (trainer.checkpoints.path(3) / "progress.json").unlink()
+    with pytest.raises(CheckpointError, match="nothing is left to resume from"):
+        make_trainer(tmp_path, 5, ranks).run()
+    assert trainer.checkpoints.steps() == [3]
+
+
+def test_a_run_that_only_skips_steps_ends_with_one_line(ranks, tmp_path, monkeypatch):
+    """With a rate of 1e30 the first step is finite and none after it."""
+    trainer = make_trainer(tmp_path / "end", 5, ranks, lr=1e30, log_every=5)
+    with pytest.raises(
+        TrainingError, match=r"the last 4 of 5 steps .* lower lr \(1e\+30\)"
+    ) as found:
+        trainer.run()
+    assert "\n" not in str(found.value) and trainer.skipped.item() == 4
+    monkeypatch.setattr("pixart_rt.training.trainer.SKIPPED_IN_A_ROW", 3)
+    early = make_trainer(tmp_path / "early", 100, ranks, lr=1e30, log_every=2)
+    with pytest.raises(TrainingError, match="the last 3 of 4 steps"):
+        early.run()
 
 
 @pytest.mark.parametrize("optimizer", [OptimizerKind.ADAMW, OptimizerKind.CAME])

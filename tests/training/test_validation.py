@@ -119,7 +119,7 @@ def test_every_convention_of_the_null(bundle, tiny, convention):
     y_embedding = torch.randn(120, 128, generator=torch.Generator().manual_seed(3))
     config = replace(tiny.config, cfg_null=convention)
     pipe = PixArtPipeline.from_bundle(bundle)
-    pipe.config, pipe.y_embedding = config, y_embedding
+    pipe.request_text.config, pipe.request_text._y_embedding = config, y_embedding
     expected = pipe([PROMPTS[0]], seed=7, num_inference_steps=2, output_type="pt").images
     asked = settings(2, prompts=PROMPTS[:1])
     actual = Validation("tiny", config, asked, CPU, y_embedding=y_embedding).images(tiny)

@@ -50,7 +50,7 @@ class Arm(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What all arms share. Kept in the run's folder: a run goes on with its own."""
+    """What all arms share. Kept in the run's folder: a run resumes with its own."""
 
     steps: int  # S
     resolution: int = 128  # pixels per side
@@ -117,7 +117,7 @@ def planned(out: Path, asked: dict[str, Any], find_steps: Callable[[dict[str, An
             if getattr(plan, name) != value:
                 raise ConfigError(
                     f"{name} {value} was asked, but the ablation in {out} has "
-                    f"{getattr(plan, name)}; go on without that setting, or choose another folder"
+                    f"{getattr(plan, name)}; resume without that setting, or choose another folder"
                 )
         return plan
     if Path(out).is_dir() and any(each.name[0] != "." for each in Path(out).iterdir()):

@@ -4,7 +4,7 @@
     DIR/<arm>/               trainer.py's files; scores/step-00000100.json
     DIR/dit.pt               what the arms from a DiT start from
 
-Stopped anywhere, the same call goes on: an arm from its newest checkpoint, and a score that is
+Stopped anywhere, the same call resumes: an arm from its newest checkpoint, and a score that is
 missing is taken from the checkpoint of its step.
 """
 

@@ -2,6 +2,7 @@
 
     add_lora(model, LoraSettings(rank=16))               only the adapters require gradients then
     save_lora(folder, lora_state(model), settings)       for peft on diffusers' transformer
+    train_lora(Pictures(images=...), out)                both, and the training between them
 
 The saved folder has diffusers' names. Our query, key and value are one linear: its adapter, A
 [r, D] and B [3D, r], is exactly three adapters with the same A and a third of B each. The opposite
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,31 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixart_rt.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from pixart_rt.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG, PREFIX
+from pixart_rt.checkpoints.pipeline_folder import COMPONENTS
 from pixart_rt.checkpoints.tensor_names import diffusers_names
 from pixart_rt.checkpoints.transformer import ORIGIN_FILE
 from pixart_rt.errors import BackendError, ConfigError
 from pixart_rt.files import ADAPTER, replacing_folder
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.torchao_import import quiet_imports
-from pixart_rt.training.finetune.settings import LoraSettings, LoraTargets
+from pixart_rt.training.finetune.few_pictures import (
+    Pictures,
+    asked_of_pictures,
+    train_on_pictures,
+)
+from pixart_rt.training.finetune.job import Base, Job, of_model, open_base
+from pixart_rt.training.finetune.settings import (
+    DEFAULT_ADAPTER,
+    DEFAULT_MODEL,
+    DEFAULT_OPTIONS,
+    LORA,
+    FinetuneSettings,
+    JobOptions,
+    LoraSettings,
+    LoraTargets,
+)
+from pixart_rt.training.progress import Progress, silent
 
 _ATTENTION = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear",
               "cross_attn.proj")  # fmt: skip
@@ -42,6 +61,60 @@ _THEIRS = {  # the same in diffusers' words, as endings of module names
 }
 _ADAPTER = "default"  # peft's name for the only one
 _A, _B = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
+
+
+def train_lora(
+    pictures: Pictures,
+    out: str | Path,
+    *,
+    model: str = DEFAULT_MODEL,
+    adapter: LoraSettings = DEFAULT_ADAPTER,
+    settings: FinetuneSettings = LORA,
+    options: JobOptions = DEFAULT_OPTIONS,
+    progress: Progress = silent,
+) -> Path:
+    """Train an adapter on pictures of a subject or a style; write its folder and return it.
+
+    A run that was stopped is resumed by the same call. Raises ConfigError, DataError or
+    CheckpointError, one line each.
+    """
+    job = Job(
+        model=model,
+        out=Path(out),
+        settings=settings,
+        options=options,
+        images_per_sample=pictures.images_per_sample,
+    )
+    base = open_base(job, COMPONENTS, ADAPTER)
+    asked = {**asked_of_pictures("lora", pictures, job), "lora": asdict(adapter)}
+    train_on_pictures(
+        pictures,
+        job,
+        base,
+        asked=asked,
+        adapt=lambda transformer: add_lora(transformer, adapter, options.seed),
+        write=lambda weights: write_adapter(job, base, adapter, asked, weights),
+        progress=progress,
+    )
+    return job.out
+
+
+def write_adapter(
+    job: Job,
+    base: Base,
+    adapter: LoraSettings,
+    asked: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Write the adapters among a job's trained weights to its `out`."""
+    save_lora(
+        job.out,
+        adapters_in(of_model(weights)),
+        adapter,
+        base=job.model,
+        origin={**base.origin(asked), BASE_CONFIG: base.checkpoint.config.to_dict()},
+        force=job.options.force,
+    )
 
 
 def add_lora(model: PixArtTransformer, settings: LoraSettings, seed: int = 0) -> None:

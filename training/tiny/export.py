@@ -23,8 +23,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
-from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.hub import TINY, VOCABULARY
 from pixart_rt.files import PIPELINE, check_folder, replacing_folder
+from pixart_rt.training.tiny.scenes import vocabulary
 
 MULTISCALE = "05-aesthetics-1024/transformer-ema"
 SQUARE = "03-aesthetics-256/transformer-ema"
@@ -65,6 +66,7 @@ def export(root: Path, multiscale: Path, square: Path, out: Path, force: bool) -
                 halve(path)
             forget_origin(new / folder / "config.json")
         shutil.copy(root / "tokenizer" / "spiece.model", new / "tokenizer" / "spiece.model")
+        (new / VOCABULARY).write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

@@ -3,7 +3,7 @@
     OUT/<name>/<height>x<width>-00003.npy     [scenes, 4, height / 8, width / 8] float16
 
 Latents are posterior means times the VAE's scaling factor. A file holds the next CHUNK_PIXELS of
-one bucket's scenes; it is whole or absent, so encoding that was stopped goes on.
+one bucket's scenes; it is whole or absent, so encoding that was stopped resumes.
 """
 
 from __future__ import annotations

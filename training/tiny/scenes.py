@@ -112,6 +112,15 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return text
 
 
+def vocabulary() -> list[str]:
+    """Every word that a caption may have, sorted: what the tiny model has ever read."""
+    texts = [
+        *PALETTE, *BACKGROUNDS, *SHAPES, *SIZES, *PREFIXES,
+        "a an to the left of right above below and in row column on background",
+    ]  # fmt: skip
+    return sorted({word for text in texts for word in text.split()})
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a thing stands: centre and circumradius in pixels of the whole image."""

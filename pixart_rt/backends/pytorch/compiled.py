@@ -30,32 +30,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixart_rt.backends.component import CONTROL, Availability, Component
+from pixart_rt.backends.component import Availability, Component
 from pixart_rt.backends.engine_files import Chain, FunctionPart, forms_of, part_inputs
 from pixart_rt.backends.pytorch.eager import load_on
 from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BackendError
+from pixart_rt.model.signature import ABSORBED_FORM, CONTROLNET, SIGNATURES
 
 COMPILATIONS = {"transformer": 8, "text_encoder": 2, "vae_decoder": 2}  # the table above
 LIMIT = 16
 DYNAMIC: dict[str, tuple[int, ...]] = {  # input -> axes that differ between calls
-    "input_ids": (0, 1),
-    "attention_mask": (0, 1),
-    "tokens": (0, 1),
-    "pos_embed": (0, 1),
-    "modulation": (0,),
-    "null_rows": (0,),
-    "text_rows": (0,),
-    "constant": (1,),
-    "text_kv": (1,),
-    "prompt_mask": (0,),
-    "absorbed_keys": (1, 2),
-    "absorbed_bias": (1, 3),
-    "absorbed_values": (1, 2),
-    "outputs": (0,),
-    "control": (0, 1),
-    "latents": (0, 2, 3),
+    name: tuple(axes)
+    for signature in SIGNATURES.values()
+    for name, axes in signature.dynamic(CONTROLNET, ABSORBED_FORM).items()
 }
+OF_IMAGES = tuple(  # inputs of the transformer with a row for each image
+    row.name for row in SIGNATURES["transformer"].inputs if row.dims[0] == "batch"
+)
 
 
 class CompiledBackend:
@@ -154,7 +145,7 @@ def as_images(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return inputs
     changed = {
         name: inputs[name].expand(len(rows), -1, -1).contiguous()
-        for name in ("tokens", "pos_embed", "modulation", CONTROL)
+        for name in OF_IMAGES
         if name in inputs
     }
     return {**inputs, **changed, "text_rows": torch.arange(len(rows), device=rows.device)}

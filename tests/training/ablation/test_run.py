@@ -1,4 +1,4 @@
-"""The ablation from end to end at toy size: what is written, and that a stopped one goes on."""
+"""The ablation from end to end at toy size: what is written, and that a stopped one resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Muon against torch.optim's Muon and AdamW, which parameters it turns, and a run that goes on."""
+"""Muon against torch.optim's Muon and AdamW, which parameters it turns, and a resumed run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the verbs of `pixart-rt finetune` share: how a run is asked for, started, shown and ended.
+"""The job that all fine-tuning shares: open the model, train an objective, write the result.
 
-    base = open_base(job, COMPONENTS)                        what cannot be is refused first
-    objective, feed = ...                                    what the verb is
+    base = open_base(job, COMPONENTS, PIPELINE)              what cannot be is refused first
+    objective, feed = ...                                    lora.py, dreambooth.py, lcm.py, ...
     train_and_write(job, objective, feed, ranks, write=...)  the result is whole or absent
 
-OUT.run holds the log and, while it trains, checkpoints; the same command goes on from them.
+OUT.run holds the log and, while it trains, checkpoints; the same call resumes from them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from pixart_rt.checkpoints.transformer import (
     load_transformer,
     read_transformer,
 )
-from pixart_rt.cli.finetune_options import check_outputs, run_folder_of
-from pixart_rt.config import Precision
 from pixart_rt.data.batch import Batch
 from pixart_rt.errors import ConfigError
-from pixart_rt.files import Kind
+from pixart_rt.files import Kind, check_into, check_model
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.checkpoints import remove_checkpoints
 from pixart_rt.training.device_defaults import check_kernels, usual_kernels, usual_precision
-from pixart_rt.training.finetune.settings import FinetuneSettings
-from pixart_rt.training.log_writers import Place
+from pixart_rt.training.finetune.settings import FinetuneSettings, JobOptions
+from pixart_rt.training.micro_batches import count_micro_batches
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.optim.warmup import Warmup
 from pixart_rt.training.process_group import Ranks
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, RunSettings
+from pixart_rt.training.progress import Progress, on_first
+from pixart_rt.training.run_settings import (
+    OptimizerKind,
+    Place,
+    RunSettings,
+)
 from pixart_rt.training.sample_source import Source
 from pixart_rt.training.trainer import Feed, StepResult, Trainer
 
-Progress = Callable[[str, int, int], None]
 LOG = (Place.CONSOLE, Place.JSONL)
 LINES, LOG_EVERY = 20, 50  # of the log: so many lines in a short run, one in so many steps
 MODEL = "model."  # what the names of an objective's model begin with
@@ -49,42 +51,38 @@ SAVES, SAVE_EVERY = 3, 1000  # likewise of checkpoints, of which the last is kep
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is asked of every verb."""
+    """One fine-tuning: the model that it starts from, where its result goes, and its settings."""
 
     model: str
     out: Path
     settings: FinetuneSettings
-    res: int | None
-    seed: int
-    device: str | None
-    precision: Precision | None
-    optimizer: OptimizerKind
-    checkpointing: Checkpointing
-    micro_batches: int | None
-    force: bool
-    parallel: Parallel = Parallel.DDP
+    options: JobOptions
+    images_per_sample: int = 1  # 2 where each image brings one of its class
 
     @property
     def run_folder(self) -> Path:
-        return run_folder_of(self.out)
+        """Where the log and the checkpoints of the result are: beside it."""
+        return self.out.with_name(f"{self.out.name}.run")
 
     def run_settings(self, ranks: Ranks) -> RunSettings:
         """No average is kept: of 300 steps it is mostly the start."""
-        asked = self.settings
+        asked, options = self.settings, self.options
         return RunSettings(
             steps=asked.steps,
             lr=asked.lr,
             warmup=Warmup(steps=asked.warmup_steps),
-            optimizer=self.optimizer,
+            optimizer=options.optimizer,
             weight_decay=asked.weight_decay,
-            eps=None if self.optimizer is OptimizerKind.CAME else asked.eps,  # it has two
+            eps=None if options.optimizer is OptimizerKind.CAME else asked.eps,  # it has two
             clip_norm=asked.clip_norm,
             ema_decay=None,
-            precision=self.precision or usual_precision(ranks.device),
-            micro_batches=self.micro_batches or ranks.num_ranks,
-            parallel=self.parallel,
-            checkpointing=self.checkpointing,
-            seed=self.seed,
+            precision=options.precision or usual_precision(ranks.device),
+            micro_batches=count_micro_batches(
+                asked.batch * self.images_per_sample, ranks.num_ranks, asked=options.micro_batches
+            ),
+            parallel=options.parallel,
+            checkpointing=options.checkpointing,
+            seed=options.seed,
             log_every=min(LOG_EVERY, -(-asked.steps // LINES)),
             save_every=min(SAVE_EVERY, -(-asked.steps // SAVES)),
             keep=1,
@@ -113,17 +111,19 @@ def open_base(job: Job, components: Sequence[str], kind: Kind | Iterable[Kind]) 
 
     Raises ConfigError for a target that may not be written, or another resolution than was asked.
     """
-    check_outputs(job.out, kind, force=job.force)
+    check_model(job.out, kind, force=job.options.force)
+    check_into(job.run_folder)
     folder = locate(job.model, components)
-    checkpoint = read_transformer(transformer_path(folder, job.model, job.res))
+    checkpoint = read_transformer(transformer_path(folder, job.model, job.options.res))
     found = checkpoint.config.resolution
-    if job.res is not None and found != job.res:
-        raise ConfigError(f"--res {job.res} was asked, but {job.model} is a {found} px model")
+    asked = job.options.res
+    if asked is not None and found != asked:
+        raise ConfigError(f"`res` {asked} was asked, but {job.model} is a {found} px model")
     return Base(folder, checkpoint)
 
 
 def check_shapes(path: Path, data: Source, job: Job, resolution: int) -> None:
-    """ConfigError for data of another resolution than the model's.
+    """Raise ConfigError for data of another resolution than the model's.
 
     Buckets have nearly their resolution's area; the next resolution's have a quarter of it.
     """
@@ -144,11 +144,11 @@ def train_and_write(
     identity: Mapping[str, Any],
     progress: Progress,
     write: Callable[[dict[str, Tensor]], None],
-) -> bool:
-    """Train from wherever the run stopped; `write` gets the weights of `objective.model`, whole, on
-    the CPU, by the objective's names, on one rank. Returns whether this is that rank.
+) -> None:
+    """Train from wherever the run stopped, and write the result on the first rank.
 
-    `identity` is what must be the same to go on.
+    `write` gets the weights of `objective.model`, whole, on the CPU, by the objective's names.
+    `identity` is what must be the same to resume.
     """
     run, settings = job.run_folder, job.run_settings(ranks)
     check_kernels(ranks.device, usual_kernels(ranks.device), settings.precision)
@@ -160,19 +160,13 @@ def train_and_write(
     weights = trainer.weights(average=False, prefix=MODEL)
     if ranks.is_first:
         write(weights)
-        remove_checkpoints(run)  # what the run needed to go on; its log stays
+        remove_checkpoints(run)  # what the run needed to resume; its log stays
     ranks.barrier()
-    return ranks.is_first
 
 
 def of_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The model's weights by its own names."""
     return {name.removeprefix(MODEL): each for name, each in weights.items()}
-
-
-def on_first(ranks: Ranks, progress: Progress) -> Progress:
-    """The progress of the first rank; others show none."""
-    return progress if ranks.is_first else lambda name, done, total: None
 
 
 class Shown(Trainer):

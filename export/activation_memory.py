@@ -17,8 +17,9 @@ import torch
 from pixart_rt.backends import default_device, get_backend
 from pixart_rt.backends.trt.backend import TensorRTBackend
 from pixart_rt.bundle import ActivationMemory, ComponentEntry, Manifest
-from pixart_rt.export.component_spec import DTYPES, Plan, Tensors, inputs_of_part
+from pixart_rt.export.component_spec import Plan, Tensors, inputs_of_part
 from pixart_rt.memory.measure import peak_bytes
+from pixart_rt.model.dtypes import DTYPES
 
 
 def measure_activations(

@@ -28,7 +28,10 @@ def plan(
             "published PixArt-alpha for --res."
         ),
     ] = None,
-    res: Annotated[int, typer.Option(help="Pixels per side: 256, 512 or 1024.")] = 1024,
+    res: Annotated[
+        int | None,
+        typer.Option(help="Pixels per side: 256, 512 or 1024. Default: a bundle's own, or 1024."),
+    ] = None,
     vram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The card's memory, such as 8G or 8192M.")
     ] = None,
@@ -55,7 +58,7 @@ def plan(
       pixart-rt plan --res 512 --batch 4 --vram 12G
       pixart-rt plan --model engines/tiny-1024 --vram 2G
     """
-    if res not in RESOLUTIONS:
+    if res is not None and res not in RESOLUTIONS:
         known = ", ".join(str(each) for each in RESOLUTIONS)
         raise ConfigError(f"--res {res} was asked; choose one of {known}")
     if not 1 <= batch <= LARGEST_BATCH:
@@ -64,9 +67,9 @@ def plan(
     from pixart_rt.memory.tiers import choose, parse_bytes, tiers
 
     limit = None if vram is None else parse_bytes(vram)
-    found_model = find_model(model or PUBLISHED[res], res)
+    found_model = find_model(model or PUBLISHED[res or 1024], res)
     found = tiers(found_model, _config(found_model, batch, precision))
-    name, chosen = found_model.name, None
+    name, res, chosen = found_model.name, found_model.config.resolution, None
     if limit is not None:
         try:
             chosen = choose(found, limit)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pixart_rt
-from pixart_rt.bundle import MANIFEST, Manifest
+from pixart_rt.bundle import MANIFEST, ComponentEntry, Manifest
 from pixart_rt.checkpoints.configs import Flags, config_from_json
 from pixart_rt.config import (
     PUBLISHED,
@@ -22,22 +22,11 @@ from pixart_rt.config import (
     ModelConfig,
 )
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.model.text_encoder import T5_XXL, T5Config
-from pixart_rt.model.vae import SD_VAE
+from pixart_rt.model.component_configs import SD_VAE, T5_XXL, T5Config
+from pixart_rt.model.controlnet_config import CONTROLNET
 
+PYTORCH = ("torch", "torch-compile")
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
-    """A model and its components' configurations; None for an engine."""
-
-    name: str
-    config: ModelConfig
-    configs: dict[str, dict[str, Any] | None]
-    bundle: tuple[Path, Manifest] | None = None
-
-
 KNOWN: dict[str, ModelConfig] = {  # every one with T5-XXL and Stable Diffusion's VAE
     **{name: RANDOM_XL[resolution] for resolution, name in PUBLISHED.items()},
     "PixArt-alpha/PixArt-LCM-XL-2-1024-MS": XL_2_1024_MS,
@@ -46,14 +35,35 @@ KNOWN: dict[str, ModelConfig] = {  # every one with T5-XXL and Stable Diffusion'
 }
 
 
-def find_model(name: str, resolution: int) -> Model:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A model, and the config.json of each component; of a bundle, in the form it has there."""
+
+    name: str
+    config: ModelConfig
+    configs: dict[str, dict[str, Any]]
+    bundle: tuple[Path, Manifest] | None = None
+
+    def entry(self, component: str) -> ComponentEntry | None:
+        """Its entry in the bundle's manifest."""
+        return None if self.bundle is None else self.bundle[1].components.get(component)
+
+    def backend(self, component: str) -> str:
+        """What runs it; PyTorch for a model that is not built, "" where there is none."""
+        entry = self.entry(component)
+        usual = "torch" if component in self.configs else ""
+        return usual if entry is None else entry.backend
+
+
+def find_model(name: str, resolution: int | None) -> Model:
     """A model by name (tiny, xl-random, a published id), a diffusers folder or a bundle.
 
+    resolution: what the model must be of; None for the model's own.
     Raises ConfigError for anything else, CheckpointError for configurations that cannot be read.
     """
     folder = TINY if name == "tiny" else Path(name)
     if name == "xl-random":
-        found = _model(name, RANDOM_XL[resolution], None, SD_VAE)
+        found = _model(name, RANDOM_XL[resolution or 1024], None, SD_VAE)
     elif name in KNOWN:
         found = _model(name, KNOWN[name], T5_XXL, SD_VAE)
     elif (folder / MANIFEST).is_file():
@@ -66,7 +76,7 @@ def find_model(name: str, resolution: int) -> Model:
             f"--model {name} is neither a folder with transformer/config.json nor a name whose "
             f"sizes are known: tiny, xl-random, {', '.join(KNOWN)}"
         )
-    if found.config.resolution != resolution:
+    if resolution not in (None, found.config.resolution):
         raise ConfigError(
             f"--res {resolution} was asked, but {name} is a {found.config.resolution} px model; "
             f"use --res {found.config.resolution}"
@@ -75,21 +85,19 @@ def find_model(name: str, resolution: int) -> Model:
 
 
 def bundle_model(folder: Path, manifest: Manifest) -> Model:
-    """The model of a bundle. Raises ConfigError where its memory is not known."""
-    if manifest.control is not None:
-        raise ConfigError(
-            f"the memory of {folder} was asked, but it has a ControlNet, whose memory is not "
-            "predicted; use a bundle without one"
-        )
-    configs: dict[str, dict[str, Any] | None] = {}
-    for name, entry in manifest.components.items():
-        in_torch = entry.backend.startswith("torch")
-        if not in_torch and entry.memory is None:
-            raise ConfigError(
-                f"the memory of {folder} was asked, but its {name} in {entry.backend} was built "
-                "before builds measured that; build it again"
-            )
-        configs[name] = _read(folder / name / "config.json") if in_torch else None
+    """The model of a bundle. Engines have no config.json, and need one only where the build did not
+    measure them (format 3): then they are taken to be those of tiny or of the published models.
+    """
+    tiny = manifest.model.get("name") == "tiny"
+    usual = {"text_encoder": asdict(T5_XXL), "vae_decoder": SD_VAE}
+    if tiny:
+        usual = find_model("tiny", manifest.config.resolution).configs
+    control = {} if manifest.controlnet is None else {CONTROLNET: manifest.controlnet}
+    usual = {**usual, "transformer": {**manifest.model_config, **control}}
+    configs = {
+        name: read_json(folder / name / "config.json") if entry.backend in PYTORCH else usual[name]
+        for name, entry in manifest.components.items()
+    }
     return Model(
         name=str(folder), config=manifest.config, configs=configs, bundle=(folder, manifest)
     )
@@ -97,31 +105,28 @@ def bundle_model(folder: Path, manifest: Manifest) -> Model:
 
 def _model(name: str, config: ModelConfig, t5: T5Config | None, vae: dict[str, Any]) -> Model:
     text = {} if t5 is None else {"text_encoder": asdict(t5)}
-    configs: dict[str, dict[str, Any] | None] = {
-        **text,
-        "transformer": config.to_dict(),
-        "vae_decoder": vae,
-    }
+    configs = {**text, "transformer": config.to_dict(), "vae_decoder": vae}
     return Model(name=name, config=config, configs=configs)
 
 
 def _folder_model(name: str, folder: Path, transformer: str) -> Model:
     index = folder / "model_index.json"
-    family = str(_read(index).get("_class_name")) if index.is_file() else ""
+    family = str(read_json(index).get("_class_name")) if index.is_file() else ""
     config = config_from_json(
-        _read(folder / transformer / "config.json"),
+        read_json(folder / transformer / "config.json"),
         Flags(),
         {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}.get(family),
         str(folder / transformer),
     )
     text = folder / "text_encoder"
     t5 = T5Config.read(text) if text.is_dir() else None
-    return _model(name, config, t5, _read(folder / "vae" / "config.json"))
+    return _model(name, config, t5, read_json(folder / "vae" / "config.json"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The values in a configuration. Raises CheckpointError where it cannot be read."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give another --model") from error
     return values

@@ -10,6 +10,7 @@ be asked for by name. Of a bundle, weights and precision are what they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -19,14 +20,13 @@ from pixart_rt.bundle import Manifest
 from pixart_rt.config import EngineConfig, Quality, TextPlace, Weights
 from pixart_rt.errors import CapacityError, ConfigError
 from pixart_rt.memory.forecast import Forecast, forecast
-from pixart_rt.memory.models import Model, bundle_model, find_model
+from pixart_rt.memory.models import PYTORCH, Model, bundle_model, find_model
 
 GIB = 1 << 30
 # What a prediction leaves free: the CUDA context and its modules, the workspaces of cuBLAS and
 # cuDNN, and gaps between blocks. An assumption, not yet measured on a GPU.
 RESERVE = 3 * GIB // 4
 UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
-PYTORCH = ("torch", "torch-compile")
 MOVED = "a new prompt waits for the text encoder's weights"
 HOST = "a new prompt waits for the CPU"
 INT8_TEXT = "int8 weights of the text encoder"
@@ -56,10 +56,7 @@ def ways(model: Model, config: EngineConfig) -> list[tuple[str, str, EngineConfi
     Each step down is tried without tiles, then with them. Only quality high has quantized weights
     (config.py says why).
     """
-    text_backend = "torch" if "text_encoder" in model.configs else ""
-    if model.bundle is not None and text_backend:
-        text_backend = model.bundle[1].components["text_encoder"].backend
-    quantizes = model.bundle is None
+    text_backend, quantizes = model.backend("text_encoder"), model.bundle is None
     move: dict[str, Any] = {"text_place": TextPlace.OFFLOAD, "text_encoder_backend": "torch"}
     int8: dict[str, Any] = {"text_weights": Weights.INT8}
     steps: list[list[Step]] = [[("", (), {})]]
@@ -85,15 +82,24 @@ def ways(model: Model, config: EngineConfig) -> list[tuple[str, str, EngineConfi
     return found
 
 
-def tiers(model: Model, config: EngineConfig) -> list[Tier]:
-    """The tiers with their forecasts, best first. One that takes no less than a better one gives
-    something up for nothing and is left out.
+def tiers(
+    model: Model,
+    config: EngineConfig,
+    *,
+    batches: Sequence[int] = (),
+    cached_prompts: int | None = None,
+) -> list[Tier]:
+    """The tiers with their forecasts, best first; each with every one of `batches` images at once.
+    One that takes no less than a better one gives something up for nothing and is left out.
     """
     found: list[Tier] = []
-    for name, gives_up, changed in ways(model, config):
-        predicted = forecast(model, changed)
-        if all(predicted.peak < better.forecast.peak for better in found):
-            found.append(Tier(name=name, gives_up=gives_up, config=changed, forecast=predicted))
+    for name, gives_up, way in ways(model, config):
+        for batch in batches or (config.max_batch,):
+            changed = replace(way, max_batch=batch)
+            predicted = forecast(model, changed, cached_prompts=cached_prompts)
+            if all(predicted.peak < better.forecast.peak for better in found):
+                tier = Tier(name=name, gives_up=gives_up, config=changed, forecast=predicted)
+                found.append(tier)
     return found
 
 
@@ -136,18 +142,18 @@ def fit_bundle(
     In this order: as it was built; fewer images at once, down to one; the text encoder offloaded;
     both again with the VAE in tiles; the text encoder on the CPU, without tiles and with them.
     `prompts`: different ones that will be asked; `vae_tiling`: tiles in any case.
-    Raises ConfigError where its memory is not known, CapacityError where nothing fits.
+    Raises CapacityError where nothing fits.
     """
     model, built = bundle_model(folder, manifest), EngineConfig.from_dict(manifest.engine_config)
-    most, found = built.max_batch, []
+    most = built.max_batch
     batches = sorted({most, *(1 << k for k in range(most.bit_length()))}, reverse=True)
-    for _, gives_up, way in ways(model, replace(built, vae_tiling=vae_tiling or built.vae_tiling)):
-        tiles = ", the VAE in tiles" if way.vae_tiling else ""
-        for batch in batches:
-            name = f"this bundle with text encoder {way.text_place}{tiles} and {batch} at once"
-            config = replace(way, max_batch=batch)
-            predicted = forecast(model, config, cached_prompts=prompts)
-            found.append(Tier(name=name, gives_up=gives_up, config=config, forecast=predicted))
+    tiled = replace(built, vae_tiling=vae_tiling or built.vae_tiling)
+    found = tiers(model, tiled, batches=batches, cached_prompts=prompts)
+    for index, tier in enumerate(found):
+        tiles = ", the VAE in tiles" if tier.config.vae_tiling else ""
+        name = (f"this bundle with text encoder {tier.config.text_place}{tiles} and "
+                f"{tier.config.max_batch} at once")  # fmt: skip
+        found[index] = replace(tier, name=name)
     return choose(found, limit)
 
 

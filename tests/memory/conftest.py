@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pixart_rt.checkpoints.bundle_module import DenoiserModule, TextEncoderModule
 from pixart_rt.config import Kernels, ModelConfig, Precision
 from pixart_rt.export.onnx_export import transformer_inputs
-from pixart_rt.memory.weights import DTYPES
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config

@@ -79,8 +79,9 @@ class ActivationMemory:
 
     def __post_init__(self) -> None:
         sizes = [size for size, _ in self.peaks]
-        if not sizes or sizes != sorted(set(sizes)):
-            raise ValueError(f"its memory was measured at sizes {sizes}")
+        counts = all(type(count) is int and count >= 0 for pair in self.peaks for count in pair)
+        if not sizes or not counts or sizes != sorted(set(sizes)):
+            raise ValueError(f"its measured memory is {self.peaks}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

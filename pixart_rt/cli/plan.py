@@ -90,7 +90,7 @@ def plan(
 
 def _config(model: Model, batch: int, precision: Precision | None) -> EngineConfig:
     """The bundle's own, or a build in PyTorch."""
-    if model.bundle is None:
+    if model.built is None:
         usual = precision or Precision.BF16
         return EngineConfig(
             resolution=model.config.resolution,
@@ -99,13 +99,12 @@ def _config(model: Model, batch: int, precision: Precision | None) -> EngineConf
             text_precision=usual,
             max_batch=batch,
         )
-    built = EngineConfig.from_dict(model.bundle[1].engine_config)
     if precision is not None:
         raise ConfigError(
             f"--precision {precision} was asked of the bundle {model.name}, which is built in "
-            f"{built.precision}; leave it out"
+            f"{model.built.precision}; leave it out"
         )
-    return replace(built, max_batch=batch)
+    return replace(model.built, max_batch=batch)
 
 
 def _record(
@@ -177,13 +176,13 @@ def _tables(shown: Tier, found: list[Tier], limit: int | None) -> list[Any]:
     table.add_column("tier", no_wrap=True)
     for stage in shown.forecast.stages:
         table.add_column(stage, justify="right")
-    for heading in ("peak", "fits"):
+    for heading in ("peak",) if limit is None else ("peak", "fits"):
         table.add_column(heading, justify="right")
-    table.add_column("gives up")
+    table.add_column("gives up", overflow="fold")
     for tier in found:
-        fits = "" if limit is None else "yes" if tier.fits(limit) else "no"
+        fits = [] if limit is None else ["yes" if tier.fits(limit) else "no"]
         stages = [_size(size) for size in tier.forecast.stages.values()]
-        table.add_row(tier.name, *stages, _size(tier.forecast.peak), fits, tier.gives_up)
+        table.add_row(tier.name, *stages, _size(tier.forecast.peak), *fits, tier.gives_up)
     return [parts, table]
 
 

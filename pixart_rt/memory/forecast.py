@@ -31,7 +31,7 @@ from pixart_rt.inference.cache_limits import (
 from pixart_rt.inference.tile_sizes import Tiling, tile_size
 from pixart_rt.memory.activations import interpolate, upper_bound, vae_encoder_bound
 from pixart_rt.memory.models import PYTORCH, Model, read_json
-from pixart_rt.memory.weights import SIZE, engine_bytes, transformer_configs, weight_bytes
+from pixart_rt.memory.weights import SIZE, engine_bytes, module_bytes, transformer_configs
 from pixart_rt.model.controlnet_config import VAE_ENCODER
 
 WIDE = 4  # bytes: float32
@@ -108,7 +108,7 @@ def forecast(
     full = cached_prompts is None
     making = 4 * B * kv + (3 if full else 2) * absorbed  # full: the last request's is still there
     parts = {name: _component(model, name, config) for name in model.configs}
-    side = weight_bytes("text_side", transformer, config.precision)
+    side = module_bytes("text_side", transformer, config.precision)
     parts["text_side"] = ComponentBytes(dtype=config.precision, weights=side, activations=making)
     if control is not None and model.bundle is not None:
         parts |= _control_encoder(model, config)
@@ -153,7 +153,7 @@ def _component(model: Model, name: str, config: EngineConfig) -> ComponentBytes:
         length = model.config.max_text_tokens
         activations = upper_bound(name, values, size, length, precision, weights)
     if backend in PYTORCH:
-        stored = weight_bytes(name, values, precision, weights, config.quality)
+        stored = module_bytes(name, values, precision, weights, config.quality)
         dtype = precision if weights is Weights.FULL else f"{precision}, {weights} weights"
         if config.quality is Quality.FAST and name == "transformer":
             dtype += " and fp8 weights"

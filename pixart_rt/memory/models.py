@@ -19,9 +19,10 @@ from pixart_rt.config import (
     SIGMA_XL_2_1024,
     XL_2_512,
     XL_2_1024_MS,
+    EngineConfig,
     ModelConfig,
 )
-from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.errors import BundleError, CheckpointError, ConfigError
 from pixart_rt.model.component_configs import SD_VAE, T5_XXL, T5Config
 from pixart_rt.model.controlnet_config import CONTROLNET
 
@@ -43,6 +44,7 @@ class Model:
     config: ModelConfig
     configs: dict[str, dict[str, Any]]
     bundle: tuple[Path, Manifest] | None = None
+    built: EngineConfig | None = None  # what the bundle was built for
 
     def entry(self, component: str) -> ComponentEntry | None:
         """Its entry in the bundle's manifest."""
@@ -98,9 +100,12 @@ def bundle_model(folder: Path, manifest: Manifest) -> Model:
         name: read_json(folder / name / "config.json") if entry.backend in PYTORCH else usual[name]
         for name, entry in manifest.components.items()
     }
-    return Model(
-        name=str(folder), config=manifest.config, configs=configs, bundle=(folder, manifest)
-    )
+    try:
+        built = EngineConfig.from_dict(manifest.engine_config)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{folder} is damaged ({error}); build the bundle again") from error
+    return Model(name=str(folder), config=manifest.config, configs=configs,
+                 bundle=(folder, manifest), built=built)  # fmt: skip
 
 
 def _model(name: str, config: ModelConfig, t5: T5Config | None, vae: dict[str, Any]) -> Model:

@@ -144,11 +144,12 @@ def fit_bundle(
     `prompts`: different ones that will be asked; `vae_tiling`: tiles in any case.
     Raises CapacityError where nothing fits.
     """
-    model, built = bundle_model(folder, manifest), EngineConfig.from_dict(manifest.engine_config)
-    most = built.max_batch
+    model = bundle_model(folder, manifest)
+    assert model.built is not None
+    most, tiled = model.built.max_batch, vae_tiling or model.built.vae_tiling
     batches = sorted({most, *(1 << k for k in range(most.bit_length()))}, reverse=True)
-    tiled = replace(built, vae_tiling=vae_tiling or built.vae_tiling)
-    found = tiers(model, tiled, batches=batches, cached_prompts=prompts)
+    config = replace(model.built, vae_tiling=tiled)
+    found = tiers(model, config, batches=batches, cached_prompts=prompts)
     for index, tier in enumerate(found):
         tiles = ", the VAE in tiles" if tier.config.vae_tiling else ""
         name = (f"this bundle with text encoder {tier.config.text_place}{tiles} and "

@@ -20,7 +20,7 @@ from pixart_rt.model.controlnet_config import CONTROLNET, ControlNetConfig
 SIZE = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2}  # bytes
 
 
-def weight_bytes(
+def module_bytes(
     component: str,
     config: dict[str, Any],
     precision: Precision,

@@ -7,11 +7,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from pixart_rt.checkpoints.bundle_module import build_module
 from pixart_rt.config import ModelConfig, Precision, Weights
-from pixart_rt.memory.activations import interpolate, upper_bound
+from pixart_rt.export.onnx_export import transformer_inputs
+from pixart_rt.memory.activations import interpolate, upper_bound, vae_encoder_bound
 from pixart_rt.memory.measure import peak_bytes
+from pixart_rt.model.component_configs import T5Config
+from pixart_rt.model.controlnet_config import CONTROLNET, ControlNetConfig, ControlVariant
 from pixart_rt.model.quantize import quantize_weights
-from pixart_rt.model.text_encoder import T5Config
 
 from .conftest import Make
 
@@ -59,6 +62,18 @@ def test_transformer(
     with torch.no_grad():
         measured = peak_bytes(lambda: module(**inputs))
     bound = upper_bound("transformer", config.to_dict(), rows * num_tokens, 120, precision)
+    assert BELOW * measured <= bound <= ABOVE * measured
+
+
+@pytest.mark.parametrize("variant", ControlVariant)
+def test_a_transformer_with_a_controlnet(variant: ControlVariant) -> None:
+    config, control = small(4, 3, 120), ControlNetConfig(variant=variant, num_copies=2)
+    values = {**config.to_dict(), CONTROLNET: control.to_dict()}
+    module = build_module("transformer", values).eval().requires_grad_(False)
+    inputs = transformer_inputs(config, batch=2, num_tokens=512, guided=0, num_copies=2)
+    with torch.no_grad():
+        measured = peak_bytes(lambda: module(**inputs))
+    bound = upper_bound("transformer", values, 2 * 512, 120, Precision.FP32)
     assert BELOW * measured <= bound <= ABOVE * measured
 
 
@@ -114,3 +129,13 @@ def test_vae_decoder(make: Make, channels: list[int], rows: int, height: int, wi
         measured = peak_bytes(lambda: module(latents=latents))
     bound = upper_bound("vae_decoder", config, rows * height * width, 0, Precision.FP32)
     assert BELOW * measured <= bound <= ABOVE * measured
+
+
+@pytest.mark.parametrize("channels", [[16, 32, 64, 64], [32, 64]])
+def test_encoding_a_control_image(make: Make, channels: list[int]) -> None:
+    _, config = make.vae(channels)
+    module = build_module("vae_encoder", config).eval().requires_grad_(False)
+    image = torch.randint(0, 256, (3, 192, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        measured = peak_bytes(lambda: module(image[None].float() / 127.5 - 1))
+    assert BELOW * measured <= vae_encoder_bound(config, 192 * 128) <= ABOVE * measured

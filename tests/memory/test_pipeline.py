@@ -13,18 +13,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import MANIFEST, ActivationMemory, Manifest
-from pixart_rt.config import EngineConfig, TextPlace, Weights
-from pixart_rt.errors import CapacityError, ConfigError
+from pixart_rt.checkpoints.controlnet import controlnet_of, write_controlnet
+from pixart_rt.checkpoints.transformer import load_transformer, read_transformer
+from pixart_rt.config import EngineConfig, Precision, TextPlace, Weights
+from pixart_rt.errors import CapacityError
 from pixart_rt.export.build import build
 from pixart_rt.inference.prompts import NULL_PROMPT, load_null
 from pixart_rt.inference.vae_tiling import TiledDecoder, Tiling
+from pixart_rt.memory.activations import upper_bound
 from pixart_rt.memory.forecast import Forecast, forecast
 from pixart_rt.memory.measure import peak_bytes
 from pixart_rt.memory.models import TINY, bundle_model, find_model
 from pixart_rt.memory.tiers import GIB, RESERVE, fit_bundle, tiers
+from pixart_rt.model.component_configs import SD_VAE
+from pixart_rt.model.controlnet import ControlNetTransformer
+from pixart_rt.model.controlnet_config import ControlNetConfig
 
 STEPS = 1
 # 64 tokens: the longest prompts that have an absorbed form, which forecasts assume.
@@ -174,10 +181,61 @@ def test_a_bundle_that_was_not_measured_has_the_bounds(bundle: Path, tmp_path: P
         assert 0.98 * measured.peak <= bound.peak <= 1.5 * measured.peak
 
 
-def test_engines_that_were_not_measured_are_refused(bundle_256: Path, tmp_path: Path) -> None:
+def test_engines_that_were_not_measured_have_bounds_too(bundle_256: Path, tmp_path: Path) -> None:
+    """Their configurations are not in the bundle: tiny's are known, others are taken to be the
+    published ones, which are larger.
+    """
     old = _of_format_3(shutil.copytree(bundle_256, tmp_path / "old"))
-    with pytest.raises(ConfigError, match=r"onnxruntime was built before .* build it again"):
-        bundle_model(old, Manifest.read(old))
+    published = predicted(old, 2)
+    manifest = Manifest.read(old)
+    vae = published.parts["vae_decoder"].activations
+    assert vae == upper_bound("vae_decoder", SD_VAE, 2 * 32 * 32, 120, Precision.FP32)
+    manifest = replace(manifest, model={**manifest.model, "name": "tiny"})
+    (old / MANIFEST).write_text(manifest.to_json())
+    measured, named = predicted(bundle_256, 2), predicted(old, 2)
+    assert named.parts["vae_decoder"].activations < vae / 4
+    for name in ("transformer", "vae_decoder"):
+        assert named.parts[name].weights == measured.parts[name].weights
+        assert named.parts[name].activations >= 0.98 * measured.parts[name].activations
+
+
+@pytest.fixture(scope="module")
+def control_bundle(
+    pipeline_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    root = tmp_path_factory.mktemp("control")
+    model = load_transformer(read_transformer(pipeline_folder(32)))
+    made = ControlNetTransformer.of(model, ControlNetConfig(num_copies=1))
+    write_controlnet(controlnet_of(made, "a test"), root / "controlnet")
+    config = EngineConfig(resolution=256, backend="torch", max_batch=2)
+    folder = str(pipeline_folder(32))
+    return build(folder, root / "bundle", config, controlnet=root / "controlnet").path
+
+
+def test_a_controlnet_s_request(control_bundle: Path, tmp_path: Path) -> None:
+    """Its copies have text and weights of their own; its encoder has an upper bound."""
+    pipe = PixArtPipeline.from_bundle(control_bundle, "cpu")
+    image = Image.new("RGB", (256, 256), "white")
+    pipe("x", num_inference_steps=1, control_image=image)  # loads the encoder
+    prompts, old = [LONG, LONG[1:]], _of_format_3(shutil.copytree(control_bundle, tmp_path / "old"))
+    for count, output_type in ((1, "pt"), (2, "latent")):
+        measured = peak_bytes(
+            lambda count=count, output_type=output_type: pipe(
+                prompts[:count], LONG[2:], num_inference_steps=STEPS, output_type=output_type,
+                control_image=image,
+            )
+        )  # fmt: skip
+        for folder, most in ((control_bundle, 1.4), (old, 2)):
+            found = predicted(folder, count)
+            stages = found.stages if output_type == "pt" else {**found.stages, "decode": 0}
+            assert 0.98 * measured <= max(stages.values()) - found.loaded <= most * measured
+    side, module = pipe.denoiser.texts.side, pipe.transformer.component.parts[0]._function
+    for name, held in (("text_side", side), ("transformer", module)):
+        assert found.parts[name].weights == sum(each.nbytes for each in held.parameters())
+    stored = sum(each.nbytes for each in pipe.controls._encoder.parameters())
+    assert found.parts["vae_encoder"].weights == pytest.approx(stored, rel=0.05)
+    shutil.rmtree(old / "vae_encoder")
+    assert "control" not in predicted(old, 1).stages, "latents are given"
 
 
 def _of_format_3(folder: Path) -> Path:

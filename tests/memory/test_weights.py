@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pixart_rt.bundle import ComponentEntry
-from pixart_rt.checkpoints.bundle_module import DenoiserModule
+from pixart_rt.checkpoints.bundle_module import DenoiserModule, build_module
 from pixart_rt.config import XL_2_1024_MS, Kernels, ModelConfig, Precision, Quality
 from pixart_rt.memory.models import find_model
 from pixart_rt.memory.weights import engine_bytes, module_bytes
-from pixart_rt.model.text_encoder import T5_XXL, T5Config
+from pixart_rt.model.component_configs import SD_VAE, T5_XXL, T5Config
+from pixart_rt.model.controlnet import ControlNetTransformer
+from pixart_rt.model.controlnet_config import CONTROLNET, ControlNetConfig, ControlVariant
+from pixart_rt.model.dtypes import DTYPES
+from pixart_rt.model.quantize import in_a_layer
 from pixart_rt.model.text_kv import TextSide
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.model.vae import SD_VAE
 
-from .conftest import DTYPES, Make
+from .conftest import Make
 
 ODD = ModelConfig(num_layers=3, num_heads=2, head_dim=20, caption_channels=44, max_text_tokens=7,
                   sample_size=32, micro_conditioning=False, out_channels=4)  # fmt: skip
@@ -38,6 +42,37 @@ def test_components_in_pytorch(make: Make, precision: Precision) -> None:
     assert module_bytes("transformer", ODD.to_dict(), precision) == stored(denoiser)
     assert module_bytes("text_side", ODD.to_dict(), precision) == stored(side)
     assert module_bytes("text_encoder", asdict(ODD_T5), precision) == stored(t5)
+
+
+@pytest.mark.parametrize("variant", ControlVariant)
+def test_a_controlnet_s_copies(variant: ControlVariant) -> None:
+    """Their linears before and after are quantized and copied as a block's are."""
+    control = ControlNetConfig(variant=variant, num_copies=2)
+    config = replace(ODD, head_dim=72)
+    values = {**config.to_dict(), CONTROLNET: control.to_dict()}
+    module = build_module("transformer", values)
+    assert isinstance(module.core, ControlNetTransformer)
+    found = module_bytes("transformer", values, Precision.FP32)
+    assert found == stored(module)
+    side = TextSide(config, control.num_copies)
+    assert module_bytes("text_side", values, Precision.FP32) == stored(side)
+    fast = module_bytes("transformer", values, Precision.FP32, quality=Quality.FAST)
+    linears = [layer.weight for name, layer in module.named_modules()
+               if isinstance(layer, torch.nn.Linear) and in_a_layer(layer, name)]  # fmt: skip
+    assert fast - found == sum(weight.numel() + 4 * len(weight) for weight in linears)
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"block_out_channels": [16, 32, 64, 64], "layers_per_block": 1, "norm_num_groups": 8},
+    {"use_post_quant_conv": False, "mid_block_add_attention": False, "latent_channels": 3},
+])  # fmt: skip
+def test_vae_decoders(changes: dict[str, Any]) -> None:
+    config = {**SD_VAE, **changes}
+    with torch.device("meta"):
+        module = build_module("vae_decoder", config)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    assert module_bytes("vae_decoder", config, Precision.FP16) == 2 * count
 
 
 def test_the_published_sizes() -> None:
@@ -72,10 +107,8 @@ def test_models_are_found_by_name_and_in_folders(pipeline_folder: Callable[..., 
     assert published.config == XL_2_1024_MS
     assert published.configs["text_encoder"] == asdict(T5_XXL)
     tiny = find_model("tiny", 256)
-    text, vae = tiny.configs["text_encoder"], tiny.configs["vae_decoder"]
-    assert text is not None and vae is not None
-    assert tiny.config.caption_channels == text["d_model"]
-    assert vae["block_out_channels"] == [16, 32, 64, 64]
+    assert tiny.config.caption_channels == tiny.configs["text_encoder"]["d_model"]
+    assert tiny.configs["vae_decoder"]["block_out_channels"] == [16, 32, 64, 64]
     assert "text_encoder" not in find_model("xl-random", 512).configs
     for sigma, tokens in ((False, 120), (True, 300)):
         found = find_model(str(pipeline_folder(128, sigma=sigma)), 1024)

@@ -131,7 +131,8 @@ def request_rows(resolution: int) -> list[Row]:
     """First requests of tiny: the peak of all stages, of those before the decoder (latents), and
     in tiles, for one image and two.
     """
-    prompt = "a small yellow circle above a large purple square on white " * 6  # 64 tokens
+    prompt = "a small yellow circle above a large purple square on white " * 5
+    prompt += "a small yellow circle above a large purple"  # 64 tokens
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(resolution=resolution, backend="torch", max_batch=2)

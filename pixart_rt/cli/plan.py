@@ -104,6 +104,11 @@ def _config(model: Model, batch: int, precision: Precision | None) -> EngineConf
             f"--precision {precision} was asked of the bundle {model.name}, which is built in "
             f"{model.built.precision}; leave it out"
         )
+    if batch > model.built.max_batch:
+        raise ConfigError(
+            f"--batch {batch} was asked of the bundle {model.name}, which runs at most "
+            f"{model.built.max_batch} at once; ask for fewer, or build with --max-batch {batch}"
+        )
     return replace(model.built, max_batch=batch)
 
 

@@ -122,6 +122,9 @@ def test_engines_are_planned_and_run_where_they_fit(
     other = run("plan", "--model", bundle_256, "--res", 256, "--precision", "bf16")
     assert other.code == 2
     assert "is built in fp32" in other.error
+    many = run("plan", "--model", bundle_256, "--batch", 3)
+    assert many.code == 2
+    assert "runs at most 2 at once" in many.error
     words = ("generate", "x", "--bundle", bundle_256, "-o", tmp_path / "x.png", "--steps", 1)
     refused = run(*words, "--vram", "600M")
     assert refused.code == 1

@@ -35,7 +35,8 @@ from pixart_rt.model.controlnet_config import ControlNetConfig
 
 STEPS = 1
 # 64 tokens: the longest prompts that have an absorbed form, which forecasts assume.
-LONG = "a small yellow circle above a large purple square on white " * 6
+LONG = "a small yellow circle above a large purple square on white " * 5
+LONG += "a small yellow circle above a large purple"
 TOLERANCE = 0.15
 Bundles = Callable[[int], Path]
 

@@ -92,6 +92,8 @@ def test_a_request_s_peak(bundles: Bundles, resolution: int, batch: int, output_
     measured = peak_bytes(
         lambda: pipe(prompts, LONG[2:], num_inference_steps=STEPS, output_type=output_type)
     )
+    assert pipe.prompt_encoder is not None
+    assert pipe.prompt_encoder.rows(prompts[:1])[0].num_tokens == (64,)
     found = predicted(bundle, batch)
     stages = found.stages if output_type == "pt" else {**found.stages, "decode": 0}
     assert max(stages.values()) - found.loaded == pytest.approx(measured, rel=TOLERANCE)

@@ -184,22 +184,27 @@ def test_a_bundle_that_was_not_measured_has_the_bounds(bundle: Path, tmp_path: P
         assert 0.98 * measured.peak <= bound.peak <= 1.5 * measured.peak
 
 
-def test_engines_that_were_not_measured_have_bounds_too(bundle_256: Path, tmp_path: Path) -> None:
-    """Their configurations are not in the bundle: tiny's are known, others are taken to be the
-    published ones, which are larger.
+def test_engines_that_were_not_measured_have_bounds_too(bundle: Path, tmp_path: Path) -> None:
+    """They have no configurations: tiny's are known, others are taken to be the published ones,
+    which are larger. Only the manifest says that these files are engines.
     """
-    old = _of_format_3(shutil.copytree(bundle_256, tmp_path / "old"))
-    published = predicted(old, 2)
-    manifest = Manifest.read(old)
-    vae = published.parts["vae_decoder"].activations
-    assert vae == upper_bound("vae_decoder", SD_VAE, 2 * 32 * 32, 120, Precision.FP32)
-    manifest = replace(manifest, model={**manifest.model, "name": "tiny"})
+    old = _of_format_3(shutil.copytree(bundle, tmp_path / "old"))
+    in_torch, manifest = predicted(old, 2), Manifest.read(old)
+    for name, entry in manifest.components.items():
+        files = {name: value for name, value in entry.files.items() if "config" not in name}
+        manifest = manifest.with_entry(
+            name, replace(entry, backend="onnxruntime", parts=tuple(files), files=files)
+        )
+        (old / name / "config.json").unlink()
     (old / MANIFEST).write_text(manifest.to_json())
-    measured, named = predicted(bundle_256, 2), predicted(old, 2)
-    assert named.parts["vae_decoder"].activations < vae / 4
-    for name in ("transformer", "vae_decoder"):
-        assert named.parts[name].weights == measured.parts[name].weights
-        assert named.parts[name].activations >= 0.98 * measured.parts[name].activations
+    tiny = predicted(old, 2)
+    for name, entry in manifest.components.items():
+        assert tiny.parts[name].activations == in_torch.parts[name].activations
+        assert tiny.parts[name].weights == (old / name / "model.safetensors").stat().st_size
+    manifest = replace(manifest, model={**manifest.model, "name": "another"})
+    (old / MANIFEST).write_text(manifest.to_json())
+    vae = predicted(old, 2).parts["vae_decoder"].activations
+    assert vae == upper_bound("vae_decoder", SD_VAE, 2 * 32 * 32, 120, Precision.FP32)
 
 
 @pytest.fixture(scope="module")

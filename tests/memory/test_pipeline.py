@@ -198,7 +198,7 @@ def test_engines_that_were_not_measured_have_bounds_too(bundle: Path, tmp_path: 
         (old / name / "config.json").unlink()
     (old / MANIFEST).write_text(manifest.to_json())
     tiny = predicted(old, 2)
-    for name, entry in manifest.components.items():
+    for name in manifest.components:
         assert tiny.parts[name].activations == in_torch.parts[name].activations
         assert tiny.parts[name].weights == (old / name / "model.safetensors").stat().st_size
     manifest = replace(manifest, model={**manifest.model, "name": "another"})

@@ -68,10 +68,10 @@ def upper_bound(
 
 
 def vae_encoder_bound(config: dict[str, Any], pixels: int) -> int:
-    """The most that encoding a control image takes, in float32: at full size the image four times
-    and five tensors of the first block.
+    """The most that encoding a control image takes, in float32: at full size, the image and five
+    tensors of the first block.
     """
-    return pixels * (4 * 3 + 5 * int(config.get("block_out_channels", (64,))[0])) * 4
+    return pixels * (3 + 5 * int(config.get("block_out_channels", (64,))[0])) * 4
 
 
 def _widened(numbers: int, s: int, weights: Weights) -> int:

@@ -173,13 +173,15 @@ def _control_encoder(model: Model, config: EngineConfig) -> dict[str, ComponentB
     """The encoder of control images, if the bundle has it; without, requests bring latents."""
     assert model.bundle is not None
     folder = model.bundle[0] / VAE_ENCODER
-    if not folder.is_dir():
+    path, pixels = folder / "model.safetensors", config.token_range[1] * PIXELS_PER_TOKEN**2
+    if not path.is_file():
         return {}
-    pixels = config.token_range[1] * PIXELS_PER_TOKEN**2
+    with path.open("rb") as file:  # its header's length, the header, the tensors
+        header = 8 + int.from_bytes(file.read(8), "little")
     return {
         VAE_ENCODER: ComponentBytes(
             dtype="fp32",
-            weights=(folder / "model.safetensors").stat().st_size,
+            weights=path.stat().st_size - header,
             activations=vae_encoder_bound(read_json(folder / "config.json"), pixels),
         )
     }

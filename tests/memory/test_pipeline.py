@@ -241,7 +241,7 @@ def test_a_controlnet_s_request(control_bundle: Path, tmp_path: Path) -> None:
     for name, held in (("text_side", side), ("transformer", module)):
         assert found.parts[name].weights == sum(each.nbytes for each in held.parameters())
     stored = sum(each.nbytes for each in pipe.controls._encoder.parameters())
-    assert found.parts["vae_encoder"].weights == pytest.approx(stored, rel=0.05)
+    assert found.parts["vae_encoder"].weights == stored
     shutil.rmtree(old / "vae_encoder")
     assert "control" not in predicted(old, 1).stages, "latents are given"
 

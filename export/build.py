@@ -78,7 +78,7 @@ def default_precision(backend: str) -> tuple[Precision, Precision]:
 
 def build(
     model: str,
-    out: Path,
+    out: str | Path,
     config: EngineConfig,
     *,
     cfg_null: CfgNull | None = None,

@@ -22,7 +22,8 @@ from pixart_rt.backends.component import Component
 from pixart_rt.backends.loading import Loader
 from pixart_rt.buckets import Bucket
 from pixart_rt.bundle import Manifest
-from pixart_rt.config import Scheduler, TextPlace
+from pixart_rt.config import Precision, Scheduler, TextPlace
+from pixart_rt.errors import ConfigError
 from pixart_rt.inference.bundle_components import (
     load_components,
     make_denoiser,
@@ -32,6 +33,7 @@ from pixart_rt.inference.bundle_components import (
 from pixart_rt.inference.call_arguments import call_requests, check_output_type, check_requests
 from pixart_rt.inference.call_state import Call, Progress, Turns
 from pixart_rt.inference.control import ControlImage, Controls
+from pixart_rt.inference.from_pretrained import find_or_build
 from pixart_rt.inference.generation import (
     ImageResult,
     PipelineOutput,
@@ -147,6 +149,70 @@ class PixArtPipeline:
         components, place = load_components(path, manifest, device, loader)
         cache = None if prompt_cache is None else Path(prompt_cache)
         return cls(manifest, path, components, place, cache, auto_capture=auto_capture)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        backend: str = "auto",
+        res: int | None = None,
+        precision: Precision | str | None = None,
+        max_batch: int = 1,
+        cache_dir: str | Path | None = None,
+        progress: Progress | None = None,
+        prompt_cache: str | Path | None = None,
+        text_place: TextPlace | None = None,
+        cuda_graphs: bool = False,
+        auto_capture: bool = True,
+    ) -> PixArtPipeline:
+        """Load a checkpoint's bundle from the user's cache; build it there the first time.
+
+        model: "tiny", a diffusers pipeline folder or a Hugging Face id.
+        backend: as of `pixart-rt build`; "auto" takes the best that works here.
+        res: pixels per side; by default the model's own, 1024 for tiny.
+        precision: of all components; by default the backend's, on a CPU float32.
+        cache_dir: instead of $XDG_CACHE_HOME/pixart_rt/bundles (~/.cache by default). A bundle has
+            the size of the weights in its precision; remove folders there as you like.
+        progress(name, done, total) is told of the build's steps. The other arguments are those of
+        `from_bundle`. Building takes the exporter's time and its packages: onnx for ONNX Runtime.
+        Raises what `build` and `from_bundle` do.
+        """
+        bundle = find_or_build(
+            model, backend=backend, res=res, precision=precision, max_batch=max_batch,
+            device=device, cache_dir=cache_dir, progress=progress,
+        )  # fmt: skip
+        return cls.from_bundle(
+            bundle,
+            device,
+            check=False,  # as `build` has, file by file
+            prompt_cache=prompt_cache,
+            text_place=text_place,
+            cuda_graphs=cuda_graphs,
+            auto_capture=auto_capture,
+        )
+
+    def to(self, device: str | torch.device) -> PixArtPipeline:
+        """Itself, where it is on `device` already.
+
+        Raises ConfigError for another: engines run where they were loaded.
+        """
+        try:
+            asked = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ConfigError(
+                f"to() takes a device such as 'cuda:0', got {device!r}; the precision is the "
+                "bundle's: build another, or pass precision to from_pretrained"
+            ) from None
+        indices = {asked.index, self.device.index} - {None}  # None: the current one
+        if asked.type == self.device.type and len(indices) < 2:
+            return self
+        raise ConfigError(
+            f"to({str(asked)!r}) was asked of a pipeline on {self.device}, whose engines run where "
+            f"they were loaded; load it there: PixArtPipeline.from_bundle({str(self.folder)!r}, "
+            f"device={str(asked)!r})"
+        )
 
     def interrupt(self) -> None:
         """Stop the call that has the turn, from any thread or its own callback: it raises Cancelled
@@ -393,7 +459,7 @@ class PixArtPipeline:
         approximate: StepCache | None = None,
         progress: Progress | None = None,
     ) -> int:
-        """Do now what the first request of each shape would wait for; returns the graphs captured.
+        """Do now what the first request of each shape would wait for; returns the graphs kept.
 
         buckets: those of the bundle's resolution, or aspect ratios "W:H"; by default all 40, which
             have far fewer token counts, and the graphs are by token count.
@@ -403,7 +469,9 @@ class PixArtPipeline:
         progress: called with a name, shapes done and shapes in all; by default a bar on stderr.
         On a GPU the PyTorch and AOTInductor backends capture their loop as a CUDA graph; and the
         text encoder at each of its lengths, for one prompt and for `batch_size`, unless it is
-        offloaded or on the CPU. Elsewhere a step runs once for each shape, which compiles.
+        offloaded or on the CPU. Elsewhere a step runs once for each shape, which compiles. The VAE
+        decodes one batch of each shape. Graphs that did not fit are warned of (see
+        `denoiser.graphs.max_bytes`).
         """
         requests = [
             Request(

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.provenance import write_result
+from pixart_rt.checkpoints.sampling_defaults import read_sampling
 from pixart_rt.training.tiny.scenes import Scene, caption, random_scene
 from pixart_rt.training.tiny.scorer import Score, score
 

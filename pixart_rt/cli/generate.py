@@ -18,7 +18,7 @@ from pixart_rt.cli.previews import PreviewWriter, check_previews
 from pixart_rt.cli.prompts_file import prompt_lines
 from pixart_rt.config import SamplingConfig, Scheduler
 from pixart_rt.errors import ConfigError, NumericsError
-from pixart_rt.inference.request import DEFAULT_SEED, Request
+from pixart_rt.inference.request import DEFAULT_SEED, MOST_IMAGES, Request
 from pixart_rt.version import __version__
 
 if TYPE_CHECKING:
@@ -204,12 +204,16 @@ def _requests(
             f"{'no' if prompt is None else 'both a'} PROMPT and --prompts were given; give one "
             "of the two"
         )
+    lines = [] if file is None else list(prompt_lines(file))
+    count = num * max(1, len(lines))
+    if count > MOST_IMAGES:
+        raise ConfigError(f"{count} images were asked (--num {num}); the most is {MOST_IMAGES}")
     if file is None:
         with options_named(OPTIONS):
             first = Request(prompt=prompt, seed=seed, **settings)
             return [replace(first, seed=seed + index) for index in range(num)]
     requests: list[Request] = []
-    for number, line in prompt_lines(file):
+    for number, line in lines:
         try:
             own = line.pop("seed", None)
             whole = {**settings, **line}

@@ -3,7 +3,7 @@
     $XDG_CACHE_HOME/pixart_rt/bundles/<model>-<res>-<backend>-<hash of all settings>
 
 A folder per model and settings, so that none replaces another; where the weights of a model have
-changed, its bundle is built again. This is the one file of inference that calls the exporter, when it runs.
+changed, its bundle is built again. The one file of inference that calls the exporter, when it runs.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ PROMPT = "a red circle above a blue square"
             "--scheduler lcm was asked of made up, whose weights were trained "
             "for dpm-solver++: its images would be ruined; leave it out, or insist with --force",
         ),
+        (["-n", 10_001], "10001 images were asked (--num 10001); the most is 10000"),
         (["--prompts", "all.txt"], "both a PROMPT and --prompts"),
         (["--control-image", "edges.png"], "has no ControlNet; leave it out"),
     ],

@@ -354,6 +354,7 @@ def test_prompts_of_a_file(
              {"prompt": "a dot", "height": 64, "width": 32}]  # fmt: skip
     (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
     asked.clear()
+    made(0, 1)
     assert run(*words, folder / "all.jsonl", "--force", "--aspect", "3:2").code == 0
     assert [(each.seed, each.guidance_scale, each.aspect_ratio, each.height) for each in asked] == [
         (40, 2.0, "3:2", None), (1, None, None, 64),

@@ -337,7 +337,7 @@ class Images:
         self.written: list[Path] = []
         self._paths, self._num, self._grid, self._force = paths, num, grid, force
         self._common, self._more, self._tiled = common, more, tiled
-        self._came: dict[int, tuple[Image, dict[str, Any]]] = {}
+        self._came: dict[int, tuple[Image | None, dict[str, Any]]] = {}
         self._failed: dict[int, ImageResult] = {}
 
     @property
@@ -366,7 +366,7 @@ class Images:
         self.written.sort(key=self._paths.index)
         if not self._grid or not self._came:
             return
-        images = [image for _, (image, _) in sorted(self._came.items())]
+        images = [image for _, (image, _) in sorted(self._came.items()) if image is not None]
         captions = [f"{fact['prompt']} (seed {fact['seed']})" for fact in self.facts]
         seeds = " ".join(str(fact["seed"]) for fact in self.facts)
         sheet = contact_sheet(images, captions)

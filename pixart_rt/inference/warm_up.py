@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pixart_rt.buckets import Bucket, bucket_for_aspect, buckets
 from pixart_rt.inference.call_state import Progress
+from pixart_rt.inference.cuda_graphs import Graphs
 from pixart_rt.inference.decoding import decode
 from pixart_rt.inference.generation import make_inputs, resolve
 from pixart_rt.inference.request import Request
@@ -45,7 +46,7 @@ def warm_up(
 
     See PixArtPipeline.warmup, whose turn this is.
     """
-    graphs = [pipe.denoiser.graphs]
+    graphs: list[Graphs[Any]] = [pipe.denoiser.graphs]
     if pipe.prompt_encoder is not None:
         graphs.append(pipe.prompt_encoder.graphs)
     before = [(set(each), each.captures) for each in graphs]

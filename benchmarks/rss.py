@@ -97,7 +97,7 @@ def run(num_requests: int, cache_mib: float, folder: Path, save: Saver) -> dict[
         gc.collect()
         readings.append((start + count, process.memory_info().rss / 2**20))
         held.append({name: round(each.num_bytes / 2**20, 2) for name, each in kept.items()})
-        second = [each for each in readings if each[0] > num_requests / 2]
+        second = [each for each in readings if each[0] > (start + count) / 2]
         values = {
             "model": "tiny", "resolution": RESOLUTION, "backend": "torch",
             "threads": torch.get_num_threads(), "requests": start + count,

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.provenance import write_result
+from pixart_rt.checkpoints.sampling_defaults import read_sampling
 from pixart_rt.training.tiny.scenes import Scene, caption, random_scene
 from pixart_rt.training.tiny.scorer import Score, score
 
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--guidance", type=float, help="default: the model's own, else 4.5")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast; else float32")
@@ -192,6 +193,9 @@ def main() -> None:
     parser.add_argument("--sheet-images", type=int, default=24)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.guidance is None:
+        _, stated = read_sampling(args.assets, "tiny", None)
+        args.guidance = 4.5 if stated.guidance_scale is None else stated.guidance_scale
     make = {"diffusers": diffusers_generator, "bundle": bundle_generator}[args.pipeline]
     start = time.monotonic()
     trials = run_trials(make(args), args)

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from pixart_rt import PixArtError, PixArtPipeline
+from pixart_rt import PixArtError, PixArtPipeline, Request
 from pixart_rt.inference.images import contact_sheet, write_png
 
 SCENES = (  # prompt, aspect ratio as width:height
@@ -24,7 +24,6 @@ SCENES = (  # prompt, aspect ratio as width:height
     ("a purple triangle below an orange star", "3:4"),
 )
 SEED = 0
-GUIDANCE = 3.0  # what docs/tiny.md recommends for this model
 CELL = 512  # pixels: the longest side of an image in the sheet
 
 
@@ -50,20 +49,15 @@ def draw(bundle: Path, output: Path, scenes: tuple[tuple[str, str], ...], steps:
     images, captions = [], []
     for number, (prompt, aspect) in enumerate(scenes, start=1):
         started = time.monotonic()
-        result = pipe(
-            prompt,
-            aspect_ratio=aspect,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            seed=SEED,
-        )
+        result = pipe(prompt, aspect_ratio=aspect, num_inference_steps=steps, seed=SEED)
         seconds = time.monotonic() - started
         print(f"[{number}/{len(scenes)}] {prompt} ({seconds:.1f} s)", file=sys.stderr)
         size = f"{result.bucket.width}x{result.bucket.height}"
         images += result.images
         captions.append(f"{prompt} [{size}, seed {SEED}]")
+    guidance = Request(prompt=scenes[0][0]).resolved(pipe.manifest).sampling.guidance_scale
     facts = {"prompt": "; ".join(prompt for prompt, _ in scenes), "seed": SEED,
-             "steps": steps, "guidance_scale": GUIDANCE, "bundle": pipe.manifest.key}  # fmt: skip
+             "steps": steps, "guidance_scale": guidance, "bundle": pipe.manifest.key}  # fmt: skip
     write_png(contact_sheet(images, captions, columns=3, cell=CELL), output, facts, force=True)
 
 

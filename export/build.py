@@ -27,6 +27,7 @@ from pixart_rt.backends import choose_backend, default_device, get_backend
 from pixart_rt.buckets import buckets
 from pixart_rt.bundle import BUNDLE, MANIFEST, Manifest, damaged_files, hash_files, writing
 from pixart_rt.checkpoints.bundle_module import VAE_ENCODER, save_module
+from pixart_rt.checkpoints.sampling_defaults import read_sampling
 from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.checkpoint_source import Source, open_source
@@ -36,7 +37,6 @@ from pixart_rt.export.engines import check_targets
 from pixart_rt.export.plugins.graph import check_plugin_targets
 from pixart_rt.export.preview_colors import write_preview
 from pixart_rt.files import check_folder
-from pixart_rt.inference.schedulers import stored_scheduler
 from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_kv import TEXT_SIDE
 from pixart_rt.model.vae import VaeEncoder
@@ -78,7 +78,7 @@ def default_precision(backend: str) -> tuple[Precision, Precision]:
 
 def build(
     model: str,
-    out: Path,
+    out: str | Path,
     config: EngineConfig,
     *,
     cfg_null: CfgNull | None = None,
@@ -314,6 +314,8 @@ def _notes(plans: list[Plan], memory: int) -> list[str]:
 
 def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str) -> Manifest:
     vae = source.vae_config() if "vae_decoder" in source.components else None
+    origin = None if source.transformer_path is None else source.checkpoint().origin
+    scheduler, defaults = read_sampling(source.folder, source.name, origin)
     return Manifest(
         pixart_rt_version=__version__,
         key=key,
@@ -331,11 +333,12 @@ def _empty_manifest(folder: Path, source: Source, config: EngineConfig, key: str
         vae={} if vae is None else {
             "scaling_factor": vae["scaling_factor"], "latent_channels": vae["latent_channels"]
         },
-        scheduler=stored_scheduler((source.folder or Path()) / "scheduler"),
+        scheduler=scheduler,
         buckets=[[bucket.height, bucket.width] for bucket in buckets(config.resolution)],
         versions=installed_versions(),
         build={},
         controlnet=None if source.controlnet is None else source.controlnet.to_dict(),
+        sampling=asdict(defaults),
     )  # fmt: skip
 
 

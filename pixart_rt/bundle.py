@@ -24,7 +24,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
+from pixart_rt.config import (
+    ModelConfig,
+    Quality,
+    SamplingDefaults,
+    Scheduler,
+    TextPlace,
+    Weights,
+)
 from pixart_rt.errors import BundleError
 from pixart_rt.files import Kind, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
@@ -123,11 +130,12 @@ class Manifest:
     components: dict[str, ComponentEntry]
     files: dict[str, str]  # files that belong to no component, relative path -> sha256
     vae: dict[str, Any]  # scaling_factor, latent_channels, preview_rms_error (colours 0..1)
-    scheduler: str  # the default sampler
+    scheduler: str  # the sampler that the weights were trained for, and the default
     buckets: list[list[int]]  # [height, width] in pixels
     versions: dict[str, str]  # of the libraries that built it
     build: dict[str, Any]  # seconds and peak memory per step
     controlnet: dict[str, Any] | None = None  # settings of the ControlNet in the transformer
+    sampling: dict[str, Any] = field(default_factory=dict)  # of SamplingDefaults; older: none
 
     @property
     def config(self) -> ModelConfig:
@@ -137,6 +145,11 @@ class Manifest:
     def control(self) -> ControlNetConfig | None:
         """Of the ControlNet in the transformer, which then takes control images."""
         return None if self.controlnet is None else ControlNetConfig.from_dict(self.controlnet)
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """The model's own guidance and steps, for requests that say nothing."""
+        return SamplingDefaults(**self.sampling)
 
     @property
     def quality(self) -> Quality:
@@ -201,6 +214,7 @@ class Manifest:
                 manifest.control,
                 manifest.quality,
                 manifest.text_place,
+                manifest.sampling_defaults,
                 [manifest.weights_of(name) for name in manifest.components],
                 Scheduler(manifest.scheduler),
             )  # refuse what cannot be, here

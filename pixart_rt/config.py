@@ -302,6 +302,32 @@ DISTILLED = frozenset({Scheduler.LCM, Scheduler.DMD})  # guidance is in their ch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingDefaults:
+    """What a model's makers sample it with; None: the usual, 4.5 and 20 (docs/bundles.md)."""
+
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        scale, steps = self.guidance_scale, self.num_inference_steps
+        for name, value, kinds in (
+            ("guidance_scale", scale, int | float),
+            ("num_inference_steps", steps, int),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
+        if scale is not None and not (math.isfinite(scale) and scale >= 0):
+            raise ConfigError(f"guidance_scale must be a finite number >= 0, got {scale}")
+        if steps is not None and steps < 1:
+            raise ConfigError(f"num_inference_steps must be at least 1, got {steps}")
+
+
+def is_trained_for(trained: Scheduler, asked: Scheduler) -> bool:
+    """True where weights made for one sampler can be run by another: all but the distilled."""
+    return asked is trained or not {asked, trained} & DISTILLED
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """How an image is sampled. Names and defaults are those of diffusers."""
 

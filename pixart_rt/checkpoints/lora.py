@@ -12,7 +12,9 @@ B [outputs, r, 1, 1].
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -30,9 +32,13 @@ from pixart_rt.checkpoints.transformer import ORIGIN_FILE, TransformerCheckpoint
 from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_CONFIG = "base_config"  # in origin.json: ModelConfig of the model that it was trained on
+BASE_SHA256 = "base_sha256"  # likewise: of its weights, as `sampled_sha256` gives it
+SAMPLED = 1024  # values of each part of a tensor that is hashed
 _OF_BASE = ("num_layers", "num_heads", "head_dim", "caption_channels", "sample_size",
             "interpolation_scale", "micro_conditioning")  # fmt: skip
 _OLD_WEIGHTS = "adapter_model.bin"
@@ -57,6 +63,7 @@ class Adapter:
     sha256: str  # of the file of weights
     scheduler: Scheduler | None = None  # what samples the merged model; None: what samples the base
     base_config: Mapping[str, Any] | None = None  # of the model it was trained on, if it says so
+    base_sha256: str | None = None  # of that model's weights
 
     def delta(self, module: str) -> Tensor:
         """What is added to the module's weight, in float32: [outputs, inputs]."""
@@ -76,20 +83,45 @@ def read_adapter(folder: Path) -> Adapter:
     path, tensors = _read_tensors(folder)
     pairs = _paired(tensors, path)
     scales = {module: _scale(config, module, a, path) for module, (a, _) in pairs.items()}
-    scheduler, base_config = _origin(folder)
-    return Adapter(pairs, scales, str(folder), sha256(path), scheduler, base_config)
+    scheduler, base_config, base_sha256 = _origin(folder)
+    return Adapter(pairs, scales, str(folder), sha256(path), scheduler, base_config, base_sha256)
+
+
+def sampled_sha256(state: Mapping[str, Tensor]) -> str:
+    """What tells a model's weights from others of the same shapes, at no cost: SHA-256 of every
+    tensor's name and shape, and of 4 × 1024 of its values, rounded to float16.
+
+    By our names, so a .pth and a diffusers folder of one model agree, as does a float16 copy; one
+    in bfloat16 does not. Against mistakes only: a change of other values alone is not seen.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        flat = state[name].detach().reshape(-1)
+        digest.update(json.dumps([name, list(state[name].shape)]).encode())
+        last = max(0, len(flat) - SAMPLED)
+        for start in (0, last // 3, 2 * last // 3, last):
+            digest.update(flat[start : start + SAMPLED].half().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def merge(
-    checkpoint: TransformerCheckpoint, adapter: Adapter, scale: float = 1.0
+    checkpoint: TransformerCheckpoint,
+    adapter: Adapter,
+    scale: float = 1.0,
+    *,
+    any_base: bool = False,
 ) -> TransformerCheckpoint:
     """The checkpoint with `scale` times the adapter in its weights, float32.
 
     All weights become float32: in half precision the small changes of a LoRA are rounded away.
-    The origin says what was merged. Raises CheckpointError for an adapter of another model.
+    The origin says what was merged. any_base: also into other weights of the same shapes than those
+    it was trained on, such as a fine-tuned model. Raises CheckpointError for an adapter of another
+    model.
     """
     config = checkpoint.config
     _refuse_base(adapter, config, checkpoint.source)
+    if not any_base:
+        _refuse_weights(adapter, checkpoint)
     tensors = tensor_names.from_ours(checkpoint.state, config, tensor_names.diffusers_names)
     weights = {name.removesuffix(".weight"): name for name in tensors if name.endswith(".weight")}
     unknown = sorted(module for module in adapter.pairs if module not in weights)
@@ -137,17 +169,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None]:
-    """(scheduler, base_config) of our own origin.json; peft's file has no place for them."""
+def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None, str | None]:
+    """(scheduler, base_config, base_sha256) of our origin.json; peft's has no place for them."""
     path = folder / ORIGIN_FILE
     if not path.is_file():
-        return None, None
+        return None, None, None
     try:
         origin = json.loads(path.read_text())
         scheduler, config = origin.get("scheduler"), origin.get(BASE_CONFIG)
         if config is not None:
             config = dict(config)
-        return None if scheduler is None else Scheduler(scheduler), config
+        return None if scheduler is None else Scheduler(scheduler), config, origin.get(BASE_SHA256)
     except (OSError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the adapter again") from error
 
@@ -161,6 +193,23 @@ def _refuse_base(adapter: Adapter, config: ModelConfig, source: str) -> None:
                 f"{adapter.source} was trained on a model with {name} {trained}, {source} has "
                 f"{found}; merge it into the model that it was trained on"
             )
+
+
+def _refuse_weights(adapter: Adapter, checkpoint: TransformerCheckpoint) -> None:
+    """CheckpointError for an adapter of other weights; a warning where it does not say of which."""
+    if adapter.base_sha256 is None:
+        logger.warning(
+            "%s does not say which weights it was trained on; only its shapes were compared with "
+            "%s", adapter.source, checkpoint.source,
+        )  # fmt: skip
+        return
+    found = sampled_sha256(checkpoint.state)
+    if adapter.base_sha256 != found:
+        raise CheckpointError(
+            f"{adapter.source} was trained on other weights (hash {adapter.base_sha256[:12]}) than "
+            f"{checkpoint.source} has ({found[:12]}); merge it into the model that it was trained "
+            "on, or set `any_base`"
+        )
 
 
 def _refuse_unknown(config: Mapping[str, Any], folder: Path) -> None:

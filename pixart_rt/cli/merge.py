@@ -35,6 +35,9 @@ def merge(
         bool,
         typer.Option("--lcm", help="The adapter is an LCM-LoRA that does not say so itself."),
     ] = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Also into other weights than it was trained on.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -56,7 +59,7 @@ def merge(
 
         summary = merge_adapter(
             base, adapter, out, scale=scale, res=res, transformer_only=transformer_only,
-            heads=heads, sample_size=sample_size, lcm=lcm, force=force,
+            heads=heads, sample_size=sample_size, lcm=lcm, any_base=any_base, force=force,
         )  # fmt: skip
     if as_json:
         print_json(summary)

@@ -168,6 +168,7 @@ def judge(
                 guidance_scale=None if student else guidance_scale,
                 guidance_interval=interval,
                 scheduler=variant.scheduler,
+                force_scheduler=student is not None,  # it is measured whatever it was trained for
                 seed=seed + index,
                 approximate=variant.approximate,
             )

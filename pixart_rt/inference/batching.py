@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from pixart_rt.approximations import FirstBlockCache
 from pixart_rt.config import SamplingConfig
 from pixart_rt.inference.control import Controls
 from pixart_rt.inference.denoiser import ImageInputs
@@ -24,11 +25,17 @@ def shared_batches(
     requests: Sequence[ResolvedRequest], max_batch: int, mixes: Callable[[SamplingConfig], bool]
 ) -> list[Sequence[int]]:
     """The indices of each batch: images of equal settings but for guidance's scale, and of equal
-    token counts, or where `mixes` is false of one shape.
+    token counts, or where `mixes` is false of one shape. Groups come in the order of their first
+    images, and images of a group in theirs.
+
+    With a first-block cache an image is alone: it would depend on its batch.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, request in enumerate(requests):
         sampling, bucket = request.sampling, request.bucket
+        if isinstance(sampling.approximate, FirstBlockCache):
+            groups[index] = [index]
+            continue
         mixed = sampling.approximate is None and mixes(sampling)
         shape = bucket.num_tokens if mixed else bucket
         settings = replace(sampling, guidance_scale=2.0 if sampling.guided else 1.0)

@@ -30,6 +30,19 @@ def check_output_type(output_type: object) -> None:
         raise ConfigError(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
 
 
+def check_requests(requests: Any) -> list[Request]:
+    """`requests` as a list. Raises ConfigError for anything but Requests."""
+    try:
+        listed = [] if isinstance(requests, str) else list(requests)
+    except TypeError:
+        listed = [requests]
+    wrong = [request for request in listed if not isinstance(request, Request)]
+    if wrong or isinstance(requests, str):
+        found = type(wrong[0] if wrong else requests).__name__
+        raise ConfigError(f"requests must be a list of Request, got {found}")
+    return listed
+
+
 def call_requests(
     *,
     prompt: Any,

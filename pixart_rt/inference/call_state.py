@@ -68,10 +68,9 @@ class Turns:
         self._calls: list[Call] = []  # the present one, and those whose callbacks called it
 
     @contextmanager
-    def take(self, cancel: Event | None = None, progress: Progress | None = None) -> Iterator[Call]:
+    def take(self, call: Call) -> Iterator[None]:
         """Wait for the turn and hold it. Raises Cancelled if the call was stopped meanwhile, and
-        at the end if it was stopped after all its work; BackendError in a fork of the process that
-        loaded the pipeline.
+        BackendError in a fork of the process that loaded the pipeline.
         """
         if os.getpid() != self._process:  # thread pools and GPU contexts stay behind: it would hang
             raise BackendError(
@@ -79,13 +78,11 @@ class Turns:
                 f"{os.getpid()}, where it cannot run; load it in the child, or start children by "
                 "multiprocessing's spawn"
             )
-        call = Call(cancel, progress)
         with self._lock:
             call.check("before its turn")
             self._calls.append(call)
             try:
-                yield call
-                call.check("before it returned")
+                yield
             finally:
                 self._calls.remove(call)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -107,6 +107,9 @@ class Graphs(Generic[InputsT]):
 
     def __contains__(self, key: GraphKey) -> bool:
         return key in self._kept
+
+    def __iter__(self) -> Iterator[GraphKey]:
+        return iter(self._kept)
 
     def begin(self) -> None:
         """A new request begins: from now on keys of the earlier ones may be captured."""

@@ -1,31 +1,36 @@
-"""The work of one call: requests resolved, batched, denoised, decoded and finished, in that order.
+"""The work of one call: requests resolved, batched, denoised, decoded and finished, in order.
+
+A call, `generate_many` and `stream` run the same `make`; which images share a batch differs.
 
 Functions of a pipeline, in whose turn they run (call_state.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pixart_rt.approximations import FirstBlockCache
 from pixart_rt.buckets import Bucket
 from pixart_rt.config import SamplingConfig, Saving
-from pixart_rt.errors import ConfigError
+from pixart_rt.errors import ConfigError, NumericsError
 from pixart_rt.inference.batching import chunks, image_inputs, shared_batches
 from pixart_rt.inference.call_state import Call
-from pixart_rt.inference.decoding import decode, finish
-from pixart_rt.inference.denoiser import After, ImageInputs
+from pixart_rt.inference.decoding import decode, finish, together
+from pixart_rt.inference.denoiser import After, Denoised, ImageInputs
 from pixart_rt.inference.request import Request, ResolvedRequest
 
 if TYPE_CHECKING:
     from pixart_rt.inference.pipeline import PixArtPipeline
 
-BATCHES_AHEAD = 4  # of `generate_each`, whose prompts are encoded together; XL: 2 MB each
+logger = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 4  # of `work_each`, whose prompts are encoded together; XL: 2 MB each
 StepCallback = Callable[
     ["PixArtPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None
 ]
@@ -42,53 +47,57 @@ class PipelineOutput:
     skipped_steps: list[tuple[int, ...]]  # of each image, from 0; empty unless `approximate`
 
 
-def generate_alike(
-    pipe: PixArtPipeline,
-    requests: Sequence[Request],
-    call: Call,
-    callback: StepCallback | None,
-    output_type: str,
-    vae_tiling: bool | None,
-) -> PipelineOutput:
-    """The images of requests that differ in text, seed and control image alone."""
-    resolved = resolve(pipe, requests)
-    request, sampling = resolved[0].request, resolved[0].sampling
-    pipe.request_text.begin()
-    batches = chunks(make_inputs(pipe, resolved), pipe.max_batch)
-    call.expect(sampling.num_inference_steps * len(batches))
-    after = None if callback is None else _after(pipe, callback)
-    images, skipped = [], []
-    for batch in batches:
-        before = call.batch(sampling.num_inference_steps)
-        made = pipe.denoiser(batch, sampling, before, after)
-        skipped += [made.skipped_steps] * len(batch)
-        call.decoding()
-        images.append(_decoded(pipe, torch.cat(made.latents), output_type, vae_tiling))
-    maker = _maker(pipe, sampling)
-    return PipelineOutput(
-        images=finish(images, request.height, request.width, output_type, maker),
-        prompts=[request.prompt or "" for request in requests],
-        seeds=[request.seed for request in requests if request.seed is not None],
-        bucket=resolved[0].bucket,
-        skipped_steps=skipped,
-    )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageResult:
+    """One image of `stream`, or why there is none."""
+
+    index: int  # of its request among those that were given
+    request: Request  # whose `seed` says what was drawn
+    image: Any  # PIL, or an array or tensor [1, ...]; None with an error
+    error: NumericsError | None
+    bucket: Bucket
+    sampling: SamplingConfig
+    skipped_steps: tuple[int, ...]  # from 0; empty unless `approximate`
 
 
-def generate_each(
-    pipe: PixArtPipeline, requests: Sequence[Request], call: Call, output_type: str
-) -> list[Any]:
-    """The image of each request, in batches of those that can share one."""
-    for request in requests:
-        if isinstance(request.approximate, FirstBlockCache):
-            raise ConfigError(
-                f"{request.approximate} was asked of generate_many, whose images must not "
-                "depend on their batch; use a step cache, or call the pipeline for each"
-            )
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """All that is to be made, in batches of indices of `resolved`."""
+
+    resolved: Sequence[ResolvedRequest]
+    batches: Sequence[Sequence[int]]
+    output_type: str
+    callback: StepCallback | None = None
+    vae_tiling: bool | None = None  # as the pipeline's
+    ahead: int = BATCHES_AHEAD  # batches whose prompts are encoded together
+
+
+def work_alike(
+    pipe: PixArtPipeline, requests: Sequence[Request], output_type: str, **settings: Any
+) -> Work:
+    """Requests that differ in text, seed and control image alone, in their order."""
     resolved = resolve(pipe, requests)
-    batches = shared_batches(resolved, pipe.max_batch, pipe.denoiser.mixes)
-    call.expect(sum(resolved[batch[0]].sampling.num_inference_steps for batch in batches))
-    done: list[Any] = [None] * len(resolved)
-    for ahead in chunks(batches, BATCHES_AHEAD):
+    batches = chunks(range(len(resolved)), pipe.max_batch)
+    return Work(resolved=resolved, batches=batches, output_type=output_type, ahead=len(batches),
+                **settings)  # fmt: skip
+
+
+def work_each(
+    pipe: PixArtPipeline, requests: Sequence[Request], output_type: str, **settings: Any
+) -> Work:
+    """Any requests, in batches of those that can share one. A callback is given one shape."""
+    resolved = resolve(pipe, requests)
+    mixes = pipe.denoiser.mixes if settings.get("callback") is None else lambda _: False
+    batches = shared_batches(resolved, pipe.max_batch, mixes)
+    return Work(resolved=resolved, batches=batches, output_type=output_type, **settings)
+
+
+def make(pipe: PixArtPipeline, work: Work, call: Call) -> Iterator[list[ImageResult]]:
+    """The images of one batch after the other, each finished before the next batch begins."""
+    resolved = work.resolved
+    call.expect(sum(resolved[batch[0]].sampling.num_inference_steps for batch in work.batches))
+    after = None if work.callback is None else _after(pipe, work.callback)
+    for ahead in chunks(work.batches, work.ahead):
         pipe.request_text.begin()
         indices = [index for batch in ahead for index in batch]
         inputs = make_inputs(pipe, [resolved[index] for index in indices])
@@ -96,11 +105,37 @@ def generate_each(
         for batch in ahead:
             sampling = resolved[batch[0]].sampling
             before = call.batch(sampling.num_inference_steps)
-            made = pipe.denoiser([ready[index] for index in batch], sampling, before, None)
+            made = pipe.denoiser([ready.pop(index) for index in batch], sampling, before, after)
             call.decoding()
-            for index, latents in zip(batch, made.latents, strict=True):
-                done[index] = _one(pipe, latents, resolved[index], output_type)
-    return done
+            yield [
+                _result(pipe, work, index, image, made.skipped_steps)
+                for index, image in zip(batch, _decoded(pipe, work, batch, made), strict=True)
+            ]
+
+
+def output(results: Sequence[ImageResult], output_type: str) -> PipelineOutput:
+    """What a call returns, of images of one size."""
+    return PipelineOutput(
+        images=together([result.image for result in results], output_type),
+        prompts=[result.request.prompt or "" for result in results],
+        seeds=[result.request.seed for result in results if result.request.seed is not None],
+        bucket=results[0].bucket,
+        skipped_steps=[result.skipped_steps for result in results],
+    )
+
+
+def in_order(results: Sequence[ImageResult]) -> list[Any]:
+    """The images by their requests' order; in place of one that failed its error.
+
+    Raises the first error where no image came.
+    """
+    errors = [result.error for result in results if result.error is not None]
+    if errors and len(errors) == len(results):
+        raise errors[0]
+    for error in errors:
+        logger.warning("%d of %d images failed: %s", len(errors), len(results), error)
+    ordered = sorted(results, key=lambda result: result.index)
+    return [result.image if result.error is None else result.error for result in ordered]
 
 
 def resolve(pipe: PixArtPipeline, requests: Sequence[Request]) -> list[ResolvedRequest]:
@@ -135,22 +170,37 @@ def _after(pipe: PixArtPipeline, callback: StepCallback) -> After:
 
 
 def _decoded(
-    pipe: PixArtPipeline, latents: Tensor, output_type: str, vae_tiling: bool | None = None
-) -> Tensor:
-    if output_type == "latent":
-        return latents
-    tiled = pipe.vae_tiling if vae_tiling is None else vae_tiling
+    pipe: PixArtPipeline, work: Work, batch: Sequence[int], made: Denoised
+) -> Iterator[Tensor]:
+    """Each image [1, ...] of a batch; neighbours of one shape in one call of the decoder."""
+    if work.output_type == "latent":
+        yield from made.latents
+        return
+    tiled = pipe.vae_tiling if work.vae_tiling is None else work.vae_tiling
     profiles = pipe.manifest.components["vae_decoder"].profiles
-    return decode(latents, pipe.vae_decoder, profiles, tiled=tiled)
+    pairs = zip(batch, made.latents, strict=True)
+    for _, alike in groupby(pairs, key=lambda pair: work.resolved[pair[0]].bucket):
+        latents = torch.cat([each for _, each in alike])
+        yield from decode(latents, pipe.vae_decoder, profiles, tiled=tiled).split(1)
 
 
-def _one(pipe: PixArtPipeline, latents: Tensor, resolved: ResolvedRequest, output_type: str) -> Any:
-    request, maker = resolved.request, _maker(pipe, resolved.sampling)
-    image = _decoded(pipe, latents, output_type)
-    finished = finish([image], request.height, request.width, output_type, maker)
-    return finished[0] if output_type == "pil" else finished
-
-
-def _maker(pipe: PixArtPipeline, sampling: SamplingConfig) -> str:
-    """Who makes an image, for an error."""
-    return f"{pipe.manifest.model['name']}, {sampling.scheduler}"
+def _result(
+    pipe: PixArtPipeline, work: Work, index: int, image: Tensor, skipped: tuple[int, ...]
+) -> ImageResult:
+    resolved = work.resolved[index]
+    request, sampling = resolved.request, resolved.sampling
+    made_by = f"{pipe.manifest.model['name']}, {sampling.scheduler}, seed {request.seed}"
+    finished, failed = None, None
+    try:
+        finished = finish(image, request.height, request.width, work.output_type, made_by)
+    except NumericsError as error:
+        failed = error
+    return ImageResult(
+        index=index,
+        request=request,
+        image=finished,
+        error=failed,
+        bucket=resolved.bucket,
+        sampling=sampling,
+        skipped_steps=skipped,
+    )

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from pixart_rt.approximations import FirstBlockCache, StepCache
 from pixart_rt.buckets import Bucket, choose_bucket
-from pixart_rt.config import DISTILLED, USUAL_STEPS, SamplingConfig, Scheduler
+from pixart_rt.config import (
+    DISTILLED,
+    USUAL_STEPS,
+    SamplingConfig,
+    SamplingDefaults,
+    Scheduler,
+    is_trained_for,
+)
 from pixart_rt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,10 +55,11 @@ class Request:
     negative_prompt: str | None = None  # the empty one
     seed: int | None = DEFAULT_SEED
     generator: torch.Generator | None = None  # draws the noise instead of a seed
-    num_inference_steps: int | None = None  # 20; 4 with LCM, 1 with DMD
-    guidance_scale: float | None = None  # 4.5; 1 with LCM and DMD
+    num_inference_steps: int | None = None  # the bundle's, else 20; 4 with LCM, 1 with DMD
+    guidance_scale: float | None = None  # the bundle's, else 4.5; 1 with LCM and DMD
     guidance_interval: tuple[float, float] | None = None  # all steps
     scheduler: Scheduler | str | None = None  # the checkpoint's own
+    force_scheduler: bool | None = None  # take one that the weights were not trained for
     approximate: Approximation | None = None
     aspect_ratio: str | None = None  # "W:H"
     height: int | None = None  # pixels
@@ -111,12 +119,21 @@ class Request:
 
     def _sampling(self, manifest: Manifest) -> SamplingConfig:
         """The settings that are asked, else the checkpoint's own."""
-        scheduler = Scheduler(self.scheduler or manifest.scheduler)
+        own = Scheduler(manifest.scheduler)
+        scheduler = own if self.scheduler is None else Scheduler(self.scheduler)
+        trained = is_trained_for(own, scheduler)
+        stated = manifest.sampling_defaults if trained else SamplingDefaults()
+        usual = SamplingConfig()
         guidance_scale, steps = self.guidance_scale, self.num_inference_steps
+        if guidance_scale is None and scheduler in DISTILLED:
+            guidance_scale = 1.0
         if guidance_scale is None:
-            guidance_scale = 1.0 if scheduler in DISTILLED else SamplingConfig().guidance_scale
+            scale = stated.guidance_scale
+            guidance_scale = usual.guidance_scale if scale is None else scale
         if steps is None:
-            steps = USUAL_STEPS.get(scheduler, SamplingConfig().num_inference_steps)
+            steps = stated.num_inference_steps or USUAL_STEPS.get(
+                scheduler, usual.num_inference_steps
+            )
         settings = SamplingConfig(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
@@ -131,6 +148,12 @@ class Request:
             )
         if scheduler is Scheduler.IDDPM and not manifest.config.learned_variance:
             raise ConfigError("iddpm needs a model with learned variance; use ddim")
+        if not trained and not self.force_scheduler:
+            raise ConfigError(
+                f"scheduler {scheduler} was asked of {manifest.model['name']}, whose weights were "
+                f"trained for {own}: its images would be ruined; leave it out, or insist with "
+                "force_scheduler"
+            )
         return settings
 
 
@@ -194,6 +217,12 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
     return first, last
 
 
+def _switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(_unexpected(name, "True or False", value))
+    return value
+
+
 def _scheduler(name: str, value: Any) -> Scheduler:
     try:
         return Scheduler(value)
@@ -233,6 +262,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "guidance_scale": _number,
     "guidance_interval": _interval,
     "scheduler": _scheduler,
+    "force_scheduler": _switch,
     "approximate": _approximation,
     "aspect_ratio": checked_text,
     "height": _positive,

@@ -128,11 +128,6 @@ def _one_step(settings: SchedulerSettings) -> OneStep:
     return OneStep(alphas_cumprod(settings))
 
 
-def stored_scheduler(folder: Path) -> Scheduler:
-    """The sampler that a checkpoint's scheduler folder asks for. Raises CheckpointError."""
-    return SchedulerSettings.read(folder).sampler
-
-
 def uses_learned_variance(name: Scheduler) -> bool:
     """Whether the sampler takes the model's variance channels; the others drop them."""
     return name is Scheduler.IDDPM

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pixart_rt.buckets import Bucket, bucket_for_aspect, buckets
 from pixart_rt.inference.call_state import Progress
+from pixart_rt.inference.cuda_graphs import Graphs
+from pixart_rt.inference.decoding import decode
 from pixart_rt.inference.generation import make_inputs, resolve
 from pixart_rt.inference.request import Request
 
 if TYPE_CHECKING:
     from pixart_rt.inference.pipeline import PixArtPipeline
+
+logger = logging.getLogger(__name__)
 
 WARMUP_PROMPTS = ("a red circle above a blue square", " ".join(["a quiet harbour"] * 8))
 
@@ -36,11 +41,15 @@ def warm_up(
     batch_size: int,
     progress: Progress | None,
 ) -> int:
-    """Run, and where possible capture, batches of each request at each shape; the graphs captured.
+    """Run, and where possible capture, batches of each request at each shape, and decode one; the
+    graphs that are kept of it.
 
     See PixArtPipeline.warmup, whose turn this is.
     """
-    before = _num_captures(pipe)
+    graphs: list[Graphs[Any]] = [pipe.denoiser.graphs]
+    if pipe.prompt_encoder is not None:
+        graphs.append(pipe.prompt_encoder.graphs)
+    before = [(set(each), each.captures) for each in graphs]
     work = [(bucket, request) for bucket in shapes for request in requests]
     with _reporting(progress) as report:
         if pipe.prompt_encoder is not None:
@@ -56,13 +65,21 @@ def warm_up(
             resolved = resolve(pipe, [shaped])
             [image] = make_inputs(pipe, resolved)
             pipe.denoiser.warm([image] * batch_size, resolved[0].sampling)
+        for bucket in shapes:
+            report(f"decoder {bucket.width}x{bucket.height}", len(work), len(work))
+            latents = pipe.controls.blank(bucket).repeat(batch_size, 1, 1, 1)
+            profiles = pipe.manifest.components["vae_decoder"].profiles
+            decode(latents, pipe.vae_decoder, profiles, tiled=pipe.vae_tiling)
         report("ready", len(work), len(work))
-    return _num_captures(pipe) - before
-
-
-def _num_captures(pipe: PixArtPipeline) -> int:
-    texts = 0 if pipe.prompt_encoder is None else pipe.prompt_encoder.graphs.captures
-    return pipe.denoiser.graphs.captures + texts
+    pairs = list(zip(graphs, before, strict=True))
+    captured = sum(each.captures - earlier for each, (_, earlier) in pairs)
+    kept = sum(len(set(each) - keys) for each, (keys, _) in pairs)
+    if kept < captured:
+        logger.warning(
+            "%d CUDA graphs were captured, %d are kept: the others went for lack of memory "
+            "(denoiser.graphs.max_bytes); warm up fewer shapes", captured, kept,
+        )  # fmt: skip
+    return kept
 
 
 @contextmanager

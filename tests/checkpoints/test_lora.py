@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from pixart_rt.bundle import sha256
 from pixart_rt.checkpoints import tensor_names
-from pixart_rt.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge, read_adapter
+from pixart_rt.checkpoints.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    merge,
+    read_adapter,
+    sampled_sha256,
+)
 from pixart_rt.checkpoints.transformer import (
     TransformerCheckpoint,
     load_transformer,
@@ -239,6 +245,23 @@ def test_an_adapter_of_another_model_is_refused(sound):
             merge(TransformerCheckpoint(config, state, None, "tiny"), adapter)
         assert "\n" not in str(caught.value)
         assert "more" in str(caught.value)
+
+
+def test_an_adapter_of_other_weights_is_refused(sound, caplog):
+    """Their shapes agree; a float16 copy is the same model."""
+    base, other = (checkpoint_of(diffusers_model(seed)) for seed in (0, 1))
+    silent = read_adapter(sound)
+    merge(other, silent)
+    assert "does not say which weights it was trained on" in caplog.text
+    caplog.clear()
+    adapter = replace(silent, base_sha256=sampled_sha256(base.state))
+    half = replace(base, state={name: each.half() for name, each in base.state.items()})
+    for same in (base, half):
+        merge(same, adapter)
+    with pytest.raises(CheckpointError, match=r"was trained on other weights .* set `any_base`"):
+        merge(other, adapter)
+    merge(other, adapter, any_base=True)
+    assert not caplog.text
 
 
 def test_the_old_format_of_weights_is_read(sound, tmp_path):

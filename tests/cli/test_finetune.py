@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pixart_rt.checkpoints.hub import TINY
+from pixart_rt.checkpoints.lora import sampled_sha256
 from pixart_rt.checkpoints.transformer import read_transformer
 from pixart_rt.training.trainer import Trainer
 
@@ -52,7 +53,8 @@ def test_a_lora_is_trained_and_merged(run: Callable[..., Any], dog: Path, tmp_pa
     assert "step 3/3  loss 0." in outcome.err
     origin = json.loads((out / "origin.json").read_text())
     assert (origin["prompt"], origin["lora"]["rank"]) == (PROMPT, 4)
-    assert origin["base_config"]["sample_size"] == 32
+    assert origin["base_config"]["sample_size"] == 32 and origin["resolution"] == 256
+    assert origin["base_sha256"] == sampled_sha256(read_transformer(TINY / "transformer_256").state)
     learned = load_file(out / "adapter_model.safetensors")
     assert any(t.abs().max() > 0 for name, t in learned.items() if "lora_B" in name)
     assert run("merge", "tiny", out, merged, "--res", 256).code == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from PIL import Image
 
 from pixart_rt import PixArtPipeline
 from pixart_rt.bundle import Manifest
+from pixart_rt.errors import NumericsError
+from pixart_rt.inference.generation import ImageResult
 from pixart_rt.inference.images import read_metadata
+from pixart_rt.inference.request import Request
 from pixart_rt.version import __version__
 
 PROMPT = "a red circle above a blue square"
@@ -36,6 +39,13 @@ PROMPT = "a red circle above a blue square"
         (["--step-cache", 0.1, "--first-block-cache", 0.1], "choose one"),
         (["--guidance-stop", 1.5], "--guidance-stop must be"),
         (["--scheduler", "dmd", "--steps", 2], "must be 1 with dmd"),
+        (
+            ["--scheduler", "lcm"],
+            "--scheduler lcm was asked of made up, whose weights were trained "
+            "for dpm-solver++: its images would be ruined; leave it out, or insist with --force",
+        ),
+        (["-n", 10_001], "10001 images were asked (--num 10001); the most is 10000"),
+        (["--prompts", "all.txt"], "both a PROMPT and --prompts"),
         (["--control-image", "edges.png"], "has no ControlNet; leave it out"),
     ],
 )
@@ -187,7 +197,7 @@ def test_lcm_runs_without_guidance_by_default(
 ) -> None:
     out = tmp_path / "lcm.png"
     outcome = run("generate", PROMPT, "--bundle", bundle_256, "-o", out, "--scheduler", "lcm",
-                  "--steps", 1)  # fmt: skip
+                  "--steps", 1, "--force")  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert read_metadata(out)["guidance_scale"] == "1.0"
 
@@ -228,17 +238,17 @@ def test_progress_stands_in_the_way_of_no_capture(
     """One call, without a callback unless previews are asked, whose images and seeds are theirs."""
     calls: list[dict[str, Any]] = []
     loads: list[dict[str, Any]] = []
-    real_call, real_load = PixArtPipeline.__call__, PixArtPipeline.from_bundle
+    real_stream, real_load = PixArtPipeline.stream, PixArtPipeline.from_bundle
 
-    def call(pipe: PixArtPipeline, *args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return real_call(pipe, *args, **kwargs)
+    def stream(pipe: PixArtPipeline, requests: Any, **kwargs: Any) -> Any:
+        calls.append({"num_images": len(requests), **kwargs})
+        return real_stream(pipe, requests, **kwargs)
 
     def load(*args: Any, **kwargs: Any) -> PixArtPipeline:
         loads.append(kwargs)
         return real_load(*args, **kwargs)
 
-    monkeypatch.setattr(PixArtPipeline, "__call__", call)
+    monkeypatch.setattr(PixArtPipeline, "stream", stream)
     monkeypatch.setattr(PixArtPipeline, "from_bundle", load)
 
     def images(name: str, *options: object) -> list[tuple[Any, Any]]:
@@ -251,7 +261,7 @@ def test_progress_stands_in_the_way_of_no_capture(
     expected = images("by-step", "--preview", tmp_path / "previews")
     assert calls[-1]["callback_on_step_end"] is not None
     actual = images("by-batch")
-    assert len(calls) == 2 and calls[-1]["num_images_per_prompt"] == 7
+    assert len(calls) == 2 and calls[-1]["num_images"] == 7
     assert calls[-1]["callback_on_step_end"] is None, "a graph could be replayed"
     for (image, seed), (other, other_seed) in zip(actual, expected, strict=True):
         assert seed == other_seed
@@ -259,3 +269,113 @@ def test_progress_stands_in_the_way_of_no_capture(
     assert [load["auto_capture"] for load in loads] == [True, True]
     images("off", "--no-auto-capture")
     assert loads[-1]["auto_capture"] is False
+
+
+# Images as they come. The pipeline is a stand-in: what it gives, and when, is the test's.
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, hollow_bundle: Path) -> Callable[..., list[Request]]:
+    """made(0, 2, "stop"): images of these requests come, one that fails as -1 - index, then it ends
+    with Ctrl-C. Returns the requests that will have been asked for.
+    """
+    asked: list[Request] = []
+
+    def result(request: Request, index: int, *, bad: bool) -> ImageResult:
+        resolved = request.resolved(Manifest.read(hollow_bundle))
+        error = NumericsError(f"an image came out with NaN (seed {request.seed})") if bad else None
+        image = None if bad else Image.new("RGB", (8, 4))
+        return ImageResult(index=index, request=request, image=image, error=error,
+                           bucket=resolved.bucket, sampling=resolved.sampling,
+                           skipped_steps=())  # fmt: skip
+
+    def prepare(*events: Any) -> list[Request]:
+        class Stand:
+            max_batch = 1
+
+            def stream(self, requests: list[Request], **_: Any) -> Iterator[ImageResult]:
+                asked.extend(requests)
+                for event in events:
+                    if event == "stop":
+                        raise KeyboardInterrupt
+                    index = event if event >= 0 else -1 - event
+                    yield result(requests[index], index, bad=event < 0)
+
+        monkeypatch.setattr(PixArtPipeline, "from_bundle", lambda *_, **__: Stand())
+        return asked
+
+    return prepare
+
+
+def test_ctrl_c_keeps_the_images_that_are_finished(
+    run: Callable[..., Any], hollow_bundle: Path, made: Callable[..., Any]
+) -> None:
+    made(0, 2, "stop")
+    out = hollow_bundle.parent / "o.png"
+    outcome = run("generate", PROMPT, "--bundle", hollow_bundle, "-o", out, "-n", 4)
+    assert outcome.code == 130
+    assert "stopped: 2 of 4 images are written, not o-1.png, o-3.png" in outcome.err
+    kept = [out.with_name(f"o-{index}.png") for index in (0, 2)]
+    assert sorted(out.parent.glob("*.png")) == kept
+    assert [read_metadata(path)["seed"] for path in kept] == ["0", "2"]
+
+
+def test_an_image_that_fails_loses_no_other(
+    run: Callable[..., Any], hollow_bundle: Path, made: Callable[..., Any]
+) -> None:
+    made(2, -2, 0)
+    out = hollow_bundle.parent / "o.png"
+    words = ("generate", PROMPT, "--bundle", hollow_bundle, "-o", out, "-n", 3)
+    outcome = run(*words)
+    assert outcome.code == 1
+    assert outcome.error.startswith("failed: 2 of 3 images are written, not o-1.png: an image")
+    assert outcome.out.splitlines() == [str(out.with_name(f"o-{index}.png")) for index in (0, 2)]
+    sheet = run(*words, "--grid", "--json")
+    assert sheet.code == 1 and "not image 1" in sheet.error
+    found = json.loads(sheet.out)
+    assert [each["seed"] for each in found["images"]] == [0, 2] and out.is_file()
+    assert read_metadata(out)["seed"] == "0 2"
+
+
+def test_prompts_of_a_file(
+    run: Callable[..., Any], hollow_bundle: Path, made: Callable[..., Any]
+) -> None:
+    folder = hollow_bundle.parent
+    (folder / "all.txt").write_text("\ufeffa café\n\n  two stars  \n", encoding="utf-8")
+    words = ("generate", "--bundle", hollow_bundle, "-o", folder / "o.png", "--prompts")
+    asked = made(0, 1, 2, 3)
+    assert run(*words, folder / "all.txt", "-n", 2, "--seed", 5, "--aspect", "3:2").code == 0
+    assert [(each.prompt, each.seed, each.aspect_ratio) for each in asked] == [
+        ("a café", 5, "3:2"), ("a café", 6, "3:2"),
+        ("two stars", 7, "3:2"), ("two stars", 8, "3:2"),
+    ]  # fmt: skip
+    assert read_metadata(folder / "o-3.png")["prompt"] == "two stars"
+    lines = [{"prompt": "a star", "seed": 40, "guidance_scale": 2},
+             {"prompt": "a dot", "height": 64, "width": 32}]  # fmt: skip
+    (folder / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked.clear()
+    made(0, 1)
+    assert run(*words, folder / "all.jsonl", "--force", "--aspect", "3:2").code == 0
+    assert [(each.seed, each.guidance_scale, each.aspect_ratio, each.height) for each in asked] == [
+        (40, 2.0, "3:2", None), (1, None, None, 64),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no prompt; write one a line"),
+        ("a star", "line 1 is no JSON"),
+        ("[3]", "line 1 must be an object"),
+        ('{"prompt": "a", "steps": 3}', "line 1 has steps; its fields may be prompt, "),
+        ('{"prompt": "a"}\n{"prompt": 7}', "line 2: prompt must be text, got 7"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_named(
+    run: Callable[..., Any], hollow_bundle: Path, text: str, says: str
+) -> None:
+    path = hollow_bundle.parent / "all.jsonl"
+    path.write_text(text)
+    outcome = run("generate", "--bundle", hollow_bundle, "-o", "o.png", "--prompts", path)
+    assert outcome.code == 2 and says in outcome.error
+    assert "no PROMPT" in run("generate", "--bundle", hollow_bundle, "-o", "o.png").error

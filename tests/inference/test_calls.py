@@ -19,7 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_rt import BackendError, Cancelled, ConfigError, EngineConfig, PixArtPipeline, Request
+from pixart_rt import (
+    BackendError,
+    Cancelled,
+    ConfigError,
+    EngineConfig,
+    NumericsError,
+    PixArtPipeline,
+    Request,
+)
 from pixart_rt.export.build import build
 
 pytestmark = pytest.mark.usefixtures("no_kernels")
@@ -220,6 +228,140 @@ def test_a_callback_may_call_the_pipeline(pipe: PixArtPipeline) -> None:
 
     outer = latents(pipe, callback_on_step_end=callback)
     assert torch.equal(inner[0], latents(pipe, seed=9)) and torch.equal(outer, latents(pipe))
+
+
+# Streams, and images that fail.
+
+
+def wanted() -> list[Request]:
+    """Two shapes of one token count, one of another, and a setting of its own."""
+    shapes = ("1:1", "3:2", "1:1", "1:1")
+    steps = (2, 2, 1, 2)
+    return [
+        Request(prompt=f"{PROMPT} {index}", seed=index, aspect_ratio=shapes[index],
+                num_inference_steps=steps[index])
+        for index in range(4)
+    ]  # fmt: skip
+
+
+def test_a_stream_gives_each_image_as_its_batch_is_done(pipe: PixArtPipeline) -> None:
+    """Groups in the order of their first images; another call, and another thread, in between."""
+    requests = wanted()
+    expected = pipe.generate_many(requests, output_type="latent")
+    order = []
+    for result in pipe.stream(requests, output_type="latent"):
+        order.append(result.index)
+        assert result.error is None and torch.equal(result.image, expected[result.index])
+        assert result.request.seed == result.index
+        assert result.sampling.num_inference_steps == requests[result.index].num_inference_steps
+        latents(pipe, num_inference_steps=1)
+        other = Thread(target=latents, args=(pipe,), kwargs={"num_inference_steps": 1})
+        other.start()
+        other.join(30)
+        assert not other.is_alive(), "a stream holds the pipeline for a batch only"
+    assert order == [0, 3, 1, 2]
+
+
+def test_a_stream_is_checked_at_once_and_stopped_between_images(pipe: PixArtPipeline) -> None:
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        pipe.stream([Request(prompt=PROMPT, guidance_scale=-1)])
+    for wrong in (PROMPT, [PROMPT], 7):
+        with pytest.raises(ConfigError, match="requests must be a list of Request, got"):
+            pipe.generate_many(wrong)  # type: ignore[arg-type]
+    cancel = Event()
+    stream = pipe.stream(wanted(), output_type="latent", cancel=cancel)
+    assert next(stream).index == 0 and next(stream).index == 3
+    pipe.interrupt()  # of no batch
+    assert next(stream).index == 1
+    cancel.set()
+    with pytest.raises(Cancelled):
+        next(stream)
+    assert list(pipe.stream([])) == [] == pipe.generate_many([])
+
+
+@pytest.fixture
+def spoils(pipe: PixArtPipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which images the decoder spoils, counted from 0 in the order in which they are decoded."""
+    bad: list[int] = []
+    inner, counted = pipe.vae_decoder, [0]
+
+    def decode(latents: Tensor) -> Tensor:
+        images = inner(latents=latents).clone()
+        for image in images:
+            if counted[0] in bad:
+                image[0, 0, 0] = torch.nan
+            counted[0] += 1
+        return images
+
+    monkeypatch.setattr(pipe, "vae_decoder", decode)
+    return bad
+
+
+def test_an_image_that_is_not_finite_loses_no_other(
+    pipe: PixArtPipeline, spoils: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = wanted()
+    spoils.append(1)  # of request 3, which shares the first batch
+    images = pipe.generate_many(requests)
+    assert [type(image).__name__ for image in images] == [
+        "Image",
+        "Image",
+        "Image",
+        "NumericsError",
+    ]
+    assert "NaN or Inf (tiny, dpm-solver++, seed 3)" in str(images[3])
+    assert "1 of 4 images failed" in caplog.text
+    spoils[:] = [5]
+    results = {result.index: result for result in pipe.stream(requests)}
+    assert results[3].image is None and isinstance(results[3].error, NumericsError)
+    assert all(results[index].image.size for index in range(3))
+    spoils[:] = range(8, 99)
+    for call in (lambda: pipe.generate_many(requests), lambda: pipe(PROMPT, num_inference_steps=1)):
+        with pytest.raises(NumericsError, match="NaN or Inf"):
+            call()
+
+
+# Defaults of the bundle, and where it is.
+
+
+def test_tiny_has_its_own_guidance(pipe: PixArtPipeline) -> None:
+    assert pipe.manifest.sampling_defaults.guidance_scale == 3
+    [result] = pipe.stream([Request(prompt=PROMPT)], output_type="latent")
+    assert (result.sampling.guidance_scale, result.sampling.num_inference_steps) == (3, 20)
+    with pytest.raises(ConfigError, match="scheduler lcm was asked of tiny, whose weights"):
+        pipe(PROMPT, scheduler="lcm")
+    latents(pipe, scheduler="lcm", force_scheduler=True, num_inference_steps=1)
+
+
+def test_a_pipeline_is_only_where_it_was_loaded(pipe: PixArtPipeline) -> None:
+    assert pipe.to("cpu") is pipe and pipe.to(torch.device("cpu")) is pipe
+    with pytest.raises(ConfigError, match=r"to\('meta'\) .* load it there: .*device='meta'"):
+        pipe.to("meta")
+    with pytest.raises(ConfigError, match="takes a device"):
+        pipe.to(torch.float16)  # type: ignore[arg-type]
+
+
+def test_from_pretrained_builds_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built: list[str] = []
+
+    def load() -> PixArtPipeline:
+        return PixArtPipeline.from_pretrained(
+            "tiny", "cpu", backend="torch", res=256, progress=lambda name, *_: built.append(name)
+        )
+
+    first = load()
+    assert first.folder.parent == tmp_path / "pixart_rt" / "bundles"
+    assert first.folder.name.startswith("tiny-256-torch-") and "writing the manifest" in built
+    created = first.manifest.created
+    built.clear()
+    again = load()
+    assert again.folder == first.folder and again.manifest.created == created
+    assert built == ["reading tiny"]
+    for wrong, says in (({"backend": "cuda"}, "backend 'cuda' is not one of auto"),
+                        ({"precision": "int4"}, "precision 'int4' is unknown")):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            PixArtPipeline.from_pretrained("tiny", **wrong)
 
 
 # Callback and progress.

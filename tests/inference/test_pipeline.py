@@ -154,7 +154,7 @@ def test_a_sampler_has_its_usual_number_of_steps(
 ) -> None:
     steps: list[int] = []
     latents(
-        pipe, scheduler=scheduler, num_inference_steps=None,
+        pipe, scheduler=scheduler, force_scheduler=True, num_inference_steps=None,
         callback_on_step_end=lambda _p, step, _t, _v: steps.append(step),
     )  # fmt: skip
     assert steps == list(range(count))
@@ -197,7 +197,9 @@ def test_other_schedulers_match_their_diffusers_loop(
         if scheduler == "iddpm":
             eps = torch.cat([eps, out[1:, 4:]], dim=1)
         x = solver.step(eps, t, x, generator=[generator], return_dict=False)[0]
-    actual = latents(pipe, scheduler=scheduler, num_inference_steps=4, seed=21)
+    actual = latents(
+        pipe, scheduler=scheduler, force_scheduler=True, num_inference_steps=4, seed=21
+    )
     torch.testing.assert_close(actual, x, atol=2e-3, rtol=2e-3)  # float32 errors, guided 4.5 times
 
 
@@ -221,7 +223,7 @@ def test_dmd_is_one_call_at_timestep_400(pipe: PixArtPipeline) -> None:
     steps: list[int] = []
     try:
         actual = latents(
-            pipe, scheduler="dmd", num_inference_steps=1, seed=21,
+            pipe, scheduler="dmd", force_scheduler=True, num_inference_steps=1, seed=21,
             callback_on_step_end=lambda _p, _s, timestep, _v: steps.append(int(timestep)),
         )  # fmt: skip
     finally:

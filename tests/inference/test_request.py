@@ -100,8 +100,8 @@ def test_a_generator_s_seed_is_its_initial_one() -> None:
     [
         ({}, "dpm-solver++", (Scheduler.DPM_SOLVER, 20, 4.5)),
         ({}, "lcm", (Scheduler.LCM, 4, 1.0)),
-        ({"scheduler": "dmd"}, "dpm-solver++", (Scheduler.DMD, 1, 1.0)),
-        ({"scheduler": "ddim"}, "lcm", (Scheduler.DDIM, 20, 4.5)),
+        ({"scheduler": "dmd", "force_scheduler": True}, "dpm-solver++", (Scheduler.DMD, 1, 1.0)),
+        ({"scheduler": "ddim", "force_scheduler": True}, "lcm", (Scheduler.DDIM, 20, 4.5)),
         ({"num_inference_steps": 8, "guidance_scale": 1}, "lcm", (Scheduler.LCM, 8, 1.0)),
         ({"guidance_scale": 0}, "dpm-solver++", (Scheduler.DPM_SOLVER, 20, 0.0)),
     ],

@@ -19,7 +19,6 @@ from pixart_rt.inference.schedulers import (
     dpmpp_coefficients,
     dpmpp_levels,
     make_scheduler,
-    stored_scheduler,
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -102,7 +101,7 @@ def test_what_cannot_be_run_is_refused_when_it_is_read(
     with pytest.raises(CheckpointError, match=message):
         SchedulerSettings.read(folder)
     with pytest.raises(CheckpointError, match=message):
-        stored_scheduler(folder)
+        make_scheduler(Scheduler.DPM_SOLVER, folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

@@ -205,6 +205,19 @@ def test_what_cannot_be_captured_is_not(module: TextEncoderModule) -> None:
     assert PlacedComponent(component(module, []), torch.device("cuda")).capturable
 
 
+def test_warmup_counts_the_graphs_that_are_kept(
+    torch_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = PixArtPipeline.from_bundle(torch_bundle, "cpu", check=False)
+    text = pipe.prompt_encoder
+    assert text is not None
+    text.graphs = Graphs(capture=Recorded, max_bytes=1)  # the latest alone
+    monkeypatch.setattr(text.text_encoder, "capturable", True)
+    monkeypatch.setattr(pipe, "vae_decoder", lambda **_: None)
+    assert pipe.warmup(["1:1"], num_inference_steps=1, prompts=[], progress=lambda *_: None) == 1
+    assert "graphs were captured, 1 are kept" in caplog.text
+
+
 def test_warmup_fills_them_and_a_request_replays(
     torch_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +236,16 @@ def test_warmup_fills_them_and_a_request_replays(
     text.graphs = Graphs(capture=Recorded)
     monkeypatch.setattr(text.text_encoder, "capturable", True)
     assert pipe.warmup(["1:1"], **warm) == len(text_lengths(text.tokenizer.max_tokens))
+    decoded: list[tuple[int, ...]] = []
+    inner = pipe.vae_decoder
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        decoded.append(tuple(latents.shape))
+        return inner(latents=latents)
+
+    monkeypatch.setattr(pipe, "vae_decoder", decode)
     assert pipe.warmup(["1:1"], batch_size=2, **warm) == len(text_lengths(120))
+    assert decoded == [(2, 4, 32, 32)], "the decoder is warmed up too"
     before = text.graphs.replays
     actual = pipe("a red circle", **values).images
     assert text.graphs.replays == before + 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pixart_rt.checkpoints.sampling_defaults import GUIDANCE_SCALE, NUM_STEPS
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import CheckpointError
 from pixart_rt.files import replacing
@@ -34,6 +35,8 @@ def use_lcm_scheduler(folder: Path) -> None:
     parts = json.loads(index.read_text())
     scheduler = make_scheduler(Scheduler.LCM, folder / "scheduler")
     parts["scheduler"] = ["diffusers", type(scheduler).__name__]
+    for stated in (GUIDANCE_SCALE, NUM_STEPS):  # the teacher's
+        parts.pop(stated, None)
     _write(folder / "scheduler" / "scheduler_config.json", scheduler.to_json_string())
     _write(index, json.dumps(parts, indent=2) + "\n")
 

@@ -23,7 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixart_rt.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_CONFIG, PREFIX
+from pixart_rt.checkpoints.lora import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    BASE_SHA256,
+    PREFIX,
+    sampled_sha256,
+)
 from pixart_rt.checkpoints.pipeline_folder import COMPONENTS
 from pixart_rt.checkpoints.tensor_names import diffusers_names
 from pixart_rt.checkpoints.transformer import ORIGIN_FILE
@@ -112,7 +119,12 @@ def write_adapter(
         adapters_in(of_model(weights)),
         adapter,
         base=job.model,
-        origin={**base.origin(asked), BASE_CONFIG: base.checkpoint.config.to_dict()},
+        origin={
+            **base.origin(asked),
+            "resolution": base.checkpoint.config.resolution,
+            BASE_CONFIG: base.checkpoint.config.to_dict(),
+            BASE_SHA256: sampled_sha256(base.checkpoint.state),
+        },
         force=job.options.force,
     )
 

@@ -31,6 +31,7 @@ def merge_adapter(
     heads: int | None = None,
     sample_size: int | None = None,
     lcm: bool = False,
+    any_base: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write `base` with `scale` times an adapter; return the summary of what was written.
@@ -40,6 +41,7 @@ def merge_adapter(
     out: a pipeline folder where `base` is one (not with `transformer_only`), a transformer folder,
       or a .pth by its suffix.
     lcm: the adapter is an LCM-LoRA that does not say so itself.
+    any_base: merge into other weights of the same shapes than it was trained on, too.
 
     Nothing is written before everything fits. Raises ConfigError or CheckpointError, one line each,
     also for an adapter of another model.
@@ -61,7 +63,7 @@ def merge_adapter(
         raise ConfigError(
             f"`res` {res} was asked, but {base} is a {checkpoint.config.resolution} px model"
         )
-    merged = merge(checkpoint, trained, scale)
+    merged = merge(checkpoint, trained, scale, any_base=any_base)
     distilled = trained.scheduler is Scheduler.LCM
     if distilled and pipeline is None:
         _log.info("%s will hold no scheduler: sample it with lcm, without guidance", out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
@@ -45,6 +45,12 @@ def print_tables(*tables: Table) -> None:
     console = Console(highlight=False)
     for table in tables:
         console.print(table)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout that the terminal wraps, not we: a command in one stays whole when copied."""
+    for line in lines:
+        typer.echo(line)
 
 
 class Steps:

@@ -66,7 +66,8 @@ def one_line(error: BaseException) -> str:
         return _flat(error)
     if _is_usage_error(error):
         said = _flat(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
-        return f"{said}; see `pixart-rt --help`"
+        verb = getattr(getattr(error, "ctx", None), "command_path", "pixart-rt")
+        return f"{said}; see `{verb} --help`"
     if _is_out_of_memory(error):
         detail = _flat(error)
         return f"{_OUT_OF_MEMORY} ({detail})" if detail else _OUT_OF_MEMORY
@@ -97,6 +98,13 @@ def options_named(options: Mapping[str, str]) -> Iterator[None]:
         pattern = rf"(?<!\w)'[^']*'|(?<![\w:/.-])(?:{names})(?![\w:/.-])"
         said = re.sub(pattern, lambda name: options.get(name[0], name[0]), str(error))
         raise ConfigError(said) from error
+
+
+def help_of_group(error: BaseException) -> str | None:
+    """The help of a group that was given no verb, which Typer raises as an error."""
+    if type(error).__name__ != "NoArgsIsHelpError":
+        return None
+    return str(error.format_message())  # type: ignore[attr-defined]
 
 
 def exit_code(error: BaseException) -> int:

@@ -263,7 +263,10 @@ def main() -> int:
               "tiers": predicted}  # fmt: skip
     path = write_result("memory", values)
     measured, tier_table = tables(rows, predicted)
-    DOC.write_text(put(put(DOC.read_text(), "measured", measured), "tiers", tier_table))
+    DOC.write_text(
+        put(put(DOC.read_text(encoding="utf-8"), "measured", measured), "tiers", tier_table),
+        encoding="utf-8",
+    )
     print(path)
     return 0 if exact and worst <= 0.10 else 1
 

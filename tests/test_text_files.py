@@ -40,9 +40,9 @@ def without_encoding(source: str) -> Iterator[ast.Call]:
 
 def _is_text(node: ast.Call, name: str) -> bool:
     """True for a file that is opened as text; not for other things that have an `open`."""
-    if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-        if node.func.value.id in ("Image", "webbrowser", "zipfile", "os") and name == "open":
-            return False  # os.open gives a descriptor
+    owner = getattr(getattr(node.func, "value", None), "id", None)
+    if name == "open" and owner in ("Image", "os", "webbrowser", "zipfile"):
+        return False  # os.open gives a descriptor
     method = isinstance(node.func, ast.Attribute) and name == "open"  # path.open(mode)
     place = 0 if method or name in TEMPORARY else 1
     mode = node.args[place] if len(node.args) > place else None
@@ -60,7 +60,7 @@ def _is_text(node: ast.Call, name: str) -> bool:
 def test_text_is_read_and_written_as_utf_8(path: Path) -> None:
     source = (ROOT / path).read_text(encoding="utf-8")
     lines = [f"{path}:{node.lineno}: {ast.unparse(node)}" for node in without_encoding(source)]
-    assert not lines, "add encoding=\"utf-8\""
+    assert not lines, 'add encoding="utf-8"'
 
 
 def test_the_search_finds_what_it_should() -> None:

@@ -132,7 +132,7 @@ class JsonlWriter:
 
     def __init__(self, path: Path, start: int = 0) -> None:
         _drop_after(path, start)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: LogLine) -> None:
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **line.to_dict()}
@@ -148,7 +148,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError where another line is no record.
     """
-    *whole, _torn = path.read_text().split("\n")
+    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
     records = []
     for number, text in enumerate(whole, start=1):
         try:
@@ -169,7 +169,7 @@ def _drop_after(path: Path, start: int) -> None:
         return
     kept = [record for record in read_lines(path) if record["step"] <= start]
     with replacing(path) as aside:
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:
@@ -245,5 +245,5 @@ def _run_id(path: Path) -> str:
     """The name of this run, made up once."""
     if not path.is_file():
         with replacing(path) as aside:
-            aside.write_text(secrets.token_hex(8))
-    return path.read_text().strip()
+            aside.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

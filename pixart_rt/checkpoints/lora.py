@@ -124,7 +124,7 @@ def merge(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} is missing; give the folder of a LoRA adapter, as peft writes it"
@@ -143,7 +143,7 @@ def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None]:
     if not path.is_file():
         return None, None
     try:
-        origin = json.loads(path.read_text())
+        origin = json.loads(path.read_text(encoding="utf-8"))
         scheduler, config = origin.get("scheduler"), origin.get(BASE_CONFIG)
         if config is not None:
             config = dict(config)

@@ -63,7 +63,7 @@ def _backends(found: dict[str, Any]) -> Table:
 
 
 def _fixes(found: dict[str, Any]) -> list[str]:
-    """A line for each fix, below the tables: a cell would break commands, which are to be copied."""
+    """A line for each fix, below the tables: a cell would break commands that users copy."""
     broken = [item for item in (*found["gpus"], *found["backends"]) if not item["ok"]]
     lines = [f"  {item['name']}: {item['fix']}" for item in broken if item["fix"]]
     return ["what does not work, and the fix:", *lines] if lines else []

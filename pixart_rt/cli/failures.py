@@ -73,6 +73,8 @@ def one_line(error: BaseException) -> str:
         return f"{_OUT_OF_MEMORY} ({detail})" if detail else _OUT_OF_MEMORY
     if _is_disk_full(error):
         return f"{_DISK_FULL} ({_flat(error)})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text file is not UTF-8 ({error}); save it as UTF-8"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package)
@@ -115,7 +117,7 @@ def exit_code(error: BaseException) -> int:
 
 def is_expected(error: BaseException) -> bool:
     """Whether the line says all there is to say; otherwise the error is our own mistake."""
-    expected = (PixArtError, OSError, ModuleNotFoundError)
+    expected = (PixArtError, OSError, ModuleNotFoundError, UnicodeDecodeError)
     known = (_is_usage_error, _is_out_of_memory, _is_disk_full)
     return isinstance(error, expected) or any(is_known(error) for is_known in known)
 

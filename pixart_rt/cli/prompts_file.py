@@ -10,7 +10,7 @@ from pixart_rt.errors import ConfigError
 def read_prompts(path: Path) -> list[str]:
     """Its lines without those that are empty. Raises ConfigError for a file without a prompt."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts {path} cannot be read ({error}); name a text file") from error
     found = [line for line in lines if line]

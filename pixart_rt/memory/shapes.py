@@ -141,7 +141,7 @@ def _text_tokens(folder: Path) -> int | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); give another --model") from error
     return values

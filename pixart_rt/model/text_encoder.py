@@ -45,7 +45,7 @@ class T5Config:
         if not path.is_file():
             raise CheckpointError(f"{folder} has no config.json; it is not a text encoder folder")
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
             config = cls(**found)
         except (ValueError, TypeError) as error:

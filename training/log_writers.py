@@ -26,6 +26,7 @@ from rich.console import Console
 
 from pixart_rt.errors import BackendError, DataError
 from pixart_rt.files import replacing
+from pixart_rt.stderr_console import stderr
 from pixart_rt.training.metrics import LogLine
 from pixart_rt.training.run_settings import Place
 
@@ -90,11 +91,11 @@ def _open(
 
 
 class ConsoleWriter:
-    """A line on stderr."""
+    """A line on stderr, above a running bar."""
 
     def __init__(self, num_steps: int | None = None, console: Console | None = None) -> None:
         self.num_steps = num_steps
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or stderr()
 
     def write(self, line: LogLine) -> None:
         self.console.print(describe(line, self.num_steps), markup=False, soft_wrap=True)

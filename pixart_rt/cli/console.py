@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -23,13 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pixart_rt.stderr_console import stderr
+
 WHOLE_RUN = 1e9  # seconds: the ETA averages over all steps so far, not the last half minute
-
-
-@cache
-def stderr() -> Console:
-    """The console of progress and notes. One, so that notes appear above a running bar."""
-    return Console(stderr=True, highlight=False)
 
 
 def note(message: str) -> None:

@@ -33,9 +33,12 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
+	@echo "Builds 1024 px engines of the model that comes with the package, and draws six images" \
+	  "with them: a few minutes on two CPU cores."
 	$(BIN)/pixart-rt build --model tiny --res 1024 --out engines/tiny-1024
 	$(BIN)/python examples/contact_sheet.py --bundle engines/tiny-1024 --output demo/contact-sheet.png
 	@echo "The images are in $(CURDIR)/demo/contact-sheet.png"
+	@echo "For your own: . $(BIN)/activate, then pixart-rt generate PROMPT --bundle engines/tiny-1024 -o out.png"
 
 test: $(STAMP) ## all tests that need no GPU
 	$(PYTEST) -m "not gpu and not exhaustive" $(PYTEST_ARGS)

@@ -55,7 +55,7 @@ def main() -> None:
         seconds = time.monotonic() - started
         if child.returncode:
             sys.exit(child.returncode)
-        manifest = json.loads((out / "manifest.json").read_text())
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         engines = {
             name: sum((out / part).stat().st_size for part in entry["parts"])
             for name, entry in manifest["components"].items()

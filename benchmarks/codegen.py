@@ -284,15 +284,15 @@ def main() -> int:
         "traffic": traffic,
     }
     if chosen is not None:
-        chosen.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
+        chosen.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n", encoding="utf-8")
         return 0
     path = write_result("codegen", values)
-    text = DOC.read_text()
+    text = DOC.read_text(encoding="utf-8")
     for section, body in zip(SECTIONS, (table(rows), traffic_table(traffic)), strict=True):
         begin, end = f"<!-- {section}:begin -->\n", f"<!-- {section}:end -->\n"
         head, rest = text.split(begin)
         text = head + begin + body + end + rest.split(end)[1]
-    DOC.write_text(text)
+    DOC.write_text(text, encoding="utf-8")
     print(path)
     return 0
 

@@ -94,7 +94,9 @@ def main() -> int:
     for name, value in found.items():
         print(f"{name:28} {value:6.1f} us")
     if chosen is not None:
-        chosen.write_text(json.dumps({**provenance(), "microseconds": found}, indent=1) + "\n")
+        chosen.write_text(
+            json.dumps({**provenance(), "microseconds": found}, indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 

@@ -226,7 +226,10 @@ def main() -> int:
               "rows": rows, "tiers": predicted}  # fmt: skip
     path = write_result("memory", values)
     measured, tier_table = tables(rows, predicted)
-    DOC.write_text(put(put(DOC.read_text(), "measured", measured), "tiers", tier_table))
+    DOC.write_text(
+        put(put(DOC.read_text(encoding="utf-8"), "measured", measured), "tiers", tier_table),
+        encoding="utf-8",
+    )
     print(path)
     return 0 if exact and hold and worst <= TOLERANCE else 1
 

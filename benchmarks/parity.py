@@ -176,7 +176,7 @@ def main() -> int:
               "unequal_position_tables": unequal}  # fmt: skip
     path: Path = write_result("parity", values)
     DOC.parent.mkdir(exist_ok=True)
-    DOC.write_text(table(json.loads(path.read_text())))
+    DOC.write_text(table(json.loads(path.read_text(encoding="utf-8"))), encoding="utf-8")
     print(path)
     return 0 if passed else 1
 

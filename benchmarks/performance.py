@@ -120,7 +120,7 @@ def sections(paths: list[Path], doc: Path) -> dict[str, str]:
     """The text of each section. Raises SystemExit for a result whose images differ."""
     found: dict[str, list[str]] = {name: [] for name in SECTIONS}
     for path in paths:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         for name, agreement in result["agreement"].items():
             if not agreement["agrees"]:
                 raise SystemExit(f"error: {path}: {name} drew other images; measure again")
@@ -134,7 +134,7 @@ def gpu_section(paths: list[Path], doc: Path) -> str:
     """The tables and plots of the calls of gpu/run.sh, if there are any."""
     blocks = []
     for path in paths:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         text = report.markdown(found)
         drawn = [
             f"![{each.stem}]({Path(os.path.relpath(each, doc.parent)).as_posix()})"
@@ -146,14 +146,14 @@ def gpu_section(paths: list[Path], doc: Path) -> str:
 
 def write(doc: Path, results: Path) -> None:
     """Put the tables of a folder's results between the document's markers."""
-    text = doc.read_text()
+    text = doc.read_text(encoding="utf-8")
     found = sections(sorted(results.glob("bench-*.json")), doc)
     found["gpu"] = gpu_section(sorted((results / "gpu").glob("*.json")), doc)
     for name, body in found.items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
         head, rest = text.split(begin)
         text = head + begin + body + end + rest.split(end)[1]
-    doc.write_text(text)
+    doc.write_text(text, encoding="utf-8")
 
 
 def main() -> int:

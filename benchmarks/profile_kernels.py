@@ -78,7 +78,7 @@ def main() -> int:
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
     values = {**provenance(), "kernels": parse(ran.stdout)}
-    args.json.write_text(json.dumps(values, indent=1) + "\n")
+    args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     for each in values["kernels"]:
         print(each["kernel"], json.dumps(each["metrics"], indent=1))
     return 0

@@ -42,13 +42,15 @@ class Saver:
     def __call__(self, values: dict[str, Any]) -> None:
         if self.path is not None:
             with replacing(self.path) as new:
-                new.write_text(json.dumps({**self._facts, **values}, indent=1) + "\n")
+                new.write_text(
+                    json.dumps({**self._facts, **values}, indent=1) + "\n", encoding="utf-8"
+                )
 
     def earlier(self, key: str) -> list[dict[str, Any]]:
         """The rows that a run before this one saved under a key; none if there was no such run."""
         if self.path is None or not self.path.is_file():
             return []
-        rows: list[dict[str, Any]] = json.loads(self.path.read_text())[key]
+        rows: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))[key]
         return rows
 
 
@@ -63,6 +65,6 @@ def write_result(name: str, values: dict[str, Any], folder: Path = RESULTS) -> P
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     temporary = path.with_suffix(".json.part")
-    temporary.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n")
+    temporary.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n", encoding="utf-8")
     temporary.rename(path)
     return path

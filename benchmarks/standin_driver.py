@@ -192,7 +192,7 @@ def _libcuda() -> ctypes.CDLL:
         "SHARED_OPTIN": SHARED_OPTIN, "SHARED_SM": SHARED_SM,
         "REGISTERS": REGISTERS, "PROCESSORS": PROCESSORS,
     }  # fmt: skip
-    source.write_text(LIBCUDA)
+    source.write_text(LIBCUDA, encoding="utf-8")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-O2", "-Wl,-soname,libcuda.so.1", f"-I{include}",

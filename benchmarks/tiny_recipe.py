@@ -95,7 +95,7 @@ def logged_minutes(run: Path) -> dict[str, float]:
     """Wall time between the log lines of each phase: steps and checkpoints, not encoding."""
     found = {}
     for path in sorted(run.glob("*/log.jsonl")):
-        lines = map(json.loads, path.read_text().splitlines())
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         found[path.parent.name] = sum(line["seconds"] for line in lines) / 60
     return found
 

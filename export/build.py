@@ -31,11 +31,8 @@ from pixart_rt.checkpoints.sampling_defaults import read_sampling
 from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.export.checkpoint_source import Source, open_source
-from pixart_rt.export.component_build import compile_component
 from pixart_rt.export.component_spec import Plan, plan_component
 from pixart_rt.export.engines import check_targets
-from pixart_rt.export.plugins.graph import check_plugin_targets
-from pixart_rt.export.preview_colors import write_preview
 from pixart_rt.files import check_folder
 from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_kv import TEXT_SIDE
@@ -131,6 +128,7 @@ def build(
         note = f"{out} already holds this build (key {key[:12]}); nothing to do"
         return BuildResult(out, True, found, [note])
     check_folder(out, BUNDLE, force=True)
+    source.check_readable(config.components)
     notes = [*_replaced(out, source, config, force=force), *_notes(plans, usable)]
     for note in notes:
         logger.info("%s", note)
@@ -139,6 +137,8 @@ def build(
         manifest = _empty_manifest(folder, source, config, key)
         manifest = _compile_all(folder, manifest, plans, config, report)
         if "vae_decoder" in config.components:
+            from pixart_rt.export.preview_colors import write_preview  # PIL
+
             report("vae_decoder: previews", len(plans), len(plans))
             fit = write_preview(folder, source.vae())
             manifest = replace(manifest, vae={**manifest.vae, **fit})
@@ -216,6 +216,8 @@ def _resolve(config: EngineConfig) -> EngineConfig:
     if config.backend.startswith("tensorrt"):
         targets = check_targets(config.backend, config.targets)
         if config.plugins:
+            from pixart_rt.export.plugins.graph import check_plugin_targets  # onnx
+
             check_plugin_targets(targets)
         return replace(config, targets=targets)
     if config.targets:
@@ -350,6 +352,8 @@ def _compile_all(
     folder: Path, manifest: Manifest, plans: list[Plan], config: EngineConfig, report: Progress
 ) -> Manifest:
     """Compile and check every component; the manifest grows by an entry each."""
+    from pixart_rt.export.component_build import compile_component  # onnx, onnxruntime
+
     for done, plan in enumerate(plans):
         text = plan.component == "text_encoder" and config.text_encoder_backend
         backend = text or config.backend
@@ -383,9 +387,8 @@ def _write_rest(folder: Path, source: Source, dtype: torch.dtype) -> dict[str, s
             save_file({"y_embedding": null.contiguous()}, folder / "y_embedding.safetensors")
     if source.controlnet is not None and "vae_decoder" in source.components:
         vae = source.vae()
-        values = {name: value for name, value in vae.config.items() if not name.startswith("_")}
         (folder / VAE_ENCODER).mkdir()
-        save_module(folder / VAE_ENCODER, VaeEncoder(vae), values)
+        save_module(folder / VAE_ENCODER, VaeEncoder(vae), source.whole_vae_config())
     for name in ("tokenizer", "scheduler"):
         if source.folder is not None and (source.folder / name).is_dir():
             shutil.copytree(source.folder / name, folder / name)

@@ -37,7 +37,7 @@ from pixart_rt.model.text_encoder import T5Config, T5Encoder
 from pixart_rt.model.text_kv import TextSide
 from pixart_rt.model.tokenizer import PromptTokenizer
 from pixart_rt.model.transformer import Modulator, PixArtTransformer
-from pixart_rt.model.vae import SD_VAE, read_vae, vae_from_config
+from pixart_rt.model.vae import SD_VAE, read_vae, read_vae_config, vae_from_config
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -103,7 +103,8 @@ class Source:
     def empty_prompt(self) -> dict[str, Tensor]:
         """The text encoder's inputs for the empty prompt, at the model's full text length."""
         assert self.folder is not None
-        tokens = PromptTokenizer(self.folder / "tokenizer", self.config.max_text_tokens)([""])
+        folder, length = self.folder / "tokenizer", self.config.max_text_tokens
+        tokens = self._once("empty_prompt", lambda: PromptTokenizer(folder, length)([""]))
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
     def _checkpoint_in(self, dtype: torch.dtype) -> TransformerCheckpoint:
@@ -148,6 +149,16 @@ class Source:
         if "vae_decoder" in components:
             self._check_width("VAE", self.vae_config()["latent_channels"], "in_channels")
 
+    def check_readable(self, components: tuple[str, ...]) -> None:
+        """Read what `check_fits` left unread because its libraries take seconds to import.
+
+        Raises CheckpointError, before any work, for a VAE or a tokenizer that cannot be read.
+        """
+        if "vae_decoder" in components:
+            self.whole_vae_config()
+        if "text_encoder" in components:
+            self.empty_prompt()
+
     def _check_width(self, what: str, found: int, setting: str) -> None:
         expected = getattr(self.config, setting)
         if found != expected:
@@ -173,8 +184,16 @@ class Source:
         return vae
 
     def vae_config(self) -> dict[str, Any]:
-        """The autoencoder's configuration."""
-        return dict(self._once("vae", self._read_vae).config)
+        """The autoencoder's configuration as its file has it, which needs no diffusers."""
+        if self.folder is None:
+            return dict(SD_VAE)
+        folder = self.folder / "vae"
+        return dict(self._once("vae_config", lambda: read_vae_config(folder)))
+
+    def whole_vae_config(self) -> dict[str, Any]:
+        """The autoencoder's configuration with diffusers' defaults; reads its weights too."""
+        config = self._once("vae", self._read_vae).config
+        return {name: value for name, value in config.items() if not name.startswith("_")}
 
     def _read_vae(self) -> AutoencoderKL:
         if self.folder is None:

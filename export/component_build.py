@@ -84,7 +84,7 @@ def compile_component(
     # Small shapes lie outside a profile. Where the engine cannot run, its graph is, on the small.
     cases = plan.profile_cases if profiled and engine_runs else plan.cases
     golden = plan.profile_cases[0]
-    empty = [] if plan.empty_prompt is None else [plan.empty_prompt]
+    empty = [] if plan.empty_prompt is None else [plan.empty_prompt()]
     outputs = run_parts(plan, [*cases, golden, *empty], torch.float32)
     references, stored = outputs[: len(cases)], outputs[len(cases)]
     for inputs, embeds in zip(empty, outputs[len(cases) + 1 :], strict=True):
@@ -148,7 +148,7 @@ def _compile_part(
     graph = part.make(DTYPES[plan.precision])
     if backend.startswith("torch"):
         step("weights")
-        save_module(place, graph.module, part.config)
+        save_module(place, graph.module, part.config())
         return Compiled(part, place / "model.safetensors", None, None)
     step(f"export{label}")
     if backend == "aoti":

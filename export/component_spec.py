@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -39,11 +40,14 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One graph of a component. `make` gives it in any precision; `config` describes its module."""
+    """One graph of a component. `make` gives it in any precision; `config` describes its module.
+
+    Both are functions because a build that finds its bundle made already calls neither.
+    """
 
     name: str
     make: Callable[[torch.dtype], Graph]
-    config: object
+    config: Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,7 @@ class Plan:
     cases: list[dict[str, Tensor]]  # small shapes, for the gate of what accepts any
     profile_cases: list[dict[str, Tensor]]  # a shape inside each profile; the first for `verify`
     predicted_peak: int | None = None  # bytes to build its largest engine, where predicted
-    empty_prompt: dict[str, Tensor] | None = None  # a text encoder's, whose output is kept
+    empty_prompt: Callable[[], dict[str, Tensor]] | None = None  # of a text encoder, which keeps it
     fp8: bool = False  # the transformer's linears, quantized when it is loaded
     weights: Weights = Weights.FULL  # and these, of whichever component
     memory_cases: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -125,7 +129,7 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
     return Plan(
         "transformer",
         config.precision,
-        [Part("model", make, _with_controlnet(model, control))],
+        [Part("model", make, partial(_with_controlnet, model, control))],
         [profile],
         [inputs(2, 35), inputs(1, 64, guided=0), inputs(3, 17, guided=2)],
         [inputs(1, low), inputs(images, high, guided=0)],
@@ -142,8 +146,7 @@ def _with_controlnet(model: ModelConfig, control: ControlNetConfig | None) -> ob
 
 
 def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
-    values = source.vae_config()
-    channels = values["latent_channels"]
+    channels = source.vae_config()["latent_channels"]
     generator = torch.Generator().manual_seed(SEED)
 
     def latents(rows: int, height: int, width: int) -> dict[str, Tensor]:
@@ -155,11 +158,10 @@ def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
     profiles = vae_profiles(config)
     sizes = [(p["latent_height"][0], p["latent_width"][0]) for p in profiles]
     whole = config.resolution // VAE_SCALE_FACTOR
-    config_values = {k: v for k, v in values.items() if not k.startswith("_")}
     return Plan(
         "vae_decoder",
         config.precision,
-        [Part("model", make, config_values)],
+        [Part("model", make, source.whole_vae_config)],
         profiles,
         [latents(2, 8, 12), latents(1, 9, 5)],
         [latents(1, *size) for size in sizes],
@@ -207,7 +209,7 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         def make(dtype: torch.dtype) -> Graph:
             return text_encoder_graph(source.text_encoder(dtype, start, stop), length)
 
-        return Part("model" if len(bounds) == 1 else f"part{index}", make, t5)
+        return Part("model" if len(bounds) == 1 else f"part{index}", make, lambda: t5)
 
     return Plan(
         "text_encoder",
@@ -217,7 +219,7 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         [inputs(2), inputs(1, shortest), inputs(3, length // 2)],
         [inputs(1), inputs(2, shortest)],
         None if whole else max(predicted_peak(part_bytes(t5, dtype, *b)) for b in bounds),
-        source.empty_prompt(),
+        source.empty_prompt,
         weights=config.text_weights,
         memory_cases={rows: inputs(rows) for rows in (1, 2)},
     )

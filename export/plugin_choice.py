@@ -155,6 +155,6 @@ def choose_in_bundle(bundle: Path) -> dict[str, Measurement]:
         found[name] = entry.plugins.measured[torch.cuda.get_device_name()]
         manifest = manifest.with_entry(name, entry)
     with replacing(bundle / MANIFEST) as new:
-        new.write_text(manifest.to_json())
+        new.write_text(manifest.to_json(), encoding="utf-8")
         new.chmod(0o644)  # as `bundle.writing` leaves it
     return found

@@ -80,7 +80,7 @@ def compile_launch(launch: Launch, arch: tuple[int, int]) -> Resources:
         # The disassembler that comes with Triton no longer knows sm_70.
         sass = _run(bin_dir / "nvdisasm", "-c", cubin) if arch >= (7, 5) else ""
         ptx = Path(folder) / "k.ptx"
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(compiled.asm["ptx"], encoding="utf-8")
         spills, advisories = _assembler(bin_dir, ptx, Path(folder) / "k2.cubin")
     found = dict(re.findall(r"(REG|SHARED|STACK|LOCAL):(\d+)", usage))
     name = getattr(launch.kernel, "__name__", str(launch.kernel))
@@ -171,7 +171,7 @@ def sources_key() -> str:
 
 def _assembler(bin_dir: Path, ptx: Path, out: Path) -> tuple[int, tuple[str, ...]]:
     """Bytes spilled, and the codes of the advisories: C7510 and its like are slow code."""
-    target = re.search(r"\.target\s+sm_(\d+\w*)", ptx.read_text())
+    target = re.search(r"\.target\s+sm_(\d+\w*)", ptx.read_text(encoding="utf-8"))
     assert target is not None
     number = int(re.sub(r"\D", "", target[1]))
     assembler = bin_dir / ("ptxas-blackwell" if number >= 100 else "ptxas")

@@ -360,7 +360,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
         valid = isinstance(table, dict) and isinstance(table.get("operators"), dict)
     except (OSError, ValueError):
         valid = False

@@ -184,7 +184,7 @@ class Manifest:
         if not path.is_file():
             raise BundleError(
                 f"{bundle} is not a bundle: it has no {MANIFEST}; "
-                f"make one with `pixart-rt build --out {bundle}`"
+                f"check the path, or make one with `pixart-rt build --model tiny --out {bundle}`"
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))

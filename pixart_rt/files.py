@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pixart_rt.errors import ConfigError
+from pixart_rt.errors import ConfigError, DataError
 
 LIST = "pixart_rt.json"  # in a folder that we wrote and that has no manifest of its own
 FILE_SUFFIXES = frozenset(
@@ -102,6 +102,15 @@ def check_folder(path: str | Path, kind: Kind | Iterable[Kind], *, force: bool) 
             raise ConfigError(f"{path} exists; choose another name, or replace it with --force")
 
 
+def check_source(path: str | Path, holds: str) -> None:
+    """Refuse a folder to read that is not there, before seconds of imports. Raises DataError.
+
+    holds: what should be in it, for the message.
+    """
+    if not Path(path).is_dir():
+        raise DataError(f"{path} is no folder; give one that holds {holds}")
+
+
 def check_into(path: str | Path) -> None:
     """Refuse a folder that files could not be added to. Raises ConfigError."""
     place = _follow(path)
@@ -161,7 +170,9 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process may work on what `path` stands for; free again when the process ends."""
     import fcntl  # not on Windows, where only inference runs
 
-    with path.open("a") as file:  # "w" would empty a file of this name that is not ours
+    with path.open(
+        "a", encoding="utf-8"
+    ) as file:  # "w" would empty a file of this name that is not ours
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

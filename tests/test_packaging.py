@@ -34,6 +34,8 @@ def test_the_wheel_holds_every_module_once_and_the_tiny_model(wheel: Path) -> No
         ]
     missing = {path.relative_to(ROOT).as_posix() for path in tracked} - set(names)
     assert not missing
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.toml")}
+    assert recipes and {f"pixart_rt/recipes/{name}" for name in recipes} <= set(names)
     for folder in ("tokenizer", "text_encoder", "transformer", "transformer_256", "vae"):
         assert any(name.startswith(f"pixart_rt/assets/tiny/{folder}/") for name in names), folder
 

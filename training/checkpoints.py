@@ -74,7 +74,7 @@ class Checkpoints:
         """What the checkpoint says of its run. Raises CheckpointError where it is damaged."""
         path = self.path(step) / PROGRESS
         try:
-            return Progress(**json.loads(path.read_text()))
+            return Progress(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); remove that checkpoint to resume from the one "
@@ -173,7 +173,7 @@ class Checkpoints:
         if self.ranks.is_first:
             aside = self._aside(progress.step)
             progress = replace(progress, files=result)
-            with (aside / PROGRESS).open("w") as file:
+            with (aside / PROGRESS).open("w", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(progress), indent=1) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from pixart_rt.errors import BackendError, DataError
 from pixart_rt.files import replacing
+from pixart_rt.stderr_console import stderr
 from pixart_rt.training.metrics import LogLine
 from pixart_rt.training.run_settings import Place
 
@@ -90,11 +91,11 @@ def _open(
 
 
 class ConsoleWriter:
-    """A line on stderr."""
+    """A line on stderr, above a running bar."""
 
     def __init__(self, num_steps: int | None = None, console: Console | None = None) -> None:
         self.num_steps = num_steps
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or stderr()
 
     def write(self, line: LogLine) -> None:
         self.console.print(describe(line, self.num_steps), markup=False, soft_wrap=True)
@@ -132,7 +133,7 @@ class JsonlWriter:
 
     def __init__(self, path: Path, start: int = 0) -> None:
         _drop_after(path, start)
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: LogLine) -> None:
         record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **line.to_dict()}
@@ -148,7 +149,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError where another line is no record.
     """
-    *whole, _torn = path.read_text().split("\n")
+    *whole, _torn = path.read_text(encoding="utf-8").split("\n")
     records = []
     for number, text in enumerate(whole, start=1):
         try:
@@ -169,7 +170,7 @@ def _drop_after(path: Path, start: int) -> None:
         return
     kept = [record for record in read_lines(path) if record["step"] <= start]
     with replacing(path) as aside:
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:
@@ -245,5 +246,5 @@ def _run_id(path: Path) -> str:
     """The name of this run, made up once."""
     if not path.is_file():
         with replacing(path) as aside:
-            aside.write_text(secrets.token_hex(8))
-    return path.read_text().strip()
+            aside.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

@@ -189,10 +189,10 @@ def run_phase(
             bucket = source.buckets[each["bucket"]]
             each |= {"height": bucket.height, "width": bucket.width}
         with replacing(folder / EXPOSURE) as temporary:
-            temporary.write_text(json.dumps(exposure, indent=1) + "\n")
+            temporary.write_text(json.dumps(exposure, indent=1) + "\n", encoding="utf-8")
         with replacing(folder / DONE) as temporary:
             record = _asked(recipe, phase, options)
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     ranks.barrier()
     return done
 
@@ -202,7 +202,7 @@ def is_done(recipe: Recipe, phase: Phase, options: TrainOptions, out: Path) -> b
     path = phase_folder(recipe, phase, out) / DONE
     if not path.is_file():
         return False
-    found, asked = json.loads(path.read_text()), _asked(recipe, phase, options)
+    found, asked = json.loads(path.read_text(encoding="utf-8")), _asked(recipe, phase, options)
     for name, value in json.loads(json.dumps(asked)).items():
         if found.get(name) != value:
             raise ConfigError(

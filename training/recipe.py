@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+import pixart_rt
 from pixart_rt.buckets import RESOLUTIONS, VAE_SCALE_FACTOR
 from pixart_rt.config import ModelConfig, Precision
 from pixart_rt.errors import ConfigError
@@ -26,6 +27,8 @@ from pixart_rt.training.presets import PRESETS, Preset, Settings
 from pixart_rt.training.reparameterize_settings import TextStart
 from pixart_rt.training.run_settings import OptimizerKind
 from pixart_rt.training.toml_settings import read_settings
+
+RECIPES = Path(pixart_rt.__file__).parent / "recipes"  # a link in a checkout, a folder in a wheel
 
 
 class Stage(StrEnum):
@@ -211,7 +214,27 @@ class Recipe:
             raise ConfigError(f"phase {phase.name}: {error}") from error
 
 
-def read_recipe(path: Path, preset: Preset | None = None) -> Recipe:
-    """The recipe in a TOML file; `preset` replaces the file's. Raises ConfigError, one line."""
-    recipe = read_settings(Recipe, path)
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one that comes with the package, such as tiny.
+
+    Raises ConfigError, which lists the names, for a name that is neither.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix or len(path.parts) != 1:
+        return path  # a path that does not exist is the reader's to refuse
+    ours = {found.stem: found for found in sorted(RECIPES.glob("*.toml"))}
+    if path.name not in ours:
+        raise ConfigError(
+            f"{name} is neither a file here nor a recipe of the package; there are "
+            f"{', '.join(ours)}, or give a .toml file of yours"
+        )
+    return ours[path.name]
+
+
+def read_recipe(path: str | Path, preset: Preset | None = None) -> Recipe:
+    """The recipe in a TOML file, or of that name in the package (find_recipe).
+
+    `preset` replaces the file's. Raises ConfigError, one line.
+    """
+    recipe = read_settings(Recipe, find_recipe(path))
     return recipe if preset is None else replace(recipe, preset=preset)

@@ -21,7 +21,7 @@ def read_settings(kind: type[T], path: Path) -> T:
     """The file as `kind`. Raises ConfigError in one line that names the file and the setting."""
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no TOML ({error})") from error
     except OSError as error:

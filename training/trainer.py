@@ -271,7 +271,7 @@ class Trainer:
                 "step": each.step, "seed": self.settings.seed, "ids": [i for r in ids for i in r],
                 "height": each.bucket.height, "width": each.bucket.width,
             }  # fmt: skip
-            with (self.out / SKIPPED).open("a") as file:
+            with (self.out / SKIPPED).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             _log.warning("step %d was not finite and changed nothing; --replay %d shows where",
                          each.step, each.step)  # fmt: skip
@@ -291,10 +291,10 @@ class Trainer:
         path = self.out / SKIPPED
         if not self.ranks.is_first or not path.exists():
             return
-        records = path.read_text().splitlines(keepends=True)
+        records = path.read_text(encoding="utf-8").splitlines(keepends=True)
         with replacing(path) as aside:
             kept = [line for line in records if json.loads(line)["step"] < self.done]
-            aside.write_text("".join(kept))
+            aside.write_text("".join(kept), encoding="utf-8")
 
     def _validate(self) -> None:
         weights = self.weights(average=self.ema is not None)

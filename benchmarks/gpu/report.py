@@ -62,7 +62,9 @@ def collect(
     for job in jobs:
         if job.output is not None and job.output.is_file():  # also of one that was stopped
             for section in _sections(job):
-                written.setdefault(section, []).append(json.loads(job.output.read_text()))
+                written.setdefault(section, []).append(
+                    json.loads(job.output.read_text(encoding="utf-8"))
+                )
     found: dict[str, Any] = {
         **base,
         "seconds": round(seconds, 1),
@@ -111,7 +113,7 @@ def _left_out(several: Rows) -> Iterator[dict[str, Any]]:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    lines = log.read_text(errors="replace", encoding="utf-8").split("\n") if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
@@ -121,7 +123,7 @@ def _joined(parts: Iterable[dict[str, Any]], key: str) -> list[Any]:
 
 def write(path: Path, found: dict[str, Any]) -> None:
     with replacing(path) as new:
-        new.write_text(json.dumps(found, indent=1) + "\n")
+        new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def row_of(rows: Rows, **wanted: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         answer = work(request)
     except Refused as error:
         answer = {"error": str(error)}
-    with os.fdopen(answer_fd, "w") as stream:
+    with os.fdopen(answer_fd, "w", encoding="utf-8") as stream:
         json.dump(answer, stream)
 
 
@@ -52,7 +52,7 @@ def ask(
     ended it. `name` is what was to be built; `environment` replaces this process's own.
     """
     paths = os.pathsep.join(p or os.getcwd() for p in sys.path)
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
+    with tempfile.TemporaryFile("w+", errors="replace", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, "-P", "-m", worker],
             input=json.dumps(request),
@@ -91,7 +91,9 @@ def peak_memory() -> int:
     Not getrusage where /proc has it: ru_maxrss starts from the parent's, across fork and exec.
     """
     status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+    if status.exists() and (
+        found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))
+    ):
         return int(found[1]) * 1024
     import resource
 

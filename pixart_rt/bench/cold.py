@@ -97,7 +97,7 @@ def _process_peak() -> int:
     """The largest resident set. Not getrusage on Linux: there a child begins at its parent's."""
     status = Path("/proc/self/status")
     if status.is_file():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     import resource

@@ -256,7 +256,7 @@ def stage_products(
     }  # fmt: skip
     if folder is not None:
         t5 = T5Config.read(folder / "text_encoder")
-        vae = json.loads((folder / "vae" / "config.json").read_text())
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         stages["text_encoder"] = counts.text_encoder(t5, load, config.max_text_tokens, work)
         stages["vae_decoder"] = counts.vae_decoder(vae, load)
     return stages

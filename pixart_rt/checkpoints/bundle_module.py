@@ -113,7 +113,7 @@ class DenoiserModule(nn.Module):
 def save_module(folder: Path, module: nn.Module, config: object) -> None:
     """Write what `load_module` reads. `config` is a ModelConfig, T5Config or VAE config dict."""
     values = config if isinstance(config, dict) else asdict(config)  # type: ignore[call-overload]
-    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 
@@ -124,7 +124,7 @@ def load_module(folder: Path, component: str) -> nn.Module:
     Raises BundleError when the folder is incomplete or does not fit its config.
     """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         with torch.device("meta"):
             module = build_module(component, config)
         state = dict(TensorFolder(folder))

@@ -109,7 +109,9 @@ def write_controlnet(checkpoint: ControlNetCheckpoint, folder: Path, *, force: b
         "model": {name: getattr(checkpoint.model, name) for name in _SHAPE},
     }
     with replacing_folder(folder, CONTROLNET, force=force) as temporary:
-        (temporary / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        (temporary / "config.json").write_text(
+            json.dumps(values, indent=2) + "\n", encoding="utf-8"
+        )
         state = {name: tensor.contiguous() for name, tensor in checkpoint.state.items()}
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
 
@@ -245,7 +247,7 @@ def _check_base(checkpoint: ControlNetCheckpoint, model: TransformerCheckpoint) 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads((path / "config.json").read_text())
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no ControlNet folder: it has no config.json") from error
     except (OSError, ValueError) as error:

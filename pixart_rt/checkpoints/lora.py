@@ -156,7 +156,7 @@ def merge(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} is missing; give the folder of a LoRA adapter, as peft writes it"
@@ -175,7 +175,7 @@ def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None, s
     if not path.is_file():
         return None, None, None
     try:
-        origin = json.loads(path.read_text())
+        origin = json.loads(path.read_text(encoding="utf-8"))
         scheduler, config = origin.get("scheduler"), origin.get(BASE_CONFIG)
         if config is not None:
             config = dict(config)

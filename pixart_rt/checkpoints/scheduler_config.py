@@ -79,7 +79,7 @@ class SchedulerSettings:
         stored: Any = {}
         if path.is_file():
             try:
-                stored = json.loads(path.read_text())
+                stored = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             if not isinstance(stored, dict):

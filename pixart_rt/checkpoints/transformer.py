@@ -125,14 +125,14 @@ def write_diffusers(
     )
     with replacing_folder(folder, TRANSFORMER, force=force) as temporary:
         text = json.dumps(config_to_json(checkpoint.config), indent=2, sort_keys=True)
-        (temporary / "config.json").write_text(text + "\n")
+        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         if checkpoint.y_embedding is not None:
             null = {"y_embedding": checkpoint.y_embedding.contiguous()}
             save_file(null, temporary / Y_EMBEDDING_FILE)
         if checkpoint.origin is not None:
             origin = json.dumps(checkpoint.origin, indent=2)
-            (temporary / ORIGIN_FILE).write_text(origin + "\n")
+            (temporary / ORIGIN_FILE).write_text(origin + "\n", encoding="utf-8")
     kept = [] if checkpoint.y_embedding is None else [f"y_embedding, in {Y_EMBEDDING_FILE}"]
     if checkpoint.origin is not None:
         kept.append(f"how the weights were made, in {ORIGIN_FILE}")
@@ -280,7 +280,7 @@ def _check_null(checkpoint: TransformerCheckpoint) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing; give a diffusers transformer or pipeline folder"

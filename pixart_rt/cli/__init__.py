@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code. With --debug errors keep their traceback."""
     from pixart_rt.cli.app import app
     from pixart_rt.cli.console import log_to_stderr
-    from pixart_rt.cli.failures import INTERRUPTED, exit_code, is_expected, one_line
+    from pixart_rt.cli.failures import INTERRUPTED, exit_code, help_of_group, is_expected, one_line
 
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     if threading.current_thread() is threading.main_thread():
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:
+        help_text = help_of_group(error)
+        if help_text is not None:  # as `pixart-rt` alone does
+            print(help_text)
+            return 0
         if debug:
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -160,7 +160,7 @@ def _write(result: dict[str, Any], out: Path | None, draws: bool) -> None:
         return
     if out is not None:
         with replacing(out) as new:
-            new.write_text(json.dumps(result, indent=1) + "\n")
+            new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         note(f"wrote {out}")
     if out is not None and draws:
         from pixart_rt.bench.plots import write_plots

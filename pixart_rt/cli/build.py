@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -134,8 +136,8 @@ def build(
     out = out or Path("engines") / f"{_label(model)}-{res}"
     if not (out / MANIFEST).is_file():  # else it may be this very build, and need no writing
         check_folder(out, BUNDLE, force=force)
-    if max_memory is not None and not max_memory > 0:
-        raise ConfigError(f"--max-memory {max_memory:g} was asked; it must be more than 0 GiB")
+    if max_memory is not None and not 0 < max_memory < math.inf:
+        raise ConfigError(f"--max-memory {max_memory:g} is not supported; give GiB above 0")
     parts = _components(components, model)
     if vram is not None and backend == "auto":
         backend = "torch"  # the one whose tiers are all there
@@ -260,6 +262,12 @@ def _label(model: str) -> str:
     return Path(model).resolve().name.removesuffix(".pth") or "model"
 
 
+def generate_command(bundle: Path) -> str:
+    """A command, ready to be copied, that draws the first image with a bundle."""
+    prompt = '"a red circle above a blue square"'
+    return f"pixart-rt generate {prompt} --bundle {shlex.quote(str(bundle))} -o out.png"
+
+
 def _list(values: object) -> str:
     return ", ".join(str(value) for value in values)  # type: ignore[attr-defined]
 
@@ -270,6 +278,8 @@ def _show(result: BuildResult, as_json: bool) -> None:
             note(line)
     if not as_json:
         typer.echo(str(result.path))
+        if set(COMPONENTS) <= result.manifest.components.keys():
+            note(f"next: {generate_command(result.path)}")
         return
     manifest = result.manifest
     print_json(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -23,13 +22,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pixart_rt.stderr_console import stderr
+
 WHOLE_RUN = 1e9  # seconds: the ETA averages over all steps so far, not the last half minute
-
-
-@cache
-def stderr() -> Console:
-    """The console of progress and notes. One, so that notes appear above a running bar."""
-    return Console(stderr=True, highlight=False)
 
 
 def note(message: str) -> None:
@@ -45,6 +40,12 @@ def print_tables(*tables: Table) -> None:
     console = Console(highlight=False)
     for table in tables:
         console.print(table)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout that the terminal wraps, not we: a command in one stays whole when copied."""
+    for line in lines:
+        typer.echo(line)
 
 
 class Steps:

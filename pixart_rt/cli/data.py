@@ -14,7 +14,7 @@ from pixart_rt.buckets import RESOLUTIONS
 from pixart_rt.cli.console import Steps, note, print_json
 from pixart_rt.config import PUBLISHED, Precision
 from pixart_rt.errors import ConfigError, DataError
-from pixart_rt.files import check_into
+from pixart_rt.files import check_into, check_source
 
 MULTI = {"multi": 1024}  # the paper's name for its last stage
 _MOST_THREADS = 16
@@ -98,6 +98,7 @@ def extract(
     resolution = _resolution(res)
     if max_text_tokens is not None and max_text_tokens < 1:
         raise ConfigError(f"--max-text-tokens {max_text_tokens} was asked; it must be positive")
+    check_source(images, "images and a metadata.jsonl, or a subfolder for each class")
     check_into(out)
     from pixart_rt.data.class_folder import open_images
     from pixart_rt.data.extract import (  # torch, pyarrow: seconds
@@ -169,6 +170,7 @@ def edges(
       pixart-rt data edges images/ edges/ --res multi --kind hed
     """
     resolution = _resolution(res)
+    check_source(images, "images and a metadata.jsonl")
     check_into(out)
     from pixart_rt.data.edges import EdgeKind, edge_finder  # numpy, Pillow: part of a second
 
@@ -325,7 +327,7 @@ def _show(extraction: Any, as_json: bool) -> None:
 def _read_rates(path: Path, resolution: int) -> dict[str, float]:
     """The figures of a plan. Raises DataError for another file, ConfigError for other pixels."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         found = {name: float(value) for name, value in values.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from pixart_rt.cli.console import Steps, print_json, print_tables
+from pixart_rt.cli.console import Steps, print_json, print_lines, print_tables
 
 
 def doctor(
@@ -32,10 +32,11 @@ def doctor(
         print_json(found)
     else:
         print_tables(_machine(found), _backends(found))
+        print_lines(_fixes(found))
 
 
 def _machine(found: dict[str, Any]) -> Table:
-    table = Table("this machine", "")
+    table = Table(Column("this machine", no_wrap=True), Column("", overflow="fold"))
     for name, value in found["machine"].items():
         table.add_row(name, escape(str(value)))
     gpus = [_gpu(gpu) for gpu in found["gpus"]]
@@ -49,13 +50,20 @@ def _machine(found: dict[str, Any]) -> Table:
 
 def _gpu(gpu: dict[str, Any]) -> str:
     line = f"{gpu['name']} ({gpu['target']}, {gpu['memory_gib']} GiB)"
-    return line if gpu["ok"] else f"{line}: not usable, {gpu['reason']}; {gpu['fix']}"
+    return line if gpu["ok"] else f"{line}: not usable, {gpu['reason']}"
 
 
 def _backends(found: dict[str, Any]) -> Table:
-    table = Table("backend", "works", "why", "fix")
+    table = Table(Column("backend", no_wrap=True), Column("works", no_wrap=True), Column("why"))
     for backend in found["backends"]:
         works = "yes" if backend["ok"] else "no"
-        table.add_row(backend["name"], works, escape(backend["reason"]), escape(backend["fix"]))
-    table.add_row("auto", found["auto"]["name"], escape(found["auto"]["reason"]), "")
+        table.add_row(backend["name"], works, escape(backend["reason"]))
+    table.add_row("auto", found["auto"]["name"], escape(found["auto"]["reason"]))
     return table
+
+
+def _fixes(found: dict[str, Any]) -> list[str]:
+    """A line for each fix, below the tables: a cell would break commands that users copy."""
+    broken = [item for item in (*found["gpus"], *found["backends"]) if not item["ok"]]
+    lines = [f"  {item['name']}: {item['fix']}" for item in broken if item["fix"]]
+    return ["what does not work, and the fix:", *lines] if lines else []

@@ -66,12 +66,15 @@ def one_line(error: BaseException) -> str:
         return _flat(error)
     if _is_usage_error(error):
         said = _flat(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
-        return f"{said}; see `pixart-rt --help`"
+        verb = getattr(getattr(error, "ctx", None), "command_path", "pixart-rt")
+        return f"{said}; see `{verb} --help`"
     if _is_out_of_memory(error):
         detail = _flat(error)
         return f"{_OUT_OF_MEMORY} ({detail})" if detail else _OUT_OF_MEMORY
     if _is_disk_full(error):
         return f"{_DISK_FULL} ({_flat(error)})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text file is not UTF-8 ({error}); save it as UTF-8"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         package = error.name.partition(".")[0]
         extra = _EXTRAS.get(package)
@@ -99,6 +102,13 @@ def options_named(options: Mapping[str, str]) -> Iterator[None]:
         raise ConfigError(said) from error
 
 
+def help_of_group(error: BaseException) -> str | None:
+    """The help of a group that was given no verb, which Typer raises as an error."""
+    if type(error).__name__ != "NoArgsIsHelpError":
+        return None
+    return str(error.format_message())  # type: ignore[attr-defined]
+
+
 def exit_code(error: BaseException) -> int:
     if isinstance(error, PixArtError):
         return error.exit_code
@@ -107,7 +117,7 @@ def exit_code(error: BaseException) -> int:
 
 def is_expected(error: BaseException) -> bool:
     """Whether the line says all there is to say; otherwise the error is our own mistake."""
-    expected = (PixArtError, OSError, ModuleNotFoundError)
+    expected = (PixArtError, OSError, ModuleNotFoundError, UnicodeDecodeError)
     known = (_is_usage_error, _is_out_of_memory, _is_disk_full)
     return isinstance(error, expected) or any(is_known(error) for is_known in known)
 

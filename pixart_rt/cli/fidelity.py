@@ -103,7 +103,7 @@ def fidelity(
         document = {**_origin(bundle, manifest), "exact": settings,
                     "results": [each.to_dict() for each in judged]}  # fmt: skip
         with replacing(json_out) as new:
-            new.write_text(json.dumps(document, indent=1) + "\n")
+            new.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print_tables(_table(judged))
 
 

@@ -10,11 +10,12 @@ import typer
 
 from pixart_rt.cli import finetune_options as given
 from pixart_rt.cli.console import Steps
+from pixart_rt.files import check_source
 from pixart_rt.model.controlnet_config import ControlVariant
 from pixart_rt.training.finetune.settings import CONTROLNET, DEFAULT_MODEL, JobOptions
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
 
+@given.with_job_options(ranks=True)
 def controlnet(
     data: given.Data,
     out: given.Out,
@@ -35,17 +36,9 @@ def controlnet(
     lr: given.Rate = CONTROLNET.lr,
     batch: given.StepBatch = CONTROLNET.batch,
     text_dropout: given.TextDropout = CONTROLNET.text_dropout,
-    res: given.Res = None,
     square: given.Square = False,
-    seed: given.Seed = 0,
-    device: given.Device = None,
-    precision: given.Floats = None,
-    optimizer: given.Optimizer = OptimizerKind.ADAMW,
-    checkpointing: given.Recompute = Checkpointing.NONE,
-    parallel: given.Share = Parallel.DDP,
-    micro_batches: given.MicroBatches = None,
-    workers: given.Workers = 2,
-    force: given.Force = False,
+    *,
+    options: JobOptions,
 ) -> None:
     """Train a ControlNet on images and their edges.
 
@@ -62,11 +55,9 @@ def controlnet(
       pixart-rt finetune controlnet images/ --condition canny --out canny
     """
     settings = replace(CONTROLNET, steps=steps, lr=lr, batch=batch, text_dropout=text_dropout)
-    options = JobOptions(
-        res=res, seed=seed, device=device, precision=precision, optimizer=optimizer,
-        checkpointing=checkpointing, parallel=parallel, micro_batches=micro_batches,
-        workers=workers, force=force,
-    )  # fmt: skip
+    check_source(data, given.DATA)
+    if edges is not None:
+        check_source(edges, "the store of DATA's edges")
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.training.finetune.controlnet import ControlData, train_controlnet  # torch

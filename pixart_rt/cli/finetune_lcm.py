@@ -10,6 +10,7 @@ import typer
 from pixart_rt.cli import finetune_options as given
 from pixart_rt.cli.console import Steps
 from pixart_rt.errors import ConfigError
+from pixart_rt.files import check_source
 from pixart_rt.training.finetune.settings import (
     DEFAULT_MODEL,
     LCM,
@@ -20,9 +21,9 @@ from pixart_rt.training.finetune.settings import (
     LoraTargets,
     lcm_lr,
 )
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel
 
 
+@given.with_job_options(ranks=True)
 def lcm(
     data: given.Data,
     out: given.Out,
@@ -43,17 +44,9 @@ def lcm(
         float | None, typer.Option(help="Default: 2e-5 times the root of batch / 256.")
     ] = None,
     batch: given.StepBatch = LCM.batch,
-    res: given.Res = None,
     square: given.Square = False,
-    seed: given.Seed = 0,
-    device: given.Device = None,
-    precision: given.Floats = None,
-    optimizer: given.Optimizer = OptimizerKind.ADAMW,
-    checkpointing: given.Recompute = Checkpointing.NONE,
-    parallel: given.Share = Parallel.DDP,
-    micro_batches: given.MicroBatches = None,
-    workers: given.Workers = 2,
-    force: given.Force = False,
+    *,
+    options: JobOptions,
 ) -> None:
     """Distil a model into a student of 1 to 8 steps without guidance (LCM).
 
@@ -69,11 +62,7 @@ def lcm(
     """
     settings = replace(LCM, steps=steps, batch=batch, lr=lcm_lr(batch) if lr is None else lr)
     chosen = _adapter(rank, alpha, targets, wanted=adapter)
-    options = JobOptions(
-        res=res, seed=seed, device=device, precision=precision, optimizer=optimizer,
-        checkpointing=checkpointing, parallel=parallel, micro_batches=micro_batches,
-        workers=workers, force=force,
-    )  # fmt: skip
+    check_source(data, given.DATA)
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.training.finetune.lcm import train_lcm  # torch: seconds

@@ -17,9 +17,9 @@ from pixart_rt.training.finetune.settings import (
     JobOptions,
     LoraSettings,
 )
-from pixart_rt.training.run_settings import Checkpointing, OptimizerKind
 
 
+@given.with_job_options(ranks=False)
 def lora(
     images: given.Images,
     out: given.Out,
@@ -35,15 +35,9 @@ def lora(
     lr: given.Rate = LORA.lr,
     batch: given.Batch = LORA.batch,
     text_dropout: given.TextDropout = LORA.text_dropout,
-    res: given.Res = None,
     square: given.Square = False,
-    seed: given.Seed = 0,
-    device: given.Device = None,
-    precision: given.Floats = None,
-    optimizer: given.Optimizer = OptimizerKind.ADAMW,
-    checkpointing: given.Recompute = Checkpointing.NONE,
-    micro_batches: given.MicroBatches = None,
-    force: given.Force = False,
+    *,
+    options: JobOptions,
 ) -> None:
     """Train a LoRA adapter, for a subject or a style.
 
@@ -60,10 +54,7 @@ def lora(
     settings = replace(LORA, steps=steps, lr=lr, batch=batch, prior_weight=prior_weight,
                        text_dropout=text_dropout)  # fmt: skip
     adapter = LoraSettings(rank=rank, alpha=rank if alpha is None else alpha, targets=targets)
-    options = JobOptions(
-        res=res, seed=seed, device=device, precision=precision, optimizer=optimizer,
-        checkpointing=checkpointing, micro_batches=micro_batches, force=force,
-    )  # fmt: skip
+    given.check_pictures(images, class_images)
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.training.finetune.few_pictures import Pictures  # torch, peft: seconds
@@ -80,6 +71,7 @@ def lora(
         typer.echo(str(out))
 
 
+@given.with_job_options(ranks=False)
 def dreambooth(
     images: given.Images,
     out: given.Out,
@@ -95,15 +87,9 @@ def dreambooth(
     lr: given.Rate = DREAMBOOTH.lr,
     batch: given.Batch = DREAMBOOTH.batch,
     text_dropout: given.TextDropout = DREAMBOOTH.text_dropout,
-    res: given.Res = None,
     square: given.Square = False,
-    seed: given.Seed = 0,
-    device: given.Device = None,
-    precision: given.Floats = None,
-    optimizer: given.Optimizer = OptimizerKind.ADAMW,
-    checkpointing: given.Recompute = Checkpointing.NONE,
-    micro_batches: given.MicroBatches = None,
-    force: given.Force = False,
+    *,
+    options: JobOptions,
 ) -> None:
     """Train all weights on a few pictures of a subject.
 
@@ -118,10 +104,7 @@ def dreambooth(
     """
     settings = replace(DREAMBOOTH, steps=steps, lr=lr, batch=batch, prior_weight=prior_weight,
                        text_dropout=text_dropout, train_captions=not freeze_captions)  # fmt: skip
-    options = JobOptions(
-        res=res, seed=seed, device=device, precision=precision, optimizer=optimizer,
-        checkpointing=checkpointing, micro_batches=micro_batches, force=force,
-    )  # fmt: skip
+    given.check_pictures(images, class_images)
     with Steps() as progress:
         progress("starting", 0, 1)
         from pixart_rt.training.finetune.dreambooth import train_dreambooth  # torch: seconds

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pixart_rt.cli.console import Steps, note, print_json
+from pixart_rt.files import PIPELINE, TRANSFORMER, check_model
 
 
 def merge(
@@ -53,6 +54,7 @@ def merge(
       pixart-rt merge tiny style-lora/ styled/ --res 256 --scale 0.7
       pixart-rt merge transformer/ style-lora/ styled.pth
     """
+    check_model(out, (PIPELINE, TRANSFORMER), force=force)
     with Steps() as progress:
         progress(f"merging {adapter}", 0, 1)
         from pixart_rt.training.finetune.merge import merge_adapter  # torch

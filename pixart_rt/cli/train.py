@@ -59,12 +59,12 @@ def train(
 
     \b
     Examples:
-      pixart-rt train recipes/pixart-alpha.toml --out run --data ImageNet=in-256 \\
+      pixart-rt train pixart-alpha --out run --data ImageNet=in-256 \\
           --data SAM-LLaVA=sam-256 --data HQ=hq-{res}
-      torchrun --nproc-per-node 8 -m pixart_rt train recipes/pixart-alpha.toml --out run \\
+      torchrun --nproc-per-node 8 -m pixart_rt train pixart-alpha --out run \\
           --phase text-image-256 --data SAM-LLaVA=sam-256 --parallel fsdp --compile
-      pixart-rt train recipes/tiny.toml --out run
-      pixart-rt train recipes/pixart-alpha.toml --out run --phase text-image-256 --replay 1234
+      pixart-rt train tiny --out run
+      pixart-rt train pixart-alpha --out run --phase text-image-256 --replay 1234
     """
     settings, names = read_recipe(recipe, preset), phases or []
     options = TrainOptions(

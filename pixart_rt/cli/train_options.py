@@ -16,7 +16,12 @@ from pixart_rt.training.presets import Preset
 from pixart_rt.training.run_options import ValidationImages
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Parallel, Place
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, .toml.")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE", help="A .toml file; or by name: own-images, pixart-alpha, tiny."
+    ),
+]
 RunFolder = Annotated[Path, typer.Option(help="The run's folder; a run there is resumed.")]
 Data = Annotated[
     list[str] | None,

@@ -83,7 +83,7 @@ def tune(
     if older is not None:  # entries of the other precision, and of shapes not measured now, stay
         table = merged(older, table)
     with replacing(path) as new:
-        new.write_text(json.dumps(table, indent=1) + "\n")
+        new.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     forget_tables()
     if table["not_tried"]:
         note(f"{len(table['not_tried'])} shapes were not tried in {minutes} minutes")

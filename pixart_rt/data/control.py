@@ -156,7 +156,7 @@ def draw_edges(
             left_out += not drawn
             progress("edges", done, len(images))
     lines = (json.dumps({"file_name": _name(n), "text": ""}) + "\n" for n in range(len(images)))
-    with replacing(out / METADATA) as aside, aside.open("w") as file:
+    with replacing(out / METADATA) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(lines)
     return left_out
 

@@ -187,7 +187,7 @@ class Extraction:
         with replacing(self.store / INDEX) as aside, aside.open("wb") as file:
             np.save(file, index, allow_pickle=False)
         with replacing(self.store / SKIPPED) as aside:
-            aside.write_text("".join(_line(each) for each in skipped))
+            aside.write_text("".join(_line(each) for each in skipped), encoding="utf-8")
         with replacing(self.store / EMPTY_PROMPT) as aside:
             save_file({"prompt_embeds": self.encoder.text([""])[0][0].contiguous()}, aside)
             aside.chmod(0o644)  # safetensors writes private files
@@ -202,7 +202,9 @@ class Extraction:
         with replacing(self.store / LABELS) as aside, aside.open("wb") as file:
             np.save(file, labels, allow_pickle=False)
         with replacing(self.store / CLASSES) as aside:
-            aside.write_text(json.dumps(self.images.classes, ensure_ascii=False) + "\n")
+            aside.write_text(
+                json.dumps(self.images.classes, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def _begin(

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pixart_rt.errors import DataError
+from pixart_rt.files import check_source
 
 METADATA = "metadata.jsonl"
 CHUNK = 1 << 26  # bytes searched for line ends at a time
@@ -116,8 +117,7 @@ class ImageFolder:
 
 
 def _metadata_files(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise DataError(f"{root} is no folder; give one that holds images and a {METADATA}")
+    check_source(root, f"images and a {METADATA}")
     if (root / METADATA).is_file():
         return [root / METADATA]
     found = sorted(root.rglob(METADATA))

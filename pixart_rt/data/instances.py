@@ -30,6 +30,7 @@ from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.folder import ImageFolder
 from pixart_rt.data.sample import pad_text
 from pixart_rt.errors import ConfigError, DataError
+from pixart_rt.files import check_source
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,8 +58,7 @@ def pictures_of(folder: Path, prompt: str) -> list[Picture]:
 
     Files of other kinds are passed over. Raises DataError if there is no image.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give one that holds pictures")
+    check_source(folder, "pictures")
     Image.init()
     kinds = Image.registered_extensions()
     found = [

@@ -82,7 +82,9 @@ class StoreManifest:
 
     def write(self, store: Path) -> None:
         with replacing(Path(store) / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, sort_keys=True) + "\n")
+            temporary.write_text(
+                json.dumps(asdict(self), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+            )
 
     @classmethod
     def read(cls, store: Path) -> StoreManifest:
@@ -94,7 +96,7 @@ class StoreManifest:
                 f"`pixart-rt data extract IMAGES {store}`"
             )
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             version = values.get("format_version")
             manifest = cls(**values) if version == FORMAT_VERSION else None
         except (ValueError, TypeError, AttributeError) as error:

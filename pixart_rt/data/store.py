@@ -84,7 +84,7 @@ class FeatureStore:
             return ()
         path = self.path / CLASSES
         try:
-            names = tuple(json.loads(path.read_text()))
+            names = tuple(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
         if len(names) != self.manifest.num_classes:

@@ -145,6 +145,15 @@ class CrossAttention(nn.Module):
             rows.add_(ops.linear(self(ops, rows, text.attended, text.mask), self.proj))
 
 
+def _random_table(rows: int, width: int) -> Tensor:
+    """Initial shifts, scales and gates; on the meta device a table without values.
+
+    There randn and the division would import torch._dynamo, 2 CPU seconds, for shapes alone.
+    """
+    table = torch.empty(rows, width)
+    return table if table.is_meta else torch.randn(rows, width) / width**0.5
+
+
 class Block(nn.Module):
     """One transformer block; see the formula at the top of the file.
 
@@ -155,7 +164,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(_random_table(6, width))
         self.attn = SelfAttention(config)
         self.cross_attn = CrossAttention(config)
         self.mlp = Mlp(width, 4 * width, width)
@@ -254,7 +263,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(_random_table(2, width))
         self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
 
     def forward(

@@ -7,6 +7,8 @@ ones of vae_fused.py.
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from pixart_rt.torchao_import import quiet_imports
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
+
+DEFAULTS = {"latent_channels": 4, "scaling_factor": 0.18215}  # diffusers', of what we read
 
 
 class VaeDecoder(nn.Module):
@@ -83,22 +87,45 @@ def _autoencoder() -> type[AutoencoderKL]:
     return AutoencoderKL
 
 
+def read_vae_config(folder: Path) -> dict[str, Any]:
+    """config.json of a diffusers AutoencoderKL folder, without diffusers, which takes seconds.
+
+    What it leaves out and we need has diffusers' default. Raises CheckpointError for what is no
+    VAE of PixArt's.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; it is not a VAE folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise CheckpointError(f"the VAE's {path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"the VAE's {path} holds no settings by name; it is not a VAE folder")
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if found.get(name) is not None:
+            raise CheckpointError(
+                f"the VAE in {folder} has {name} {found[name]}, which PixArt's latents do not; its "
+                "images would be wrong. Give the VAE that the transformer was trained with"
+            )
+    config = DEFAULTS | found
+    for name, kind in (("latent_channels", int), ("scaling_factor", (int, float))):
+        value = config[name]
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise CheckpointError(
+                f"the VAE in {folder} has {name} {value!r}; it must be a number above 0"
+            )
+    return config
+
+
 def read_vae(folder: Path) -> AutoencoderKL:
     """A diffusers AutoencoderKL folder in float32. Raises CheckpointError if it is not one."""
-    if not (Path(folder) / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; it is not a VAE folder")
+    read_vae_config(folder)
     try:
         vae = _autoencoder().from_pretrained(folder, torch_dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the VAE in {folder} cannot be read: {reason}") from error
-    for name in ("shift_factor", "latents_mean", "latents_std"):
-        value = vae.config.get(name)
-        if value is not None:
-            raise CheckpointError(
-                f"the VAE in {folder} has {name} {value}, which PixArt's latents do not; its "
-                "images would be wrong. Give the VAE that the transformer was trained with"
-            )
     return vae.eval().requires_grad_(False)
 
 

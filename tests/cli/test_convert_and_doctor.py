@@ -68,3 +68,15 @@ def test_doctor_as_a_table(run: Callable[..., Any], monkeypatch: pytest.MonkeyPa
     assert outcome.code == 0
     for fact in (*BACKENDS, torch.__version__, onnxruntime.__version__):
         assert fact in outcome.out
+
+
+def test_doctors_fixes_are_whole_lines_at_80_columns(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    report = json.loads(run("doctor", "--json").out)
+    lines = run("doctor").out.splitlines()
+    for backend in report["backends"]:
+        assert any(f"│ {backend['name']} " in line for line in lines), "no name is cut"
+        if not backend["ok"]:
+            assert f"  {backend['name']}: {backend['fix']}" in lines

@@ -81,3 +81,15 @@ def test_python_dash_m_is_the_same_program(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_without_a_verb_shows_its_help(run: Callable[..., Any], group: str) -> None:
+    outcome = run(group)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.strip() == run(group, "--help").out.strip()
+
+
+def test_a_hint_names_the_verb(run: Callable[..., Any]) -> None:
+    assert run("build", "--rse", 2).error.endswith("see `pixart-rt build --help`")
+    assert run("finetune", "lora").error.endswith("see `pixart-rt finetune lora --help`")

@@ -19,7 +19,7 @@ from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError
 from pixart_rt.kernels import launch
 from pixart_rt.model import vae_fused
-from pixart_rt.model.vae import VaeDecoder, read_vae, vae_from_config
+from pixart_rt.model.vae import VaeDecoder, read_vae, read_vae_config, vae_from_config
 from pixart_rt.model.vae_fused import ChunkedAttention, FusedGroupNorm
 
 SD_LIKE = {  # an SD VAE's structure, narrow: attention, 8 groups, an upsampling, a shortcut
@@ -189,3 +189,19 @@ def test_a_vae_with_other_latent_statistics_is_refused(
     (folder / "config.json").write_text(json.dumps({**config, name: value}))
     with pytest.raises(CheckpointError, match=name):
         read_vae(folder)
+
+
+def test_the_configuration_read_without_diffusers_is_diffusers_own(
+    pipeline_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder(32) / "vae", tmp_path / "vae"))
+    found, whole = read_vae_config(folder), read_vae(folder).config
+    assert all(found[name] == whole[name] for name in ("latent_channels", "scaling_factor"))
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    defaults = read_vae_config(folder)
+    bare = vae_from_config({}).config
+    assert all(defaults[name] == bare[name] for name in ("latent_channels", "scaling_factor"))
+    for broken in ("[]", "{", '{"latent_channels": "4"}', '{"scaling_factor": 0}', "\xe4"):
+        (folder / "config.json").write_bytes(broken.encode("latin-1"))
+        with pytest.raises(CheckpointError, match="the VAE"):
+            read_vae_config(folder)

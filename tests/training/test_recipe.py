@@ -271,3 +271,15 @@ def test_what_is_no_file(tmp_path):
 def test_recipes_load_no_torch():
     code = "import pixart_rt.training.recipe_report, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=FILE.parents[1]).returncode == 0
+
+
+def test_recipes_of_the_package_are_found_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("pixart-alpha") == read_recipe(FILE)
+    with pytest.raises(ConfigError, match="there are own-images, pixart-alpha, tiny"):
+        read_recipe("nosuch")
+    (tmp_path / "tiny").write_text("not = ", encoding="utf-8")
+    with pytest.raises(ConfigError, match="tiny is no TOML"):
+        read_recipe("tiny")  # a file of the user's own comes first

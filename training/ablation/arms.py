@@ -112,7 +112,7 @@ def planned(out: Path, asked: dict[str, Any], find_steps: Callable[[dict[str, An
     """
     path = Path(out) / "plan.json"
     if path.exists():
-        plan = Plan.from_dict(json.loads(path.read_text()))
+        plan = Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
         for name, value in asked.items():
             if getattr(plan, name) != value:
                 raise ConfigError(
@@ -124,5 +124,5 @@ def planned(out: Path, asked: dict[str, Any], find_steps: Callable[[dict[str, An
         raise ConfigError(f"{out} holds something else than an ablation; choose another folder")
     plan = Plan(**asked) if "steps" in asked else Plan(steps=find_steps(asked), **asked)
     with replacing(path) as new:
-        new.write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+        new.write_text(json.dumps(plan.to_dict(), indent=1) + "\n", encoding="utf-8")
     return plan

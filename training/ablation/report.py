@@ -101,7 +101,7 @@ def write(
     written = []
     for name, text in texts.items():
         with replacing(out / name) as new:
-            new.write_text(text + "\n")
+            new.write_text(text + "\n", encoding="utf-8")
         written.append(out / name)
     for claim in CLAIMS:
         written.append(_picture(out, claim, plan, curves))

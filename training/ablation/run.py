@@ -184,13 +184,14 @@ class Ablation:
     def curve(self, arm: Arm) -> Curve:
         """What the files of an arm that has run say."""
         lines = [
-            json.loads(each) for each in (self.out / arm / "log.jsonl").read_text().splitlines()
+            json.loads(each)
+            for each in (self.out / arm / "log.jsonl").read_text(encoding="utf-8").splitlines()
         ]
         every = self.log_every  # a checkpoint's line is the mean of few steps
         losses = [(int(line["step"]), float(line["loss"])) for line in lines
                   if line["step"] % every == 0]  # fmt: skip
         scores = sorted((self.out / arm / "scores").glob("step-*.json"))
-        points = [Point(**json.loads(path.read_text())) for path in scores]
+        points = [Point(**json.loads(path.read_text(encoding="utf-8"))) for path in scores]
         seconds = sorted(
             self.plan.batch / line["images_per_second"] for line in lines if line["step"] > 1
         )
@@ -240,7 +241,7 @@ class Ablation:
             sum(each.exact for each in found) / len(found),
         )
         with replacing(self._score_path(arm, step)) as new:
-            new.write_text(json.dumps(asdict(point)) + "\n")
+            new.write_text(json.dumps(asdict(point)) + "\n", encoding="utf-8")
 
     @torch.no_grad()
     def _unseen_loss(self, objective: TextObjective) -> float:

@@ -15,7 +15,7 @@ from pixart_rt.training.finetune.few_pictures import (
     asked_of_pictures,
     train_on_pictures,
 )
-from pixart_rt.training.finetune.job import Job, of_model, open_base
+from pixart_rt.training.finetune.job import of_model, open_base
 from pixart_rt.training.finetune.settings import (
     DEFAULT_MODEL,
     DEFAULT_OPTIONS,
@@ -40,13 +40,7 @@ def train_dreambooth(
     A run that was stopped is resumed by the same call. Raises ConfigError, DataError or
     CheckpointError, one line each.
     """
-    job = Job(
-        model=model,
-        out=Path(out),
-        settings=settings,
-        options=options,
-        images_per_sample=pictures.images_per_sample,
-    )
+    job = pictures.job(out, model, settings, options)
     base = open_base(job, COMPONENTS, (PIPELINE, TRANSFORMER))
     asked = {**asked_of_pictures("dreambooth", pictures, job), "lora": None}
 

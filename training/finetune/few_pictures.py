@@ -31,6 +31,7 @@ from pixart_rt.training.device_defaults import usual_kernels
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
 from pixart_rt.training.finetune.job import Base, Job, train_and_write
+from pixart_rt.training.finetune.settings import FinetuneSettings, JobOptions
 from pixart_rt.training.objectives.dreambooth import DreamBoothObjective
 from pixart_rt.training.prior_pairs import PairedSampler
 from pixart_rt.training.process_group import start_ranks
@@ -62,6 +63,18 @@ class Pictures:
     def images_per_sample(self) -> int:
         """2 with class pictures: each picture is trained on beside one of them."""
         return 1 if self.class_images is None else 2
+
+    def job(
+        self, out: str | Path, model: str, settings: FinetuneSettings, options: JobOptions
+    ) -> Job:
+        """The training of `model` on these pictures."""
+        return Job(
+            model=model,
+            out=Path(out),
+            settings=settings,
+            options=options,
+            images_per_sample=self.images_per_sample,
+        )
 
 
 def train_on_pictures(

@@ -32,7 +32,7 @@ def use_lcm_scheduler(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} has no {INDEX}; give a pipeline folder, with the student as its transformer"
         )
-    parts = json.loads(index.read_text())
+    parts = json.loads(index.read_text(encoding="utf-8"))
     scheduler = make_scheduler(Scheduler.LCM, folder / "scheduler")
     parts["scheduler"] = ["diffusers", type(scheduler).__name__]
     for stated in (GUIDANCE_SCALE, NUM_STEPS):  # the teacher's
@@ -43,4 +43,4 @@ def use_lcm_scheduler(folder: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")

@@ -85,13 +85,7 @@ def train_lora(
     A run that was stopped is resumed by the same call. Raises ConfigError, DataError or
     CheckpointError, one line each.
     """
-    job = Job(
-        model=model,
-        out=Path(out),
-        settings=settings,
-        options=options,
-        images_per_sample=pictures.images_per_sample,
-    )
+    job = pictures.job(out, model, settings, options)
     base = open_base(job, COMPONENTS, ADAPTER)
     asked = {**asked_of_pictures("lora", pictures, job), "lora": asdict(adapter)}
     train_on_pictures(
@@ -223,14 +217,16 @@ def save_lora(
     }
     with replacing_folder(folder, ADAPTER, force=force) as temporary:
         text = json.dumps(values, indent=2, sort_keys=True)
-        (temporary / ADAPTER_CONFIG).write_text(text + "\n")
+        (temporary / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
         save_file(
             {name: tensor.cpu() for name, tensor in peft_tensors(state).items()},
             temporary / ADAPTER_WEIGHTS,
             metadata={"format": "pt"},
         )
         if origin is not None:
-            (temporary / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
+            (temporary / ORIGIN_FILE).write_text(
+                json.dumps(origin, indent=2) + "\n", encoding="utf-8"
+            )
 
 
 def _peft() -> tuple[Any, Any]:

@@ -93,9 +93,9 @@ def halve(path: Path) -> None:
 
 def forget_origin(path: Path) -> None:
     """Drop the folder a config was loaded from: it means nothing to others."""
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:

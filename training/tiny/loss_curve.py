@@ -18,7 +18,7 @@ COLORS = ("#1f5fbf", "#c4452d", "#2e8b57", "#8a3fa0", "#b8860b")
 
 def read_log(path: Path) -> list[tuple[int, float]]:
     """(step, loss) of every line of a log.jsonl whose loss is finite."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line["loss"]) for line in lines if line["loss"] is not None]
 
 

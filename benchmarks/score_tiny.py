@@ -23,8 +23,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.provenance import write_result
-from pixart_rt.training.tiny.scenes import Scene, caption, random_scene
-from pixart_rt.training.tiny.scorer import Score, score
+from examples.tiny.scenes import Scene, caption, random_scene
+from examples.tiny.scorer import Score, score
 
 ASSETS = Path("pixart_rt/assets/tiny")
 SIZES = {  # (height, width) from the bucket tables, by resolution

@@ -4,12 +4,16 @@
 #   TORCH_ARGS  extra pip arguments for that step. A machine without a GPU saves gigabytes with
 #               make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 #   WORKERS     test processes side by side, each with its share of the cores
+#   TINY        where `make tiny` keeps its data, its run and the model; it resumes from there
+#   TINY_RECIPE what it trains
 #   LOWEST_TORCH  the same for `make test-lowest`; PyPI's is the CUDA build, 3 GB
 
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 PYTEST_ARGS ?=
 WORKERS ?= 2
+TINY ?= runs/tiny
+TINY_RECIPE ?= recipes/tiny.toml
 LOWEST_TORCH ?= torch==2.11.0
 
 VENV := .venv
@@ -26,7 +30,7 @@ ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 REHEARSAL_VENV ?= .venv-gpu
 
-.PHONY: help demo test test-fast test-all test-lowest test-gpu gpu-rehearsal check bench dist clean
+.PHONY: help demo tiny test test-fast test-all test-lowest test-gpu gpu-rehearsal check bench dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,6 +43,19 @@ demo: $(STAMP) ## build the tiny 1024 bundle and draw a contact sheet
 	$(BIN)/python examples/contact_sheet.py --bundle engines/tiny-1024 --output demo/contact-sheet.png
 	@echo "The images are in $(CURDIR)/demo/contact-sheet.png"
 	@echo "For your own: . $(BIN)/activate, then pixart-rt generate PROMPT --bundle engines/tiny-1024 -o out.png"
+
+tiny: $(STAMP) ## draw scenes, train the tiny model on them and score it; takes hours, resumes
+	$(BIN)/python -m examples.tiny.data --recipe $(TINY_RECIPE) --out $(TINY)/data
+	$(BIN)/pixart-rt train $(TINY_RECIPE) --out $(TINY)/run --save-every 100 \
+	  --data 'classes=$(TINY)/data/features/classes-{res}' \
+	  --data 'squares=$(TINY)/data/features/squares-{res}' \
+	  --data 'scenes=$(TINY)/data/features/scenes-{res}'
+	$(BIN)/python -m examples.tiny.loss_curve $(TINY)/run --out $(TINY)/loss.png
+	$(BIN)/python -m examples.tiny.export --run $(TINY)/run --out $(TINY)/model --force
+	$(BIN)/python -m benchmarks.score_tiny --assets $(TINY)/model --resolution 256 --captions 200 \
+	  --guidance 3 --sheet $(TINY)/sheet-256.png
+	$(BIN)/python -m benchmarks.score_tiny --assets $(TINY)/model --resolution 1024 --captions 50 \
+	  --guidance 3 --batch 1 --sheet $(TINY)/sheet-1024.png
 
 test: $(STAMP) ## all tests that need no GPU
 	$(PYTEST) -m "not gpu and not exhaustive" $(PYTEST_ARGS)

@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from benchmarks.provenance import write_result
+from examples.tiny.scenes import Scene, caption, random_scene
+from examples.tiny.scorer import Score, score
 from pixart_rt.checkpoints.sampling_defaults import read_sampling
-from pixart_rt.training.tiny.scenes import Scene, caption, random_scene
-from pixart_rt.training.tiny.scorer import Score, score
 
 ASSETS = Path("pixart_rt/assets/tiny")
 SIZES = {  # (height, width) from the bucket tables, by resolution

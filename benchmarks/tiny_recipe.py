@@ -22,27 +22,30 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.provenance import write_result
+from examples.tiny.data import RECIPE, open_encoder, scene_sets, scene_store
 from pixart_rt.config import Precision
+from pixart_rt.data.store import FeatureStore
 from pixart_rt.training.phases import phase_trainer
 from pixart_rt.training.process_group import Ranks, start_ranks
+from pixart_rt.training.progress import silent
 from pixart_rt.training.recipe import Phase, Recipe, Start, read_recipe
 from pixart_rt.training.run_options import Compute, TrainOptions
-from pixart_rt.training.tiny.kinds import Scenes
-from pixart_rt.training.tiny.source import open_scenes, phase_buckets
-
-RECIPE = Path("recipes/tiny.toml")
 
 
 def measure(recipe: Recipe, phase: Phase, ranks: Ranks, out: Path, count: int) -> dict[str, Any]:
-    """CPU seconds of all ranks for a step and an encoded scene; from random weights, which compute
-    the same."""
+    """CPU seconds of all ranks for a step, and of one for a scene that is drawn and encoded; from
+    random weights, which compute the same."""
     batch = phase.global_batch(recipe.settings)
-    alone = replace(recipe, phases=(replace(phase, start=Start.RANDOM),))
-    table = phase_buckets(phase.resolution, phase.multi_scale)
+    alone = replace(recipe, phases=(replace(phase, num_images=batch, start=Start.RANDOM),))
+    ((name, scenes),) = scene_sets(alone).items()
+    encoder = open_encoder(ranks.device)
     begun = time.process_time()
-    source = open_scenes(Scenes(phase.data), batch, table, out / "scenes", ranks)
-    encoding = (time.process_time() - begun) / batch * ranks.num_ranks
-    options = TrainOptions(compute=Compute(precision=Precision.BF16))
+    if ranks.is_first:
+        scene_store(scenes, out, name, encoder, silent)
+    encoding = (time.process_time() - begun) / batch
+    ranks.barrier()
+    source = FeatureStore(out / "features" / name)
+    options = TrainOptions(compute=Compute(precision=Precision.BF16, workers=0))
     trainer, *_ = phase_trainer(alone, alone.phases[0], source, options, out, ranks)
     seconds = []
     for data in trainer.feed(0, count + 1):
@@ -55,7 +58,7 @@ def measure(recipe: Recipe, phase: Phase, ranks: Ranks, out: Path, count: int) -
         "batch": batch,
         "cpu_seconds_per_step": step * ranks.num_ranks,
         "scenes": phase.num_images,
-        "cpu_seconds_per_scene": encoding,
+        "cpu_seconds_per_scene": encoding,  # of the first rank
     }
 
 

@@ -133,6 +133,14 @@ assert not [name for name in sys.modules if name.startswith("pixart_rt.export")]
     loaded_after(code)
 
 
+OUTSIDE = {"examples", "benchmarks", "tests"}  # folders of the checkout that stand on the package
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_stands_on_what_is_not_installed(name: str) -> None:
+    assert not OUTSIDE & {imported.partition(".")[0] for imported in imports(FILES[name])}
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("kernels.")])
 def test_kernels_need_torch_and_triton_only(name: str) -> None:
     packages = {imported.partition(".")[0] for imported in imports(FILES[name])}

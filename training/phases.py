@@ -6,7 +6,7 @@
     out/02-text-image-256/ ...
 
 A phase is done when its done.json is there, which records the settings it was trained with. The
-data comes from outside (sample_source.py): this file knows neither stores nor encoders.
+data comes from outside (data/loader.py): this file knows neither stores nor encoders.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pixart_rt.checkpoints.transformer import (
     write_diffusers,
 )
 from pixart_rt.config import Kernels, ModelConfig, Precision
+from pixart_rt.data.loader import Source
 from pixart_rt.errors import CheckpointError, ConfigError, DataError
 from pixart_rt.files import replacing
 from pixart_rt.model.dit import DiT, DiTConfig, initialize_dit
@@ -42,7 +43,7 @@ from pixart_rt.training.recipe import Phase, Recipe, Start, Weights
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.run_options import TrainOptions
 from pixart_rt.training.run_settings import Place, RunSettings
-from pixart_rt.training.sample_source import Source, feed_of, null_of, sampler_of
+from pixart_rt.training.sample_source import feed_of, null_of, sampler_of
 from pixart_rt.training.sampler import BucketSampler
 from pixart_rt.training.trainer import Trainer
 from pixart_rt.training.weight_init import from_scratch
@@ -144,7 +145,7 @@ def phase_trainer(
         validate = validation(start, folder)
     trainer = Trainer(
         objective,
-        feed_of(source, sampler, ranks),
+        feed_of(source, sampler, ranks, workers=options.compute.workers),
         settings,
         folder,
         ranks,

@@ -1,4 +1,4 @@
-"""The progress callback of programs that take minutes: train(..., progress=callback)."""
+"""The progress callback of programs that take minutes: train_lora(..., progress=callback)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,6 @@ def replay(trainer: Trainer, step: int) -> dict[str, Any]:
     trainer.optimizer.zero_grad()
     mine = {
         "ids": batch.ids.tolist(),
-        "timesteps": trainer.objective.timesteps(draws).tolist(),
         **{name: values.tolist() for name, values in losses.items()},
         "first_output_not_finite": strange[0] if strange else None,
         "gradients_not_finite": names,

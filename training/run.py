@@ -2,7 +2,7 @@
 
     train("recipes/own-images.toml", {"own": "features"}, "run", init="tiny", pipeline="tiny")
 
-What a phase does is in phases.py. Progress goes to a callback, notes to this module's logger.
+What a phase does is in phases.py. Notes and log lines go to the loggers of this package.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, write_model
 from pixart_rt.checkpoints.tensor_names import expected_shapes
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint, read_transformer
 from pixart_rt.config import Precision
+from pixart_rt.data.loader import Source
 from pixart_rt.data.training_data import open_data
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.dtypes import DTYPES
@@ -38,15 +39,11 @@ from pixart_rt.training.phases import (
 )
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.process_group import Ranks, start_ranks
-from pixart_rt.training.progress import Progress, on_first, silent
 from pixart_rt.training.recipe import Phase, Recipe, Weights, read_recipe
 from pixart_rt.training.recipe_report import report
 from pixart_rt.training.replay import replay
 from pixart_rt.training.run_checks import check_places, check_results, chosen_phases, data_paths
 from pixart_rt.training.run_options import DEFAULT_OPTIONS, TrainOptions
-from pixart_rt.training.sample_source import Source
-from pixart_rt.training.tiny.kinds import Scenes
-from pixart_rt.training.tiny.source import open_scenes, phase_buckets
 from pixart_rt.training.validation import Validation, ValidationSettings
 
 _log = logging.getLogger(__name__)
@@ -63,14 +60,12 @@ def train(
     pipeline: str | None = None,
     encoder: str | None = None,
     options: TrainOptions = DEFAULT_OPTIONS,
-    progress: Progress = silent,
 ) -> Path:
     """Train a recipe's phases, each from wherever it stopped; return where the result is.
 
     recipe: settings or a TOML file. preset: replaces the recipe's.
     data: paths by the recipe's names for data, or by phase: feature stores, or folders of pictures,
-      which the model `encoder` encodes; {res} stands for the phase's resolution. Phases on drawn
-      scenes need none.
+      which the model `encoder` encodes; {res} stands for the phase's resolution.
     out: the run's folder; phases that are done there are not run again.
     phases: names of those to run, by default all.
     init: what the first phase that is run starts from, instead of the recipe's: a checkpoint,
@@ -81,7 +76,7 @@ def train(
     CheckpointError, one line each; what can be checked is checked before the first step.
     """
     run = _checked(recipe, data, out, preset, phases, init, encoder, options, pipeline)
-    with _started(run, progress) as live:
+    with _started(run) as live:
         if live.ranks.is_first:
             overrides = options.overrides
             lines = report(
@@ -112,14 +107,13 @@ def replay_step(
     init: str | None = None,
     encoder: str | None = None,
     options: TrainOptions = DEFAULT_OPTIONS,
-    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Run one step of a phase again, without writing anything; report what was not finite in it.
 
     The arguments are those that `train` was called with. The report is replay.py's.
     """
     run = _checked(recipe, data, out, preset, [phase], init, encoder, options, None)
-    with _started(run, progress) as live:
+    with _started(run) as live:
         (only,) = run.phases
         trainer, *_ = phase_trainer(
             live.recipe, only, live.source(only), live.options, run.out, live.ranks,
@@ -164,7 +158,6 @@ class _LiveRun:
     ranks: Ranks
     options: TrainOptions
     start: Path | None  # the checkpoint of `init`
-    progress: Progress
 
     @property
     def recipe(self) -> Recipe:
@@ -172,37 +165,13 @@ class _LiveRun:
 
     def source(self, phase: Phase) -> Source:
         """The samples of a phase."""
-        if phase.name not in self.run.paths:
-            return self._scenes(phase)
         return open_data(
             self.run.paths[phase.name],
             resolution=phase.resolution,
             square=not phase.multi_scale,
             encoder=self.run.encoder,
             device=self.ranks.device,
-            workers=self.options.compute.workers,
         )
-
-    def _scenes(self, phase: Phase) -> Source:
-        """The drawn scenes of a phase, their latents under the run's folder."""
-        name, last = f"encoding scenes for {phase.name}", 0
-
-        def show(done: int, total: int) -> None:
-            nonlocal last
-            last = total
-            self.progress(name, done, total)
-
-        source = open_scenes(
-            Scenes(phase.data),
-            phase.num_images,
-            phase_buckets(phase.resolution, phase.multi_scale),
-            self.run.out / "scenes",
-            self.ranks,
-            progress=show,
-        )
-        if last:
-            self.progress(name, last, last)  # files are counted before they are encoded
-        return source
 
     def validation(self, start: TransformerCheckpoint, folder: Path) -> Validate:
         """Validation images of a phase; prompts are encoded here, when the phase begins."""
@@ -258,7 +227,7 @@ def _checked(
 
 
 @contextmanager
-def _started(run: _Run, progress: Progress) -> Iterator[_LiveRun]:
+def _started(run: _Run) -> Iterator[_LiveRun]:
     """Join the ranks; the device's defaults are chosen and the first checkpoint is found."""
     compute = run.options.compute
     with _deterministic(compute.reproducible), start_ranks(compute.device) as ranks:
@@ -266,8 +235,7 @@ def _started(run: _Run, progress: Progress) -> Iterator[_LiveRun]:
         for phase in run.phases:
             run_settings(run.recipe, phase, options, ranks.num_ranks)  # refuses what cannot be
         start = None if run.init is None else _start_path(run.init, run.phases[0])
-        yield _LiveRun(run=run, ranks=ranks, options=options, start=start,
-                       progress=on_first(ranks, progress))  # fmt: skip
+        yield _LiveRun(run=run, ranks=ranks, options=options, start=start)
 
 
 def _run_phases(live: _LiveRun) -> Path:

@@ -14,7 +14,6 @@ from pixart_rt.errors import ConfigError
 from pixart_rt.files import PIPELINE, TRANSFORMER, check_file, check_folder, check_into
 from pixart_rt.training.phases import DONE, phase_folder, result_path
 from pixart_rt.training.recipe import Phase, Recipe, Weights
-from pixart_rt.training.tiny.kinds import Scenes
 
 
 def chosen_phases(recipe: Recipe, names: Collection[str]) -> list[Phase]:
@@ -31,7 +30,7 @@ def chosen_phases(recipe: Recipe, names: Collection[str]) -> list[Phase]:
 def data_paths(
     recipe: Recipe, phases: Sequence[Phase], given: Mapping[str, str | Path]
 ) -> dict[str, Path]:
-    """The path of each phase's data by the phase's name; phases on drawn scenes have none."""
+    """The path of each phase's data by the phase's name."""
     known = {phase.name for phase in recipe.phases} | {phase.data for phase in recipe.phases}
     for name in given:
         if name not in known:
@@ -42,13 +41,12 @@ def data_paths(
     paths = {}
     for phase in phases:
         path = given.get(phase.name, given.get(phase.data))
-        if path is not None:
-            paths[phase.name] = Path(str(path).replace("{res}", str(phase.resolution)))
-        elif phase.data not in set(Scenes):
+        if path is None:
             raise ConfigError(
                 f"phase {phase.name} trains on {phase.data}; say where it is with "
                 f"`data['{phase.data}']`"
             )
+        paths[phase.name] = Path(str(path).replace("{res}", str(phase.resolution)))
     return paths
 
 

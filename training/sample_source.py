@@ -1,55 +1,24 @@
-"""Where a run's samples come from, which of them a step has, and what its dropped captions become.
-
-Source      anything with samples in buckets and T5(""): training never knows stores or encoders
-sampler_of  steps of about `batch` images at the model's resolution, more of smaller buckets
-"""
+"""Which samples of a Source (data/loader.py) a step has, and what its dropped captions become."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pixart_rt.buckets import Bucket
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint
 from pixart_rt.config import CfgNull
+from pixart_rt.data.loader import Batches, Source
 from pixart_rt.errors import ConfigError, DataError
 from pixart_rt.training.dropout import NullText, null_text
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.sampler import BucketSampler, RankIds
-from pixart_rt.training.trainer import Feed
-
-
-class Source(Protocol):
-    """The samples of a run."""
-
-    @property
-    def buckets(self) -> Sequence[Bucket]: ...
-
-    @property
-    def bucket_of(self) -> npt.NDArray[np.integer]:
-        """[num_samples], indices into `buckets`."""
-
-    @property
-    def empty_prompt(self) -> Tensor:
-        """T5("") [n, E]."""
-
-    @property
-    def identity(self) -> str:
-        """Changes when the samples do."""
-
-    def feed(self, ids: Callable[[int], npt.NDArray[np.int64]], seed: int) -> Feed:
-        """The batches of the samples that `ids` gives for a step."""
 
 
 def sampler_of(
     source: Source, *, batch: int, base_size: int, multiple: int, seed: int
 ) -> BucketSampler:
-    """Steps of the tokens of `batch` square images of base_size² tokens, over all ranks."""
+    """Steps of the tokens of `batch` square images of base_size² tokens, over all ranks: more
+    images of smaller buckets."""
     return BucketSampler(
         source.bucket_of,
         [bucket.num_tokens for bucket in source.buckets],
@@ -59,9 +28,11 @@ def sampler_of(
     )
 
 
-def feed_of(source: Source, sampler: BucketSampler, ranks: Ranks) -> Feed:
-    """This rank's batches."""
-    return source.feed(RankIds(sampler, ranks.rank, ranks.num_ranks), sampler.seed)
+def feed_of(source: Source, sampler: BucketSampler, ranks: Ranks, *, workers: int) -> Batches:
+    """This rank's batches, read by so many processes."""
+    ids = RankIds(sampler, ranks.rank, ranks.num_ranks)
+    pin = ranks.device.type == "cuda"
+    return Batches(source, ids, seed=sampler.seed, workers=workers, pin=pin)
 
 
 def null_of(start: TransformerCheckpoint, empty_prompt: Tensor) -> NullText:

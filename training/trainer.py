@@ -45,7 +45,7 @@ from pixart_rt.training.distributed import spread
 from pixart_rt.training.flops import peak_flops
 from pixart_rt.training.log_writers import JSONL, Log, open_log
 from pixart_rt.training.metrics import Meter
-from pixart_rt.training.objectives.denoising import Objective
+from pixart_rt.training.objectives.denoising import TIMESTEPS, Objective
 from pixart_rt.training.optim.clipping import clip_gradients, step_if_finite
 from pixart_rt.training.optim.ema import Ema
 from pixart_rt.training.optim.factory import make_optimizer
@@ -328,6 +328,7 @@ class Trainer:
         set_lr(self.optimizer, rate)
         draws = draw(settings.seed, self.done, batch).to(self.ranks.device)
         losses = self.backward(batch.to(self.ranks.device), draws)
+        del losses[TIMESTEPS]
         self.loss_scale.unscale(self.parameters)
         norm, found_inf = clip_gradients(self.parameters, settings.clip_norm)
         self.meter.step(norm, found_inf)
@@ -342,7 +343,7 @@ class Trainer:
         return StepResult(losses, norm, found_inf, rate)
 
     def backward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """Gradients of the mean loss over all ranks; the losses by term of this rank's samples."""
+        """Gradients of the mean loss over all ranks; what the objective gives for this rank."""
         mine = self.settings.micro_batches // self.ranks.num_ranks
         if len(batch) % mine:
             raise ConfigError(f"a batch of {len(batch)} does not divide into {mine} micro-batches")
@@ -359,12 +360,12 @@ class Trainer:
                     losses = self._spread(batch.rows(start, stop), part)
                 shares = self.settings.micro_batches if tree else mine
                 self.loss_scale.scaled(losses["loss"].mean() / shares).backward()
-            t = self.objective.timesteps(part)
+            for name, values in losses.items():
+                kept.setdefault(name, []).append(values.detach())
+            t = losses.pop(TIMESTEPS)
             self.meter.micro_batch(losses, t, batch.bucket.num_tokens, flops)
             if tree:
                 tree.add(take_gradients(self.parameters))
-            for name, values in losses.items():
-                kept.setdefault(name, []).append(values.detach())
         if tree:
             total = sum_over_ranks(tree.result())
             for parameter, gradient in zip(self.parameters, total, strict=True):

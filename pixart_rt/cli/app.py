@@ -19,7 +19,6 @@ from pixart_rt.cli.inspect import inspect
 from pixart_rt.cli.merge import merge
 from pixart_rt.cli.plan import plan
 from pixart_rt.cli.reparameterize import reparameterize
-from pixart_rt.cli.reproduce import reproduce
 from pixart_rt.cli.train import train
 from pixart_rt.cli.tune import tune
 from pixart_rt.cli.verify import verify
@@ -64,4 +63,3 @@ for verb in (
     app.command(cls=Verb)(verb)
 app.add_typer(data)
 app.add_typer(finetune)
-app.add_typer(reproduce)

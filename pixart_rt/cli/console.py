@@ -92,31 +92,6 @@ class Steps:
         self._last = name
 
 
-class BriefSteps:
-    """A bar for each piece of work, gone at its last step: for programs that also print lines."""
-
-    def __init__(self) -> None:
-        self._shown: Steps | None = None
-
-    def __enter__(self) -> BriefSteps:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if self._shown is None:
-            self._shown = Steps().__enter__()
-        self._shown(name, done, total)
-        if done >= total:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._shown is not None:
-            self._shown.__exit__(None, None, None)
-        self._shown = None
-
-
 class _NoteHandler(logging.Handler):
     """The library's log records as notes."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from pixart_rt.cli import train_options as given
-from pixart_rt.cli.console import BriefSteps, print_json
+from pixart_rt.cli.console import print_json
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.recipe import read_recipe
 from pixart_rt.training.run_options import (
@@ -63,7 +63,8 @@ def train(
           --data SAM-LLaVA=sam-256 --data HQ=hq-{res}
       torchrun --nproc-per-node 8 -m pixart_rt train pixart-alpha --out run \\
           --phase text-image-256 --data SAM-LLaVA=sam-256 --parallel fsdp --compile
-      pixart-rt train tiny --out run
+      pixart-rt train own-images --out run --data own=features \\
+           --init PixArt-alpha/PixArt-XL-2-1024-MS
       pixart-rt train pixart-alpha --out run --phase text-image-256 --replay 1234
     """
     settings, names = read_recipe(recipe, preset), phases or []
@@ -89,18 +90,16 @@ def train(
     from pixart_rt.training import run  # torch: seconds
     from pixart_rt.training.process_group import is_first_rank
 
-    with BriefSteps() as progress:
-        if replay is None:
-            result = run.train(
-                settings, paths, out, phases=names, init=init, pipeline=pipeline, encoder=encoder,
-                options=options, progress=progress,
-            )  # fmt: skip
-        else:
-            phase = names[0] if names else settings.phases[0].name
-            report = run.replay_step(
-                settings, paths, out, phase, replay, init=init, encoder=encoder, options=options,
-                progress=progress,
-            )  # fmt: skip
+    if replay is None:
+        result = run.train(
+            settings, paths, out, phases=names, init=init, pipeline=pipeline, encoder=encoder,
+            options=options,
+        )  # fmt: skip
+    else:
+        phase = names[0] if names else settings.phases[0].name
+        report = run.replay_step(
+            settings, paths, out, phase, replay, init=init, encoder=encoder, options=options
+        )
     if not is_first_rank():
         return
     if replay is None:

@@ -28,8 +28,7 @@ Data = Annotated[
     typer.Option(
         metavar="NAME=PATH",
         help="The data of a phase, by the recipe's name for it or the phase's: a feature store "
-        "or a folder of pictures. {res} stands for the phase's resolution. Data named scenes "
-        "or scenes-classes are drawn and need none.",
+        "or a folder of pictures. {res} stands for the phase's resolution.",
     ),
 ]
 Phases = Annotated[

@@ -32,6 +32,7 @@ from pixart_rt.data.crop import fit, nearest, open_rgb
 from pixart_rt.data.edges import EdgeFinder, Edges
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.folder import METADATA, ImageFolder
+from pixart_rt.data.loader import identity_of
 from pixart_rt.data.online import OnlineSource, Pictures
 from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import DataError
@@ -66,8 +67,14 @@ class ControlledSource:
     def bucket_of(self) -> npt.NDArray[np.uint8]:
         return self.source.bucket_of
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @property
+    def empty_prompt(self) -> Tensor:
+        return self.source.empty_prompt
+
+    @property
+    def identity(self) -> str:
+        """Changes with the pictures, the encoders and the finder."""
+        return identity_of({**self.source.about, "edges": repr(self.edges)})
 
     def load(self, ids: Sequence[int], *, seed: int, step: int) -> ControlPictures:
         """As OnlineSource.load."""
@@ -117,8 +124,15 @@ class PairedSource:
     def bucket_of(self) -> npt.NDArray[np.uint8]:
         return self.images.bucket_of
 
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def empty_prompt(self) -> Tensor:
+        return self.images.empty_prompt
+
+    @property
+    def identity(self) -> str:
+        """Changes with either store's pictures and encoders."""
+        stores = {"images": self.images, "edges": self.controls}
+        return identity_of({name: each.manifest.identity for name, each in stores.items()})
 
     def load(self, ids: Sequence[int], *, seed: int, step: int) -> Batch:
         """As FeatureStore.load, and the edges' latents."""

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pixart_rt.buckets import Bucket, buckets
-from pixart_rt.errors import DataError
+from pixart_rt.buckets import PIXELS_PER_TOKEN, Bucket, buckets
+from pixart_rt.errors import ConfigError, DataError
 
 ORIENTATION = 0x0112  # the EXIF tag; its values from 5 lie on their side
 PAPER = (255, 255, 255)  # what shows through transparent pixels
@@ -31,9 +31,17 @@ FILE_ERRORS = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG}
 
 
 def bucket_table(resolution: int, *, square: bool) -> tuple[Bucket, ...]:
-    """The buckets that pictures are cut to: the 40 of a resolution, or its square one alone."""
-    table = buckets(resolution)
-    return tuple(bucket for bucket in table if bucket.ratio == 1) if square else table
+    """The buckets that pictures are cut to: the 40 of a resolution, or one square of any side.
+
+    Raises ConfigError for a resolution without a table, or a side that is no multiple of 16.
+    """
+    if not square:
+        return buckets(resolution)
+    if resolution < 1 or resolution % PIXELS_PER_TOKEN:
+        raise ConfigError(
+            f"squares of {resolution} px are not supported; use a multiple of {PIXELS_PER_TOKEN}"
+        )
+    return (Bucket(ratio=1.0, height=resolution, width=resolution),)
 
 
 def nearest(table: Sequence[Bucket], height: int, width: int) -> int:

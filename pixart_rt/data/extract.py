@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.torch import save_file
 
-from pixart_rt.buckets import RESOLUTIONS, Bucket
+from pixart_rt.buckets import Bucket
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.featurize import Featurizer
@@ -62,8 +62,7 @@ class ExtractConfig:
     threads: int = 4  # that read and resize images
 
     def __post_init__(self) -> None:
-        if self.resolution not in RESOLUTIONS:
-            raise ConfigError(f"resolution {self.resolution} was asked; choose of {RESOLUTIONS}")
+        bucket_table(self.resolution, square=self.square)  # refuses what cannot be
         for name in ("shard_images", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

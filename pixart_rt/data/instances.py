@@ -24,10 +24,12 @@ from PIL import Image
 from torch import Tensor
 
 from pixart_rt.buckets import Bucket
+from pixart_rt.bundle import sha256
 from pixart_rt.data.batch import Batch, draw_noise
 from pixart_rt.data.crop import fit, nearest, open_rgb
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.folder import ImageFolder
+from pixart_rt.data.loader import identity_of
 from pixart_rt.data.sample import pad_text
 from pixart_rt.errors import ConfigError, DataError
 from pixart_rt.files import check_source
@@ -79,10 +81,10 @@ def captioned_pictures(folder: Path, caption_column: str = "text") -> list[Pictu
 
 
 class InstanceSource:
-    """A FeatureSource in memory. Its latents are drawn anew at every step.
+    """A Source (loader.py) in memory. Its latents are drawn anew at every step.
 
     texts: embeddings [T, E] and mask [T] of each caption that differs; `num_cut` of them are longer
-    than the model reads.
+    than the model reads. empty_prompt: T5("") [n, E].
     """
 
     def __init__(
@@ -92,9 +94,12 @@ class InstanceSource:
         table: Sequence[Bucket],
         *,
         scaling_factor: float,
+        empty_prompt: Tensor,
+        identity: str,
         num_instances: int,
         num_cut: int = 0,
     ) -> None:
+        self.empty_prompt, self.identity = empty_prompt, identity
         self.samples, self.texts = list(samples), list(texts)
         self.buckets, self.scaling_factor = tuple(table), scaling_factor
         self.num_instances, self.num_cut = num_instances, num_cut
@@ -112,8 +117,8 @@ class InstanceSource:
         texts = [(projection(embeds[None].float())[0].cpu(), mask) for embeds, mask in self.texts]
         return InstanceSource(
             self.samples, texts, self.buckets,
-            scaling_factor=self.scaling_factor, num_instances=self.num_instances,
-            num_cut=self.num_cut,
+            scaling_factor=self.scaling_factor, empty_prompt=self.empty_prompt,
+            identity=self.identity, num_instances=self.num_instances, num_cut=self.num_cut,
         )  # fmt: skip
 
     def load(self, ids: Sequence[int], *, seed: int, step: int) -> Batch:
@@ -179,9 +184,11 @@ def encode_instances(
         for picture in of_class:
             image = open_rgb(picture.path)
             kept.append(_encode(encoder, table, image, bucket, number[picture.caption]))
+    about = {"pictures": [[sha256(each.path), each.caption] for each in (*instances, *of_class)]}
     return InstanceSource(
         [*samples * repeats, *kept * repeats], list(zip(embeds, mask, strict=True)), table,
-        scaling_factor=encoder.scaling_factor, num_instances=repeats * len(samples),
+        scaling_factor=encoder.scaling_factor, empty_prompt=encoder.text([""])[0][0],
+        identity=identity_of({**about, **encoder.identity}), num_instances=repeats * len(samples),
         num_cut=sum(tokens > 0 for tokens in cut),
     )  # fmt: skip
 

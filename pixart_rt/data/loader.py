@@ -1,19 +1,25 @@
-"""Steps in, batches out: a feature store or an online source behind a torch DataLoader.
+"""Steps in, batches out: the samples of a Source behind a torch DataLoader.
 
     sampler = BucketSampler(store.bucket_of, ...)                 # pixart_rt.training.sampler
     batches = Batches(store, lambda step: sampler.ids(step, rank, num_ranks), seed=0, workers=4)
     for batch in batches(start, stop): ...
+
+Sources are feature stores (store.py), pictures encoded at every use (online.py), both with control
+images (control.py), and a few pictures in memory (instances.py). Training knows this protocol only.
 
 A worker's item is a step, so workers share nothing and a run resumes by starting elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixart_rt.buckets import Bucket
@@ -21,17 +27,23 @@ from pixart_rt.data.batch import Batch
 from pixart_rt.errors import DataError
 
 
-class FeatureSource(Protocol):
-    """What trains: samples by global id, each in a bucket. Stored or encoded on the fly."""
+class Source(Protocol):
+    """Training samples by global id, each in a bucket."""
 
     @property
     def buckets(self) -> tuple[Bucket, ...]: ...
 
     @property
-    def bucket_of(self) -> npt.NDArray[np.uint8]:
+    def bucket_of(self) -> npt.NDArray[np.integer]:
         """[num_samples], indices into `buckets`."""
 
-    def __len__(self) -> int: ...
+    @property
+    def empty_prompt(self) -> Tensor:
+        """T5(""), the text of a dropped caption: [n, E]."""
+
+    @property
+    def identity(self) -> str:
+        """Changes when the samples do: a run resumes only with the same."""
 
     def load(self, ids: Sequence[int], *, seed: int, step: int) -> Any:
         """The part of the work that a worker process does."""
@@ -40,12 +52,16 @@ class FeatureSource(Protocol):
         """The rest, in the process that trains."""
 
 
+def identity_of(about: Mapping[str, object]) -> str:
+    """A short name for what samples depend on."""
+    text = json.dumps(about, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class StepDataset(Dataset[Any]):
     """Item `step` is source.load of that step's samples."""
 
-    def __init__(
-        self, source: FeatureSource, ids: Callable[[int], Iterable[int]], *, seed: int
-    ) -> None:
+    def __init__(self, source: Source, ids: Callable[[int], Iterable[int]], *, seed: int) -> None:
         self.source, self.ids, self.seed = source, ids, seed
 
     def __getitem__(self, step: int) -> Any:
@@ -66,7 +82,7 @@ class Batches:
 
     def __init__(
         self,
-        source: FeatureSource,
+        source: Source,
         ids: Callable[[int], Iterable[int]],
         *,
         seed: int,

@@ -1,4 +1,4 @@
-"""Images encoded while training: the interface of a FeatureStore without a store.
+"""Images encoded while training: a Source (loader.py) without a store.
 
 `load` reads and crops pictures, on the CPU, in DataLoader workers; `finish` runs the encoders in
 the process that trains. Both sources draw the same latents for the same (seed, step, sample), but
@@ -22,6 +22,7 @@ from pixart_rt.data.batch import Batch, draw_noise
 from pixart_rt.data.crop import fit, nearest, open_rgb, read_size
 from pixart_rt.data.encode import FeatureEncoder
 from pixart_rt.data.folder import Images
+from pixart_rt.data.loader import identity_of
 from pixart_rt.data.sample import pad_text
 from pixart_rt.errors import ConfigError, DataError
 
@@ -60,9 +61,16 @@ class OnlineSource:
         self.encoder: FeatureEncoder | None = encoder
         self.skipped: list[tuple[int, str]] = []
         self.bucket_of, self._sources = self._scan(threads)
+        (self.empty_prompt,), _ = encoder.text([""])
+        self.about = {"images": images.digest(), **encoder.identity}
 
     def __len__(self) -> int:
         return len(self._sources)
+
+    @property
+    def identity(self) -> str:
+        """Changes with the pictures and the encoders."""
+        return identity_of(self.about)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker process, which has no use for the encoders."""

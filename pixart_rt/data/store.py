@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pixart_rt.buckets import VAE_SCALE_FACTOR, Bucket
 from pixart_rt.data.batch import Batch, draw_noise
+from pixart_rt.data.loader import identity_of
 from pixart_rt.data.manifest import (
     CLASSES,
     EMPTY_PROMPT,
@@ -71,6 +72,11 @@ class FeatureStore:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._rows = self._read_index()
+
+    @property
+    def identity(self) -> str:
+        """Changes with the pictures and the encoders."""
+        return identity_of(self.manifest.identity)
 
     @property
     def bucket_of(self) -> npt.NDArray[np.uint8]:

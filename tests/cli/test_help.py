@@ -21,7 +21,6 @@ VERBS = (
 GROUPS = {
     "data": ("extract", "edges", "plan"),
     "finetune": ("lora", "dreambooth", "lcm", "controlnet"),
-    "reproduce": ("ablation",),
 }
 COMMANDS = [*VERBS, *(f"{group} {verb}" for group, verbs in GROUPS.items() for verb in verbs)]
 
@@ -67,7 +66,8 @@ def test_version(run: Callable[..., Any]) -> None:
 
 
 def test_an_unknown_verb_or_option_is_one_line_and_exit_code_2(run: Callable[..., Any]) -> None:
-    for words in (["bild"], ["build", "--rse", "256"], ["build", "--res", "big"], ["generate"],
+    for words in (["bild"], ["reproduce", "ablation"], ["build", "--rse", "256"],
+                  ["build", "--res", "big"], ["generate"],
                   ["generate", "x", "--bundle", "b", "-o", "o.png", "--scheduler", "euler"],
                   ["build", "--precision", "int3"], ["generate", "x", "--seed", "-1"]):  # fmt: skip
         outcome = run(*words)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.tiny.scenes import caption, random_scene, vocabulary
 from pixart_rt.bundle import MANIFEST, Manifest
 from pixart_rt.checkpoints.hub import TINY, VOCABULARY, unseen_words
-from pixart_rt.training.tiny.scenes import caption, random_scene, vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.tiny.scenes import caption, draw, place, random_scene
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder
 from pixart_rt.data.extract import ExtractConfig, Extraction
 from pixart_rt.data.folder import METADATA, ImageFolder
-from pixart_rt.training.tiny.scenes import caption, draw, place, random_scene
 
 SIZES = [(300, 300), (200, 401), (410, 203), (256, 256), (91, 350), (333, 250), (300, 301)]
 

@@ -163,6 +163,12 @@ def test_the_table_is_the_40_buckets(resolution):
     assert ExtractConfig(resolution=resolution).table == buckets(resolution)
 
 
+@pytest.mark.parametrize("side", [16, 128, 256])
+def test_squares_may_have_any_side_of_whole_tokens(side):
+    (bucket,) = ExtractConfig(resolution=side, square=True).table
+    assert (bucket.height, bucket.width, bucket.ratio) == (side, side, 1.0)
+
+
 def test_a_caption_longer_than_the_model_reads_is_counted(
     tmp_path, extraction, caplog, draw_images
 ):
@@ -266,7 +272,13 @@ def test_another_data_set_or_option_is_refused(pictures, store, extraction, tmp_
 
 
 def test_settings_that_cannot_be_are_refused():
-    for settings in ({"resolution": 300}, {"batch": 0}, {"threads": -1}, {"shard_images": 10**6}):
+    for settings in (
+        {"resolution": 300},
+        {"resolution": 300, "square": True},
+        {"batch": 0},
+        {"threads": -1},
+        {"shard_images": 10**6},
+    ):
         with pytest.raises(ConfigError):
             ExtractConfig(**settings)
 

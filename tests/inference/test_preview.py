@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import pixart_rt
+from examples.tiny.scenes import BACKGROUNDS, PALETTE
 from pixart_rt import PixArtPipeline, Request
 from pixart_rt.bundle import Manifest
 from pixart_rt.errors import BundleError, CheckpointError, NumericsError
@@ -22,7 +23,6 @@ from pixart_rt.export.preview_colors import fit_colours, write_preview
 from pixart_rt.inference.preview import PREVIEW, ColourPreview, expand, to_pictures
 from pixart_rt.inference.vae_tiling import TiledDecoder, Tiling
 from pixart_rt.model.vae import read_vae
-from pixart_rt.training.tiny.scenes import BACKGROUNDS, PALETTE
 
 PROMPT = "a red circle above a blue square"
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 import pixart_rt
+from examples.tiny.scenes import draw, place, random_scene
 from pixart_rt.buckets import RESOLUTIONS, buckets
 from pixart_rt.config import EngineConfig
 from pixart_rt.errors import ConfigError
 from pixart_rt.export.component_spec import vae_profiles
 from pixart_rt.inference.vae_tiling import TiledDecoder, Tiling, starts, tile_size, weights
 from pixart_rt.model.vae import VaeDecoder, read_vae
-from pixart_rt.training.tiny.scenes import draw, place, random_scene
 
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
 SIZES = sorted({b.height // 8 for r in RESOLUTIONS for b in buckets(r)})

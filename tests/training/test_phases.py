@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,7 +52,9 @@ RECIPE = Recipe(
     ),
 )  # fmt: skip
 PIXELS, ALIGN, LARGE = RECIPE.phases
-OPTIONS = TrainOptions(compute=Compute(precision=Precision.FP32), records=Records(log=()))
+OPTIONS = TrainOptions(
+    compute=Compute(precision=Precision.FP32, workers=0), records=Records(log=())
+)
 
 
 @dataclass
@@ -72,29 +74,23 @@ class MadeUp:
     def empty_prompt(self) -> Tensor:
         return torch.ones(1, self.width)
 
-    def feed(
-        self, ids: Callable[[int], npt.NDArray[np.int64]], seed: int
-    ) -> Callable[[int, int], Iterator[Batch]]:
-        def batches(start: int, stop: int) -> Iterator[Batch]:
-            for step in range(start, stop):
-                yield self.batch(ids(step))
-
-        return batches
-
-    def batch(self, ids: npt.NDArray[np.int64]) -> Batch:
+    def load(self, ids: Sequence[int], *, seed: int, step: int) -> Batch:
         bucket = self.buckets[int(self.bucket_of[ids[0]])]
-        random = torch.Generator().manual_seed(int(ids[0]))
+        random = torch.Generator().manual_seed(ids[0])
         sides = bucket.height // 8, bucket.width // 8
         return Batch(
-            ids=torch.from_numpy(ids),
+            ids=torch.tensor(ids),
             latents=torch.randn(len(ids), 4, *sides, generator=random),
             prompt_embeds=torch.randn(len(ids), 5, self.width, generator=random),
             prompt_mask=torch.arange(5) < torch.tensor([[3]] * len(ids)),
             original_size=torch.full((len(ids), 2), 300.0),
             aspect_ratio=torch.full((len(ids), 1), bucket.ratio),
             bucket=bucket,
-            labels=torch.from_numpy(ids % 4),
+            labels=torch.tensor(ids) % 4,
         )
+
+    def finish(self, loaded: Batch) -> Batch:
+        return loaded
 
 
 def square(resolution: int) -> MadeUp:

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import pixart_rt
+from examples.tiny.data import Scenes, SceneSet, open_encoder, scene_store
 from pixart_rt.checkpoints.hub import TINY
 from pixart_rt.checkpoints.transformer import read_transformer
 from pixart_rt.errors import ConfigError
 from pixart_rt.training.presets import Preset
+from pixart_rt.training.progress import silent
 from pixart_rt.training.recipe import ModelShape, Phase, Recipe, Stage, Start
 from pixart_rt.training.run import replay_step, train
 from pixart_rt.training.run_options import (
@@ -32,7 +34,7 @@ RECIPE = Recipe(
     model=ModelShape(num_layers=8, num_heads=2, caption_channels=128),
     phases=(
         Phase(name="text", stage=Stage.TEXT_IMAGE_ALIGNMENT, start=Start.PREVIOUS, resolution=256,
-              data="scenes", num_images=2, steps=2, batch_per_gpu=1, num_gpus=1, lr=1e-3),
+              data="pictures", num_images=2, steps=2, batch_per_gpu=1, num_gpus=1, lr=1e-3),
     ),
 )  # fmt: skip
 OPTIONS = TrainOptions(
@@ -44,23 +46,27 @@ def test_it_is_a_public_name() -> None:
     assert pixart_rt.train is train
 
 
+def draw_store(folder: Path) -> Path:
+    """A feature store of two drawn squares."""
+    scenes = SceneSet(kind=Scenes.DENSE, count=2, resolution=256, square=True)
+    return scene_store(scenes, folder, "pictures", open_encoder(torch.device("cpu")), silent).path
+
+
 def test_a_recipe_is_trained_into_a_pipeline(tmp_path: Path, caplog: Any) -> None:
     """AdamW's first step moves a weight w by 1e-3 (±1 + 0.03 w); the average goes half the way."""
-    shown: list[tuple[str, int, int]] = []
+    data = {"pictures": draw_store(tmp_path / "data")}
     caplog.set_level("INFO", logger="pixart_rt")
-    result = train(RECIPE, {}, tmp_path / "run", init="tiny", pipeline="tiny", options=OPTIONS,
-                   progress=lambda *step: shown.append(step))  # fmt: skip
+    result = train(RECIPE, data, tmp_path / "run", init="tiny", pipeline="tiny", options=OPTIONS)
     assert result == tmp_path / "run" / "pipeline"
     name = "blocks.3.mlp.fc1.weight"
     start = read_transformer(TINY / "transformer_256").state[name].float()
     moved = read_transformer(result).state[name] - start
     assert (moved + 0.5e-3 * 0.03 * start).abs().max() == pytest.approx(0.5e-3, rel=1e-3)
-    assert shown == [("encoding scenes for text", done, 1) for done in (0, 1)], "one file"
     assert "phase text: 2 samples, 1 steps of 1 images" in caplog.text
-    done = train(RECIPE, {}, tmp_path / "run", options=OPTIONS)
+    done = train(RECIPE, data, tmp_path / "run", options=OPTIONS)
     assert done == tmp_path / "run" / "01-text" / "transformer-ema"
     assert torch.equal(read_transformer(done).state[name], read_transformer(result).state[name])
-    report = replay_step(RECIPE, {}, tmp_path / "run", "text", 1, init="tiny", options=OPTIONS)
+    report = replay_step(RECIPE, data, tmp_path / "run", "text", 1, init="tiny", options=OPTIONS)
     assert report["finite"] and report["from_checkpoint"] == 1
     json.dumps(report)
 
@@ -79,7 +85,9 @@ CLASSES = replace(
     (lambda out: train(CLASSES, {}, out, pipeline="tiny"), "`pipeline` was asked, but the last"),
     (lambda out: train(CLASSES, {}, out, options=replace(OPTIONS, validation=IMAGES)),
      "leave out `validation`"),
-    (lambda out: train(RECIPE, {}, out, options=OPTIONS), "start from as `init`"),
+    (lambda out: train(RECIPE, {}, out), r"trains on pictures; .* `data\['pictures'\]`"),
+    (lambda out: train(RECIPE, {"text": draw_store(out)}, out, options=OPTIONS),
+     "start from as `init`"),
     (lambda out: Overrides(batch=0), "`batch` must be > 0, got 0"),
     (lambda out: Compute(workers=-1), "`workers` must be >= 0"),
     (lambda out: Records(log=("paper",)), "`log=paper` was asked; choose from console"),

@@ -38,6 +38,7 @@ small_run = sys.modules["small_run"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(small_run)
 digest, make_trainer = small_run.digest, small_run.make_trainer
 STEPS = 7
+LIMIT = 900  # seconds: of a run that hangs. A busy machine compiles blocks for minutes
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def run(
         for rank in range(num_ranks)
     ]
     try:
-        printed = [process.communicate(timeout=240) for process in processes]
+        printed = [process.communicate(timeout=LIMIT) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -112,6 +113,7 @@ def test_the_first_step_is_what_autograd_and_adamw_make_of_the_mean_loss(ranks, 
     losses["loss"].mean().backward()
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
     torch.optim.AdamW(plain.parameters(), 1e-3, weight_decay=0.03).step()
+    del losses["timesteps"]
     torch.testing.assert_close(result.losses, {n: v.detach() for n, v in losses.items()})
     torch.testing.assert_close(result.norm, norm, rtol=1e-9, atol=0)
     for (name, ours), theirs in zip(
@@ -348,9 +350,11 @@ def test_checkpointed_activations_change_no_bit(ranks, tmp_path, checkpointing):
 
 @pytest.mark.slow
 def test_compiled_blocks_can_be_sharded(alone, tmp_path):
+    """Three steps are one of each bucket: compilation is nearly all of the time."""
     options = ("--set", "parallel=fsdp", "compile=true", "checkpointing=selective")
-    found, expected = steps_of(run(tmp_path, *options, num_ranks=2)), steps_of(alone)
-    for step in range(STEPS):
+    found, expected = steps_of(run(tmp_path, *options, steps=3, num_ranks=2)), steps_of(alone)
+    assert len(found) == 3
+    for step in found:
         assert found[step]["losses"] == pytest.approx(expected[step]["losses"], rel=1e-4)
 
 

@@ -12,8 +12,11 @@ import torch
 
 from pixart_rt.checkpoints.controlnet import write_controlnet
 from pixart_rt.checkpoints.pipeline_folder import COMPONENTS
+from pixart_rt.data.control import PairedSource
 from pixart_rt.data.edges import EdgeKind, edge_finder
-from pixart_rt.data.training_data import TrainingData, is_store, open_data, paired
+from pixart_rt.data.loader import Source
+from pixart_rt.data.store import FeatureStore
+from pixart_rt.data.training_data import is_store, open_data
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import CONTROLNET as CONTROLNET_FOLDER
 from pixart_rt.model.controlnet import ControlNetTransformer
@@ -69,13 +72,10 @@ class ControlData:
                 "`pixart-rt data edges` drew"
             )
 
-    def open(
-        self, resolution: int, encoder: str, device: torch.device, workers: int
-    ) -> TrainingData:
+    def open(self, resolution: int, encoder: str, device: torch.device) -> Source:
         """The samples with their control images; the model `encoder` encodes pictures."""
         if self.edges is not None:
-            pin = device.type == "cuda"
-            return paired(self.data, self.edges, workers=workers, pin=pin)
+            return PairedSource(FeatureStore(self.data), FeatureStore(self.edges))
         kind = EdgeKind.CANNY if self.condition is None else EdgeKind(self.condition)
         return open_data(
             self.data,
@@ -83,7 +83,6 @@ class ControlData:
             square=self.square,
             encoder=encoder,
             device=device,
-            workers=workers,
             edges=edge_finder(kind),
         )
 
@@ -112,7 +111,7 @@ def train_controlnet(
     shape = _controlnet(variant, copies, start.config.num_layers)
     shape.check(start.config)
     with start_ranks(options.device) as ranks:
-        samples = data.open(start.config.resolution, model, ranks.device, options.workers)
+        samples = data.open(start.config.resolution, model, ranks.device)
         check_shapes(data.data, samples, job, start.config.resolution)
         controlled = ControlNetTransformer.of(base.load(ranks.device), shape)
         objective = ControlNetObjective(
@@ -131,7 +130,7 @@ def train_controlnet(
         train_and_write(
             job,
             objective,
-            feed_of(samples, sampler, ranks),
+            feed_of(samples, sampler, ranks, workers=options.workers),
             ranks,
             identity={
                 "model": model,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixart_rt.bundle import sha256
 from pixart_rt.data.crop import bucket_table
 from pixart_rt.data.encode import EncoderConfig, FeatureEncoder, usual_text_precision
 from pixart_rt.data.folder import METADATA
@@ -118,10 +117,7 @@ def train_on_pictures(
             objective,
             Batches(source, ids, seed=job.options.seed),
             ranks,
-            identity={
-                "asked": asked,
-                "pictures": [sha256(each.path) for each in (*instances, *of_class)],
-            },
+            identity={"asked": asked, "data": source.identity},
             progress=progress,
             write=write,
         )
@@ -178,7 +174,7 @@ def _encode(
         progress=progress,
     )
     if settings.text_dropout:
-        return source, null_of(base.checkpoint, encoder.text([""])[0][0])
+        return source, null_of(base.checkpoint, source.empty_prompt)
     shape = config.max_text_tokens, config.caption_channels
     return source, NullText(torch.zeros(shape), None)  # never read: no caption is dropped
 

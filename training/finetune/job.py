@@ -24,6 +24,7 @@ from pixart_rt.checkpoints.transformer import (
     read_transformer,
 )
 from pixart_rt.data.batch import Batch
+from pixart_rt.data.loader import Source
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import Kind, check_into, check_model
 from pixart_rt.model.transformer import PixArtTransformer
@@ -40,7 +41,6 @@ from pixart_rt.training.run_settings import (
     Place,
     RunSettings,
 )
-from pixart_rt.training.sample_source import Source
 from pixart_rt.training.trainer import Feed, StepResult, Trainer
 
 LOG = (Place.CONSOLE, Place.JSONL)

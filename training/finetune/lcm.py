@@ -82,7 +82,6 @@ def train_lcm(
             square=square,
             encoder=model,
             device=ranks.device,
-            workers=options.workers,
         )
         check_shapes(data, samples, job, config.resolution)
         student = base.load(ranks.device)
@@ -105,7 +104,7 @@ def train_lcm(
         train_and_write(
             job,
             objective,
-            feed_of(samples, sampler, ranks),
+            feed_of(samples, sampler, ranks, workers=options.workers),
             ranks,
             identity={"asked": asked, "data": samples.identity},
             progress=progress,

@@ -23,7 +23,7 @@ from pixart_rt.model.controlnet_config import ControlNetConfig
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
 from pixart_rt.training.flops import Part, Product, StepFlops, blocks, step_flops, text_model
-from pixart_rt.training.objectives.denoising import TextObjective, predict_noise
+from pixart_rt.training.objectives.denoising import TIMESTEPS, TextObjective, predict_noise
 from pixart_rt.training.sample_rng import Draws
 
 LEARNING_RATE = 5e-6  # the paper's; the released code's is 2e-5·√(batch / 256)
@@ -76,14 +76,15 @@ class ControlNetObjective(TextObjective):
                 "a ControlNet was to be trained, but the data has no control images; read it "
                 "through pixart_rt.data.control"
             )
-        t = self.timesteps(draws)
+        t = draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         embeds, mask = self.captions(batch, draws)
         output = predict_noise(
             self.model, self.positions, noisy, t, embeds, mask, batch,
             projected=self.projected, condition=batch.condition,
         )  # fmt: skip
-        return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+        losses = self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+        return losses | {TIMESTEPS: t}
 
 
 def trained(

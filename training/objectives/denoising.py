@@ -1,7 +1,7 @@
 """What a step minimises: an objective is a module whose forward gives the losses of a batch.
 
-    losses = objective(batch, draws)         {"loss": [B], and the terms it is made of, each [B]}
-    losses["loss"].mean().backward()
+    losses = objective(batch, draws)         {"loss": [B], and the terms it is made of, each [B];
+    losses["loss"].mean().backward()          "timesteps": [B], those that it trained at}
 
 It holds what is trained (parameters that require a gradient) and what is not. `units` are the
 modules that are compiled, sharded (FSDP) and checkpointed one by one: the transformer's blocks.
@@ -29,6 +29,8 @@ from pixart_rt.training.dropout import NullText, drop_captions, drop_labels
 from pixart_rt.training.flops import Part, StepFlops, adapters, dit, step_flops, text_model
 from pixart_rt.training.sample_rng import Draws
 
+TIMESTEPS = "timesteps"  # next to the losses: a meter sorts them by these
+
 
 class Objective(nn.Module):
     """Base of all objectives."""
@@ -38,10 +40,6 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def timesteps(self, draws: Draws) -> Tensor:
-        """The timesteps [B] int64 that `forward` trains at."""
         raise NotImplementedError
 
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops | None:
@@ -178,9 +176,6 @@ class TextObjective(Objective):
         dropped = draws.dropped(self.text_dropout)
         return drop_captions(batch.prompt_embeds, batch.prompt_mask, dropped, null)
 
-    def timesteps(self, draws: Draws) -> Tensor:
-        return draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
-
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
         config = self.model.config
         shape = bucket.num_tokens, config.max_text_tokens
@@ -191,13 +186,14 @@ class TextObjective(Objective):
         return step_flops(products, frozen=frozen, full_checkpointing=full_checkpointing)
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        t = self.timesteps(draws)
+        t = draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         output = predict_noise(
             self.model, self.positions, noisy, t, *self.captions(batch, draws), batch,
             projected=self.projected,
         )  # fmt: skip
-        return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+        losses = self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+        return losses | {TIMESTEPS: t}
 
 
 class ClassObjective(Objective):
@@ -220,9 +216,6 @@ class ClassObjective(Objective):
     def units(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
 
-    def timesteps(self, draws: Draws) -> Tensor:
-        return draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
-
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
         products = dit(self.model.config, bucket.num_tokens)
         return step_flops(products, full_checkpointing=full_checkpointing)
@@ -234,7 +227,7 @@ class ClassObjective(Objective):
                 "a class-conditional phase was asked, but the data has no labels; extract a folder "
                 "with a subfolder for each class"
             )
-        t = self.timesteps(draws)
+        t = draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)
         config = self.model.config
         labels = drop_labels(batch.labels, draws.dropped(self.label_dropout), config.null_label)
@@ -245,4 +238,5 @@ class ClassObjective(Objective):
             labels,
         )
         output = unpatchify(tokens, batch.bucket.grid, config.patch_size)
-        return self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+        losses = self.diffusion.training_losses(output, batch.latents, t, draws.noise)
+        return losses | {TIMESTEPS: t}

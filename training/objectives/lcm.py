@@ -43,7 +43,7 @@ from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText, drop_captions
 from pixart_rt.training.finetune.settings import LCM_GUIDANCE
 from pixart_rt.training.flops import StepFlops, text_model
-from pixart_rt.training.objectives.denoising import TextObjective, predict_noise
+from pixart_rt.training.objectives.denoising import TIMESTEPS, TextObjective, predict_noise
 from pixart_rt.training.sample_rng import Draws
 
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0  # those of the LCM sampler; no other pair can be sampled
@@ -142,10 +142,6 @@ class ConsistencyDistillation(TextObjective):
         models = [each for each in (self.model, self.teacher, self.target) if each is not None]
         return [block for model in models for block in model.blocks]
 
-    def timesteps(self, draws: Draws) -> Tensor:
-        """The student's, t_{n+k}: [B] int64."""
-        return (draws.timesteps(self.settings.num_ddim_timesteps) + 1) * self.stride - 1
-
     def flops(self, bucket: Bucket, full_checkpointing: bool) -> StepFlops:
         """Of the student's pass and three that are only forward: two teacher's, the target's."""
         config = self.model.config
@@ -155,8 +151,8 @@ class ConsistencyDistillation(TextObjective):
         return replace(step, forward=2 * step.forward + 2 * teacher)
 
     def forward(self, batch: Batch, draws: Draws) -> dict[str, Tensor]:
-        """{"loss": [B]} in float32 or wider."""
-        later = self.timesteps(draws)
+        """{"loss": [B]} in float32 or wider, and the student's timesteps t_{n+k}."""
+        later = (draws.timesteps(self.settings.num_ddim_timesteps) + 1) * self.stride - 1
         earlier = (later - self.stride).clamp(min=0)
         noisy = self.diffusion.q_sample(batch.latents, later, draws.noise)
         with torch.no_grad():  # before the student, whose activations need not be held meanwhile
@@ -166,7 +162,7 @@ class ConsistencyDistillation(TextObjective):
         difference = self._consistent(self.model, noisy, later, batch) - wanted
         huber_c = self.settings.huber_c
         loss = (difference.square() + huber_c**2).sqrt() - huber_c
-        return {"loss": loss.mean(dim=(1, 2, 3))}
+        return {"loss": loss.mean(dim=(1, 2, 3)), TIMESTEPS: later}
 
     @torch.no_grad()
     def after_step(self, found_inf: Tensor) -> None:

@@ -73,7 +73,7 @@ def test_full_checkpointing_changes_no_gradient(ranks, tmp_path):
 def test_timesteps_and_flops_are_those_of_the_passes(ranks, tmp_path):
     objective = make_trainer(tmp_path, 1, ranks).objective
     batch = small_run.MadeUpFeed(small_run.make_sampler(), ranks).batch(0)
-    t = objective.timesteps(draw(3, 0, batch))
+    t = objective(batch, draw(3, 0, batch))["timesteps"]
     assert ((t + 1) % 20 == 0).all() and t.min() >= 19 and t.max() <= 999
     bucket, config = batch.bucket, objective.model.config
     products = text_model(config, bucket.num_tokens, config.max_text_tokens)

@@ -127,7 +127,7 @@ def test_the_loss_matches_plain_numpy(own_mask, steps, w, huber_c):
     with torch.no_grad():
         objective.target.weights.copy_(torch.tensor([0.45, 0.1], dtype=torch.float64))
     found = objective(batch, draws)
-    assert set(found) == {"loss"} and found["loss"].shape == (len(indices),)
+    assert set(found) == {"loss", "timesteps"} and found["loss"].shape == (len(indices),)
 
     for row, index in enumerate(indices):
         k = 1000 // steps

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from examples.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
+from examples.ablation.shapes import costs
 from pixart_rt.buckets import Bucket
 from pixart_rt.checkpoints.dit import DiTCheckpoint
 from pixart_rt.config import XL_2_256, ModelConfig
 from pixart_rt.data.batch import Batch
 from pixart_rt.model.dit import DiT, DiTConfig
 from pixart_rt.model.embeddings import patchify, position_table, unpatchify
-from pixart_rt.training.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
-from pixart_rt.training.ablation.shapes import costs
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
 from pixart_rt.training.sample_rng import draw

@@ -1,6 +1,6 @@
 """Pre-train the tiny T5 encoder: every token must tell what its noun phrase and the scene are.
 
-    python -m pixart_rt.training.tiny.train_text --minutes 4 --out runs/tiny/text_encoder
+    python -m examples.tiny.train_text --minutes 4 --out runs/tiny/text_encoder
 
 PixArt-alpha keeps a pre-trained text encoder frozen; a tiny one has to be pre-trained first.
 Linear heads read from each token of a noun phrase its colour, shape, size and place (which of how
@@ -10,6 +10,7 @@ and shape are bound in the text encoder, where it is cheap; the transformer lear
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from pixart_rt.training.tiny.scenes import (
+from examples.tiny.scenes import (
     BACKGROUNDS,
     PALETTE,
     SHAPES,
@@ -30,7 +31,7 @@ from pixart_rt.training.tiny.scenes import (
     random_scene,
 )
 
-WIDTH = 128
+WIDTH, BATCH = 128, 128
 PLACES = [(1, "row", 0)] + [
     (count, direction, index)
     for count in (2, 3)
@@ -137,7 +138,7 @@ def train(tokenizer: Path, out: Path, minutes: float, seed: int, lr: float) -> N
         done = min((time.monotonic() - start) / (60 * minutes), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
-        ids, mask, targets = batch(rng, 128, pieces)
+        ids, mask, targets = batch(rng, BATCH, pieces)
         hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         hidden = hidden + 0.1 * torch.randn_like(hidden)  # keeps the classes well apart
         losses = {
@@ -155,7 +156,7 @@ def train(tokenizer: Path, out: Path, minutes: float, seed: int, lr: float) -> N
     encoder.eval().save_pretrained(out)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, default=Path("runs/tiny/tokenizer"))
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/text_encoder"))
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     train(args.tokenizer, args.out, args.minutes, args.seed, args.lr)
 

@@ -1,6 +1,6 @@
 """Train the tiny 8x autoencoder on drawn scenes: L1 + L2 + a small KL term (arXiv:2112.10752).
 
-    python -m pixart_rt.training.tiny.train_vae --minutes 20 --out runs/tiny/vae
+    python -m examples.tiny.train_vae --minutes 20 --out runs/tiny/vae
 
 Most steps see small crops of scenes drawn at 128 to 1024 pixels; a growing share sees whole images,
 because group normalisation takes its statistics over all pixels. The latents are
@@ -9,6 +9,7 @@ standardized at the end and the inverse of their deviation is written as `scalin
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from pixart_rt.training.tiny.scenes import draw, place, random_scene
+from examples.tiny.scenes import draw, place, random_scene
 
 KL_WEIGHT = 1e-4  # against a mean over pixels; ten times more and colours collapse
 CROPS = ((16, 64), (4, 128))  # batch size and side of the window
 WHOLE = ((2, 256), (1, 512))  # batch size and side of the whole image
+STANDARDIZED = 128  # whole scenes that the latents' scale is measured on
 SIDES = (128, 192, 256, 384, 512, 768, 1024)  # pixels of the scene that a crop is cut from
 
 
@@ -109,7 +111,7 @@ def standardize_latents(vae: AutoencoderKL, rng: np.random.Generator) -> float:
     Diffusion starts from N(0, 1), so every channel should have that scale; `scaling_factor` alone
     moves no mean. Measured over whole 256-pixel scenes. Returns 1 / std afterwards, close to 1.
     """
-    images = [whole(rng, 8, 256, 256) for _ in range(16)]
+    images = [whole(rng, 8, 256, 256) for _ in range(STANDARDIZED // 8)]
     means = torch.cat([vae.encode(batch).latent_dist.mean for batch in images])
     mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv
@@ -169,7 +171,7 @@ def train(
     vae.save_pretrained(out)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/vae"))
     parser.add_argument("--minutes", type=float, default=20)
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decoder-only", action="store_true", help="keep the latents as they are")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     train(args.out, args.minutes, args.seed, args.lr, args.decoder_only)
 

@@ -6,8 +6,7 @@ Oracle: the scene a picture was drawn from.
 import numpy as np
 import pytest
 
-from pixart_rt.buckets import buckets
-from pixart_rt.training.tiny.scenes import (
+from examples.tiny.scenes import (
     BACKGROUNDS,
     PALETTE,
     SHAPES,
@@ -18,7 +17,8 @@ from pixart_rt.training.tiny.scenes import (
     place,
     random_scene,
 )
-from pixart_rt.training.tiny.scorer import connected_components, find, score
+from examples.tiny.scorer import connected_components, find, score
+from pixart_rt.buckets import buckets
 
 SQUARES = [(128, 128), (256, 256), (512, 512), (1024, 1024)]
 QUARTERS = [(bucket.height, bucket.width) for bucket in buckets(256)]  # all 40 aspect ratios

@@ -1,6 +1,6 @@
 """Train the tiny SentencePiece vocabulary and save it as a T5 tokenizer.
 
-    python -m pixart_rt.training.tiny.tokenizer --out runs/tiny/tokenizer
+    python -m examples.tiny.tokenizer --out runs/tiny/tokenizer
 
 Every caption word becomes one piece; single characters cover the rest of printable ASCII, so any
 prompt has ids. Ids follow T5: 0 pads, 1 ends a prompt, 2 is unknown, 100 sentinels at the end.
@@ -12,6 +12,7 @@ import math
 import string
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,16 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 from transformers import T5Tokenizer
 
-from pixart_rt.training.tiny.scenes import caption, random_scene
+from examples.tiny.scenes import caption, random_scene
 
 MAX_TOKENS = 120  # PixArt-alpha's prompt length
+CAPTIONS = 20_000  # that it is trained on
 
 
-def train_sentencepiece(num_captions: int = 20_000, seed: int = 0) -> bytes:
+def train_sentencepiece(seed: int = 0) -> bytes:
     """The serialized SentencePiece model."""
     rng = np.random.default_rng(seed)
-    corpus = [caption(random_scene(rng, held_out=False), rng) for _ in range(num_captions)]
+    corpus = [caption(random_scene(rng, held_out=False), rng) for _ in range(CAPTIONS)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus),
@@ -67,10 +69,10 @@ def save_tokenizer(model: bytes, out: Path) -> T5Tokenizer:
     return T5Tokenizer.from_pretrained(out)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/tokenizer"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     tokenizer = save_tokenizer(train_sentencepiece(), args.out)
     print(f"{len(tokenizer)} ids in {args.out}")
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
+from examples.ablation import run as run_file
+from examples.ablation.arms import Arm, Plan, planned, steps_within
+from examples.ablation.report import CLAIMS, at, table, write
+from examples.ablation.run import Ablation, Curve, Point
+from examples.ablation.shapes import Cost
 from pixart_rt.errors import ConfigError
-from pixart_rt.training.ablation import run as run_file
-from pixart_rt.training.ablation.arms import Arm, Plan, planned, steps_within
-from pixart_rt.training.ablation.report import CLAIMS, at, table, write
-from pixart_rt.training.ablation.run import Ablation, Curve, Point
-from pixart_rt.training.ablation.shapes import Cost
 from pixart_rt.training.process_group import start_ranks
 
 PLAN = Plan(
@@ -43,18 +43,14 @@ def stop_at(arm):
     return progress
 
 
-def told(name, done, total):
-    return None
-
-
 def test_all_arms_and_on_after_a_stop(ranks, tmp_path):
-    whole = Ablation(PLAN, tmp_path / "whole", ranks).run(told)
+    whole = Ablation(PLAN, tmp_path / "whole", ranks).run()
     parts = tmp_path / "parts"
     for arm in (Arm.ADALN, Arm.SCRATCH):
         with pytest.raises(Stop):
-            Ablation(PLAN, parts, ranks).run(stop_at(arm))
+            Ablation(PLAN, parts, ranks, stop_at(arm)).run()
     (parts / "sparse" / "scores" / "step-00000001.json").unlink()  # killed before it was scored
-    again = Ablation(PLAN, parts, ranks).run(told)
+    again = Ablation(PLAN, parts, ranks).run()
     for arm in Arm:
         assert again[arm].losses == whole[arm].losses and again[arm].points == whole[arm].points
         steps = [point.step for point in whole[arm].points]

@@ -1,6 +1,7 @@
 """Trains the arms one after the other and scores each on held-out captions while it learns.
 
     DIR/plan.json            arms.Plan
+    DIR/data/                scenes of each kind and their features (tiny/data.py)
     DIR/<arm>/               trainer.py's files; scores/step-00000100.json
     DIR/dit.pt               what the arms from a DiT start from
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,31 +22,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from examples.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
+from examples.ablation.arms import Arm, Plan
+from examples.tiny.data import Scenes, SceneSet, open_encoder, scene_store
+from examples.tiny.scenes import SHAPES, Scene, caption, random_scene
+from examples.tiny.scorer import score
 from pixart_rt.buckets import Bucket
 from pixart_rt.checkpoints.dit import DiTCheckpoint, read_dit, write_dit
 from pixart_rt.checkpoints.transformer import load_transformer
 from pixart_rt.config import ModelConfig, Precision, SamplingConfig
 from pixart_rt.data.batch import Batch
+from pixart_rt.data.encode import FeatureEncoder
+from pixart_rt.data.loader import Batches
+from pixart_rt.data.store import FeatureStore
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import replacing
 from pixart_rt.model.dit import DiT, DiTConfig, initialize_dit
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.training.ablation.adaln import AdaLNObjective, AdaLNTransformer, from_dit
-from pixart_rt.training.ablation.arms import Arm, Plan
 from pixart_rt.training.diffusion import GaussianDiffusion
 from pixart_rt.training.dropout import NullText
 from pixart_rt.training.objectives.denoising import ClassObjective, Objective, TextObjective
 from pixart_rt.training.optim.warmup import Warmup
 from pixart_rt.training.process_group import Ranks
+from pixart_rt.training.progress import Progress, silent
 from pixart_rt.training.reparameterize import reparameterize
 from pixart_rt.training.reparameterize_settings import TextStart
 from pixart_rt.training.run_settings import RunSettings
 from pixart_rt.training.sample_rng import draw
 from pixart_rt.training.sampler import BucketSampler
-from pixart_rt.training.tiny.kinds import Scenes
-from pixart_rt.training.tiny.scenes import SHAPES, Scene, caption, random_scene
-from pixart_rt.training.tiny.scorer import score
-from pixart_rt.training.tiny.source import SceneSource, open_scenes
 from pixart_rt.training.trainer import Trainer
 from pixart_rt.training.validation import Validation, ValidationSettings
 from pixart_rt.training.weight_init import from_scratch
@@ -83,10 +86,11 @@ class Curve:
 class Ablation:
     """The arms of a plan in a folder, on one process."""
 
-    def __init__(self, plan: Plan, out: Path, ranks: Ranks) -> None:
+    def __init__(self, plan: Plan, out: Path, ranks: Ranks, progress: Progress = silent) -> None:
         if ranks.num_ranks > 1:
             raise ConfigError("the ablation runs on one process; start it without torchrun")
-        self.plan, self.out, self.ranks = plan, Path(out), ranks
+        self.plan, self.out, self.ranks, self.progress = plan, Path(out), ranks, progress
+        self._stores: dict[Scenes, FeatureStore] = {}
         side = plan.resolution
         self.bucket = Bucket(ratio=1.0, height=side, width=side)
         self.config = ModelConfig(
@@ -99,10 +103,10 @@ class Ablation:
             micro_conditioning=False,
         )
 
-    def run(self, progress: Callable[[str, int, int], None]) -> dict[Arm, Curve]:
+    def run(self) -> dict[Arm, Curve]:
         """Train what is not trained yet; what all arms did."""
         for number, arm in enumerate(Arm):
-            progress(f"training {arm}", number, len(Arm))
+            self.progress(f"training {arm}", number, len(Arm))
             trainer = self.trainer(arm)
             trainer.run()
             if arm is Arm.DIT:
@@ -135,7 +139,7 @@ class Ablation:
         )
         return Trainer(
             self.objective(arm, source),
-            source.feed(sampler.ids, plan.seed),
+            Batches(source, sampler.ids, seed=plan.seed),
             settings,
             self.out / arm,
             self.ranks,
@@ -147,11 +151,23 @@ class Ablation:
     def log_every(self) -> int:
         return max(self.plan.score_every // 5, 1)
 
-    def source(self, arm: Arm) -> SceneSource:
-        table, root = (self.bucket,), self.out / "scenes"
-        return open_scenes(arm.data, self.plan.scenes, table, root, self.ranks)
+    def source(self, arm: Arm) -> FeatureStore:
+        """The samples of an arm; those of the plan that are missing are made."""
+        if arm.data not in self._stores:
+            self._stores[arm.data] = self._store(str(arm.data), arm.data, self.plan.scenes, 0)
+        return self._stores[arm.data]
 
-    def objective(self, arm: Arm, source: SceneSource) -> Objective:
+    def _store(self, name: str, kind: Scenes, count: int, seed: int) -> FeatureStore:
+        scenes = SceneSet(
+            kind=kind, count=count, resolution=self.plan.resolution, square=True, seed=seed
+        )
+        return scene_store(scenes, self.out / "data", name, self._encoder, self.progress)
+
+    @cached_property
+    def _encoder(self) -> FeatureEncoder:
+        return open_encoder(self.ranks.device)
+
+    def objective(self, arm: Arm, source: FeatureStore) -> Objective:
         """From the weights that the arm starts from."""
         diffusion, shift = GaussianDiffusion(), self.plan.timestep_shift
         if arm is Arm.DIT:
@@ -200,7 +216,7 @@ class Ablation:
     def some_batch(self) -> Batch:
         """A batch of captioned scenes of the plan."""
         numbers = np.arange(self.plan.batch) % self.plan.scenes
-        return self.source(Arm.SCRATCH).batch(numbers.tolist(), self.plan.seed, 0)
+        return self.source(Arm.SCRATCH).load(numbers.tolist(), seed=self.plan.seed, step=0)
 
     @cached_property
     def asked(self) -> list[tuple[Scene, str]]:
@@ -210,9 +226,8 @@ class Ablation:
         return [(scene, caption(scene, rng)) for scene in scenes]
 
     @cached_property
-    def _unseen(self) -> SceneSource:
-        table, root = (self.bucket,), self.out / "scenes"
-        return open_scenes(Scenes.DENSE, UNSEEN, table, root, self.ranks, seed=UNSEEN_SEED)
+    def _unseen(self) -> FeatureStore:
+        return self._store("unseen", Scenes.DENSE, UNSEEN, UNSEEN_SEED)
 
     @cached_property
     def _drawer(self) -> Validation:
@@ -248,7 +263,7 @@ class Ablation:
         losses = []
         for start in range(0, UNSEEN, self.plan.batch):
             numbers = list(range(start, min(start + self.plan.batch, UNSEEN)))
-            batch = self._unseen.batch(numbers, self.plan.seed, 0)
+            batch = self._unseen.load(numbers, seed=self.plan.seed, step=0)
             draws = draw(self.plan.seed, 0, batch).to(self.ranks.device)
             losses.append(objective(batch.to(self.ranks.device), draws)["loss"].cpu())
         return torch.cat(losses).mean().item()
@@ -273,7 +288,7 @@ class Ablation:
         state = {name.removeprefix("model."): each for name, each in weights.items()}
         write_dit(DiTCheckpoint(objective.model.config, state, "ablation"), path)
 
-    def _null(self, source: SceneSource) -> NullText:
+    def _null(self, source: FeatureStore) -> NullText:
         found = source.empty_prompt.float()
         embeds = torch.zeros(MAX_TEXT_TOKENS, CAPTION_CHANNELS)
         embeds[: len(found)] = found

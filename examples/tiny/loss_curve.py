@@ -1,6 +1,6 @@
 """Draw the losses of a run's phases: step across, log10 of the loss up.
 
-    python -m pixart_rt.training.tiny.loss_curve runs/tiny --out docs/images/tiny-loss.png
+    python -m examples.tiny.loss_curve runs/tiny/run --out docs/images/tiny-loss.png
 
 A phase's line is the mean loss of each line of its log.jsonl. Pillow only.
 """
@@ -8,6 +8,7 @@ A phase's line is the mean loss of each line of its log.jsonl. Pillow only.
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -56,11 +57,11 @@ def draw_curves(phases: dict[str, list[tuple[int, float]]]) -> Image.Image:
     return image
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a folder of `pixart-rt train`")
     parser.add_argument("--out", type=Path, default=Path("docs/images/tiny-loss.png"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logs = sorted(args.run.glob("*/log.jsonl"))
     phases = {path.parent.name: points for path in logs if (points := read_log(path))}
     args.out.parent.mkdir(parents=True, exist_ok=True)

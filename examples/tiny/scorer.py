@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from pixart_rt.training.tiny.scenes import BACKGROUNDS, PALETTE, SHAPES, Scene, signed_distance
+from examples.tiny.scenes import BACKGROUNDS, PALETTE, SHAPES, Scene, signed_distance
 
 FOREGROUND = 0.18  # distance in RGB from the background; gray to purple, the closest pair, is 0.4
 MIN_AREA = 0.004  # share of the area of a square on the shorter side; small things have 0.02

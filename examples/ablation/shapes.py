@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from examples.ablation.adaln import AdaLNTransformer
 from pixart_rt.config import XL_2_256, ModelConfig
 from pixart_rt.data.batch import Batch
 from pixart_rt.memory.measure import peak_bytes
 from pixart_rt.model.transformer import PixArtTransformer
-from pixart_rt.training.ablation.adaln import AdaLNTransformer
 from pixart_rt.training.objectives.denoising import Positions, predict_noise
 from pixart_rt.training.sample_rng import draw
 

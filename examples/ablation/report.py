@@ -14,10 +14,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from examples.ablation.arms import Arm, Plan
+from examples.ablation.run import Curve, Point
+from examples.ablation.shapes import Cost
 from pixart_rt.files import replacing
-from pixart_rt.training.ablation.arms import Arm, Plan
-from pixart_rt.training.ablation.run import Curve, Point
-from pixart_rt.training.ablation.shapes import Cost
 
 COLORS = {
     Arm.REPARAMETERIZED: "#1f5fa8",

@@ -7,7 +7,7 @@
     scratch            2 S steps of text from random weights
 
 Equal budgets: at S steps of text `scratch` is what re-parameterisation is compared with; at 2 S it
-has seen as many images as `dit` and `reparameterized` together. Imports no torch.
+has seen as many images as `dit` and `reparameterized` together.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from examples.tiny.data import Scenes
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import replacing
 from pixart_rt.training.run_settings import OptimizerKind
-from pixart_rt.training.tiny.kinds import Scenes
 
 RESOLUTIONS = (64, 128, 256)
 POINTS = 4  # scores in S steps

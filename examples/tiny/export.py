@@ -1,7 +1,7 @@
 """Gather the trained parts into one diffusers folder, weights in float16.
 
-    pixart-rt train recipes/tiny.toml --out runs/tiny
-    python -m pixart_rt.training.tiny.export --run runs/tiny --out tiny-new
+    make tiny                                                   # or its steps up to the training
+    python -m examples.tiny.export --run runs/tiny/run --out runs/tiny/model
 
 Tokenizer, text encoder and VAE are those under --root, by default the shipped ones: the run was
 trained with these. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the
@@ -11,6 +11,7 @@ trained with these. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +24,12 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel, T5Tokenizer
 
+from examples.script import run_script
+from examples.tiny.scenes import vocabulary
 from pixart_rt.checkpoints.hub import TINY, VOCABULARY
 from pixart_rt.checkpoints.pipeline_folder import INDEX
 from pixart_rt.checkpoints.sampling_defaults import GUIDANCE_SCALE
 from pixart_rt.files import PIPELINE, check_folder, replacing_folder
-from pixart_rt.training.tiny.scenes import vocabulary
 
 MULTISCALE = "05-aesthetics-1024/transformer-ema"
 GUIDANCE = 3.0  # on 24 held-out captions it did better than 4.5 (docs/tiny.md)
@@ -98,16 +100,18 @@ def forget_origin(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=TINY, help="the other parts")
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="of recipes/tiny.toml")
-    parser.add_argument("--out", type=Path, default=Path("tiny-new"))
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/tiny/run"), help="of recipes/tiny.toml"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny/model"))
     parser.add_argument("--force", action="store_true", help="replace an earlier export")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     size = export(args.root, args.run / MULTISCALE, args.run / SQUARE, args.out, args.force)
     print(f"{size / 1e6:.1f} MB in {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,1 +1,0 @@
-"""The paper's claims on drawn scenes: what `pixart-rt reproduce ablation` runs."""

@@ -388,9 +388,9 @@ def tune(
 
     `shapes` are (rows of a step, tokens of an image). Configurations come first: a contest is
     between tuned kernels. Nothing is begun after `seconds`; what was not tried is listed. Kernels
-    that the self-test refused on this GPU in `dtype` are not tuned. With `workers` that many processes compile
-    the candidates of SUBJECTS beforehand, into Triton's cache. `save` gets the table so far, after
-    every entry.
+    that the self-test refused on this GPU in `dtype` are not tuned. With `workers` that many
+    processes compile the candidates of SUBJECTS beforehand, into Triton's cache. `save` gets the
+    table so far, after every entry.
     """
     sizes = list(shapes or ((B, N) for B, N in itertools.product(BATCHES, TOKENS)))
     began, name = clock(), str(dtype).removeprefix("torch.")

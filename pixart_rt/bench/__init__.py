@@ -4,7 +4,7 @@ request.py      a measurement's settings, checked
 systems.py      ours and the peers behind one call, stages.py their clocks
 cold.py         a fresh process to its first image
 measure.py      warm repetitions in turn, agreement.py whether the images are the same
-counts.py       operations and bytes of a request, roofline.py the machine's rates and the least time
+counts.py       operations and bytes of a request, roofline.py the machine's rates and floors
 run.py          all of it, to one JSON document; plots.py draws it
 
 A checkout's benchmarks/ stands on the same:

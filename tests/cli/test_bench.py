@@ -121,7 +121,8 @@ def test_both_peers_side_by_side(run: Callable[..., Any], bundle_256: Path, tmp_
     """With a small model, for its peer is compiled."""
     out = tmp_path / "out.json"
     outcome = run("bench", bundle_256, "--steps", 3, "--repeats", 2, "--peer", "diffusers",
-                  "--peer", "diffusers-compile", "--no-cold", "--no-plots", "--json", out)  # fmt: skip
+                  "--peer", "diffusers-compile", "--no-cold", "--no-plots", "--json",
+                  out)  # fmt: skip
     assert outcome.code == 0, outcome.err
     result = json.loads(out.read_text())
     assert list(result["systems"]) == ["pixart_rt", "diffusers", "diffusers-compile"]

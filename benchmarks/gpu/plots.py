@@ -27,12 +27,12 @@ def write_plots(found: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     said = found["hardware"]["gpu"] or "a CPU, to try the script"
     return [
         write_figure(folder / f"{stem}-{name}.png", f"{name.capitalize()}, {said}",
-                     partial(draw, found=found))
+                     partial(draw, found))
         for name, (there, draw) in PLOTS.items() if there(found)
     ]  # fmt: skip
 
 
-def steps(figure: Figure, found: dict[str, Any]) -> None:
+def steps(found: dict[str, Any], figure: Figure) -> None:
     """Milliseconds a step, an axis for each size."""
     sizes = sorted({(row["pixels"], row["batch"]) for row in found["steps"]})
     loops = {quality: f"ours, whole loop in a graph, {quality}" for quality in ("high", "fast")}
@@ -51,7 +51,7 @@ def steps(figure: Figure, found: dict[str, Any]) -> None:
     legend_below(figure, 3)
 
 
-def attention(figure: Figure, found: dict[str, Any]) -> None:
+def attention(found: dict[str, Any], figure: Figure) -> None:
     """TFLOP/s by head width; our kernel's at its own."""
     rows = found["limits"]["attention"]
     tokens = sorted({row["tokens"] for row in rows})
@@ -79,7 +79,7 @@ def attention(figure: Figure, found: dict[str, Any]) -> None:
     legend_below(figure, 4)
 
 
-def products(figure: Figure, found: dict[str, Any]) -> None:
+def products(found: dict[str, Any], figure: Figure) -> None:
     """TFLOP/s of the model's products, by their rows."""
     axes = figure.subplots()
     rows = found["limits"]["products"]
@@ -98,7 +98,7 @@ def products(figure: Figure, found: dict[str, Any]) -> None:
     legend_below(figure, 4)
 
 
-def kernels(figure: Figure, found: dict[str, Any]) -> None:
+def kernels(found: dict[str, Any], figure: Figure) -> None:
     """How often our time goes into the others', batch of 2."""
     axes = figure.subplots()
     groups: dict[str, dict[str, float]] = {}
@@ -130,7 +130,7 @@ def kernels(figure: Figure, found: dict[str, Any]) -> None:
     legend_below(figure, 3)
 
 
-def training(figure: Figure, found: dict[str, Any]) -> None:
+def training(found: dict[str, Any], figure: Figure) -> None:
     axes = figure.subplots()
     groups: dict[str, dict[str, float]] = {}
     for row in found["training"]:
@@ -142,7 +142,7 @@ def training(figure: Figure, found: dict[str, Any]) -> None:
     legend_below(figure, 3)
 
 
-Draw = Callable[[Figure, dict[str, Any]], None]
+Draw = Callable[[dict[str, Any], Figure], None]
 PLOTS: dict[str, tuple[Callable[[dict[str, Any]], Any], Draw]] = {
     "steps": (lambda found: found["steps"], steps),
     "attention": (lambda found: found["limits"] and found["limits"]["attention"], attention),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pixart_rt.bench.plots import KINDS
 from pixart_rt.bench.stages import STAGES
@@ -117,8 +119,15 @@ def test_the_tiny_model_is_built_and_compared(
     assert [path.name for path in Path("engines").iterdir()] == ["bench-tiny-256-torch-fp32-1"]
 
 
-def test_both_peers_side_by_side(run: Callable[..., Any], bundle_256: Path, tmp_path: Path) -> None:
-    """With a small model, for its peer is compiled."""
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+def test_both_peers_side_by_side(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+) -> None:  # fmt: skip
+    """`eager` runs the whole graphs that torch.compile captures; Inductor's C++ takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     out = tmp_path / "out.json"
     outcome = run("bench", bundle_256, "--steps", 3, "--repeats", 2, "--peer", "diffusers",
                   "--peer", "diffusers-compile", "--no-cold", "--no-plots", "--json",

@@ -23,8 +23,8 @@ import pixart_rt
 from pixart_rt.checkpoints.configs import config_to_json
 from pixart_rt.config import XL_2_1024_MS
 from pixart_rt.files import replacing
-from pixart_rt.memory.shapes import SD_VAE_SHAPE
 from pixart_rt.model.text_encoder import T5_XXL
+from pixart_rt.model.vae import SD_VAE
 
 TINY = Path(pixart_rt.__file__).parent / "assets" / "tiny"
 SMALL_T5 = {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 2, "d_kv": 32}
@@ -44,15 +44,8 @@ def text_encoder(small: bool) -> T5EncoderModel:
 
 
 def vae(small: bool) -> AutoencoderKL:
-    channels = (32, 32, 32, 32) if small else SD_VAE_SHAPE.channels
-    return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=SD_VAE_SHAPE.resnets - 1,
-        latent_channels=SD_VAE_SHAPE.latent_channels,
-        scaling_factor=0.18215,
-    )
+    channels = {"block_out_channels": [32, 32, 32, 32]} if small else {}
+    return AutoencoderKL.from_config(SD_VAE | channels)
 
 
 def write(out: Path, small: bool) -> None:

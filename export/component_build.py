@@ -25,7 +25,8 @@ from pixart_rt.backends.trt.backend import TensorRTBackend
 from pixart_rt.bundle import ComponentEntry, Manifest, PluginVariant, hash_files
 from pixart_rt.checkpoints.bundle_module import save_module
 from pixart_rt.errors import ConfigError
-from pixart_rt.export.component_spec import Part, Plan
+from pixart_rt.export.activation_memory import measure_activations
+from pixart_rt.export.component_spec import Part, Plan, Tensors, inputs_of_part
 from pixart_rt.export.engines import EngineStats, build_aoti, build_tensorrt
 from pixart_rt.export.numerics import (
     Difference,
@@ -48,7 +49,6 @@ from pixart_rt.inference.prompts import NULL_PROMPT
 from pixart_rt.model.dtypes import DTYPES
 
 WORK = ".work"  # graphs that a build needs and a bundle does not, below the bundle
-Tensors = dict[str, Tensor]
 Step = Callable[[str], None]
 
 
@@ -108,6 +108,8 @@ def compile_component(
     else:
         runner = _graph_runner(plan, compiled)
     entry = replace(entry, parity=_gate(plan, compiled, checked, *runner))
+    step("memory")
+    entry = replace(entry, memory=measure_activations(folder, manifest, plan, entry, engine_runs))
     if plugins:
         entry, more = _add_plugins(folder, manifest, plan, entry, checked, engine_runs, step)
         compiled += more
@@ -131,18 +133,11 @@ def run_parts(plan: Plan, cases: list[Tensors], dtype: torch.dtype) -> list[Tens
         module = part.make(dtype).module.to(device)
         with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
             for index, inputs in enumerate(cases):
-                feed = _feed(plan, inputs, outputs[index])
+                feed = inputs_of_part(inputs, outputs[index])
                 outputs[index] = module(**{k: v.to(device) for k, v in feed.items()}).cpu()
         del module
         gc.collect()
     return [output for output in outputs if output is not None]
-
-
-def _feed(plan: Plan, inputs: Tensors, previous: Tensor | None) -> Tensors:
-    """The inputs of a part: the component's own, or the previous part's output and the mask."""
-    if previous is None:
-        return inputs
-    return {"hidden": previous, "attention_mask": inputs["attention_mask"]}
 
 
 def _compile_part(
@@ -285,7 +280,7 @@ def _graph_runner(plan: Plan, compiled: list[Compiled]) -> tuple[str, Callable[[
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns of constants that it could have folded
         for item in compiled:
-            feed = {name: value.numpy() for name, value in _feed(plan, inputs, output).items()}
+            feed = {name: value.numpy() for name, value in inputs_of_part(inputs, output).items()}
             session = onnxruntime.InferenceSession(
                 str(item.onnx), options, providers=["CPUExecutionProvider"]
             )
@@ -304,7 +299,7 @@ def locate(plan: Plan, compiled: list[Compiled], inputs: Tensors) -> str:
     """
     previous = None
     for item in compiled:
-        feed = _feed(plan, inputs, previous)
+        feed = inputs_of_part(inputs, previous)
         reference = item.part.make(torch.float32)
         expected = layer_outputs(reference.module, feed)
         with torch.no_grad():

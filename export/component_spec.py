@@ -7,7 +7,7 @@ after, so that a build's memory stays near one part in two precisions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
 import torch
@@ -34,6 +34,7 @@ from pixart_rt.model.vae import VaeDecoder
 SEED = 20231  # of the random inputs of the gate
 
 Profile = dict[str, list[int]]
+Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,10 @@ class Plan:
     empty_prompt: dict[str, Tensor] | None = None  # a text encoder's, whose output is kept
     fp8: bool = False  # the transformer's linears, quantized when it is loaded
     weights: Weights = Weights.FULL  # and these, of whichever component
+    memory_cases: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Inputs by their size (memory/activations.py), at which the build measures memory: few and
+    small, because a forecast reads what is between and beyond off the line through them.
+    """
 
     @property
     def label(self) -> str:
@@ -66,6 +71,13 @@ class Plan:
         if self.weights is not Weights.FULL:
             return f"{self.weights}-weights"
         return "fp8" if self.fp8 else self.precision
+
+
+def inputs_of_part(inputs: Tensors, previous: Tensor | None) -> Tensors:
+    """The inputs of a part: the component's own, or the previous part's output and the mask."""
+    if previous is None:
+        return inputs
+    return {"hidden": previous, "attention_mask": inputs["attention_mask"]}
 
 
 def plan_component(component: str, source: Source, config: EngineConfig, memory: int) -> Plan:
@@ -119,6 +131,8 @@ def _plan_transformer(source: Source, config: EngineConfig, memory: int) -> Plan
         [inputs(1, low), inputs(images, high, guided=0)],
         fp8=config.quality is Quality.FAST,
         weights=config.weights,
+        # Every row attends to keys and values: the most that a block holds.
+        memory_cases={2 * n: inputs(2, n, guided=0) for n in (low // 16, low // 4)},
     )
 
 
@@ -140,6 +154,7 @@ def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
 
     profiles = vae_profiles(config)
     sizes = [(p["latent_height"][0], p["latent_width"][0]) for p in profiles]
+    whole = config.resolution // VAE_SCALE_FACTOR
     config_values = {k: v for k, v in values.items() if not k.startswith("_")}
     return Plan(
         "vae_decoder",
@@ -148,6 +163,7 @@ def _plan_vae(source: Source, config: EngineConfig, memory: int) -> Plan:
         profiles,
         [latents(2, 8, 12), latents(1, 9, 5)],
         [latents(1, *size) for size in sizes],
+        memory_cases={side**2: latents(1, side, side) for side in (whole // 4, whole // 2)},
     )
 
 
@@ -203,6 +219,7 @@ def _plan_text_encoder(source: Source, config: EngineConfig, memory: int) -> Pla
         None if whole else max(predicted_peak(part_bytes(t5, dtype, *b)) for b in bounds),
         source.empty_prompt(),
         weights=config.text_weights,
+        memory_cases={rows: inputs(rows) for rows in (1, 2)},
     )
 
 

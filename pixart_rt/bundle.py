@@ -29,7 +29,8 @@ from pixart_rt.errors import BundleError
 from pixart_rt.files import Kind, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE = (3, FORMAT_VERSION)  # 3 has no measured memory
 MANIFEST = "manifest.json"
 WEIGHTS = (".safetensors", ".bin", ".onnx", ".engine", ".pt2")  # suffixes of what is loaded
 
@@ -70,6 +71,20 @@ class PluginVariant:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationMemory:
+    """Bytes that a call takes beyond weights and inputs, measured when the bundle was built."""
+
+    how: str  # the device, and what ran there
+    peaks: list[list[int]]  # [size, bytes], smallest first; sizes as in memory/activations.py
+
+    def __post_init__(self) -> None:
+        sizes = [size for size, _ in self.peaks]
+        counts = all(type(count) is int and count >= 0 for pair in self.peaks for count in pair)
+        if not sizes or not counts or sizes != sorted(set(sizes)):
+            raise ValueError(f"its measured memory is {self.peaks}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ComponentEntry:
     """One component of a bundle."""
 
@@ -82,14 +97,16 @@ class ComponentEntry:
     """Shapes the engine accepts: per profile, dimension name -> [min, opt, max]."""
     parity: dict[str, Any] = field(default_factory=dict)  # the numerics gate's figures
     plugins: PluginVariant | None = None  # of a build that was asked for plugins
+    memory: ActivationMemory | None = None  # of bundles since format 4
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ComponentEntry:
-        """An entry as JSON has it. Raises KeyError or TypeError for one that is damaged."""
-        variant = values.get("plugins")
+        """An entry as JSON has it. Raises KeyError, TypeError or ValueError for a damaged one."""
+        variant, memory = values.get("plugins"), values.get("memory")
         plugins = None if variant is None else PluginVariant.from_dict(variant)
+        measured = None if memory is None else ActivationMemory(**memory)
         tuples = {name: tuple(values[name]) for name in ("parts", "targets")}
-        return cls(**{**values, **tuples, "plugins": plugins})
+        return cls(**{**values, **tuples, "plugins": plugins, "memory": measured})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,10 +178,10 @@ class Manifest:
             found = values.get("format_version")
         except (ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
-        if found != FORMAT_VERSION:
+        if found not in READABLE:
             raise BundleError(
-                f"{bundle} has bundle format {found}, this pixart_rt "
-                f"reads format {FORMAT_VERSION}; build it again"
+                f"{bundle} has bundle format {found}, this pixart_rt reads formats "
+                f"{READABLE[0]} to {READABLE[-1]}; build it again"
             )
         try:
             entries = {

@@ -241,6 +241,16 @@ class EngineConfig:
         """Smallest and largest token count that an engine accepts."""
         return token_range(self.resolution)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """From a manifest's values; settings that it does not have keep their defaults."""
+        kinds: dict[str, Any] = {
+            "precision": Precision, "text_precision": Precision, "quality": Quality,
+            "weights": Weights, "text_weights": Weights, "text_place": TextPlace,
+            "targets": tuple, "components": tuple,
+        }  # fmt: skip
+        return cls(**{k: kinds[k](v) if k in kinds else v for k, v in values.items()})
+
 
 def check_weights(config: EngineConfig) -> None:
     """Refuse quantized weights and offloading where no PyTorch module could have them."""

@@ -20,13 +20,12 @@ from pixart_rt.errors import BundleError, CheckpointError
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.kernels.launch import exporting
 from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
+from pixart_rt.model.controlnet_config import CONTROLNET as CONTROLNET
+from pixart_rt.model.controlnet_config import VAE_ENCODER as VAE_ENCODER
 from pixart_rt.model.controlnet_config import ControlNetConfig
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
 from pixart_rt.model.transformer import BlockCache, CrossText, PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, VaeEncoder, vae_from_config
-
-CONTROLNET = "controlnet"  # in a transformer's config.json, beside the model's settings
-VAE_ENCODER = "vae_encoder"  # of a bundle with a ControlNet; no component: PyTorch always runs it
 
 
 class TextEncoderModule(nn.Module):

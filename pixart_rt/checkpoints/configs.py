@@ -12,14 +12,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pixart_rt.config import CfgNull, ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.model.embeddings import position_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +226,10 @@ def _interpolation_scale(shape: dict[str, Any], table: Tensor | None, source: st
     if table is None or table.shape[1] < 4:
         sigma = shape["max_text_tokens"] == SIGMA_TEXT_TOKENS
         return float(size / 64 if sigma else max(size // 64, 1))
+    import torch  # not at the top: `pixart-rt plan` reads a config.json without it
+
+    from pixart_rt.model.embeddings import position_table
+
     # The second row is column 1: its first sine and cosine are those of 1 / scale.
     row = table[0, 1].double()
     angle = math.atan2(float(row[0]), float(row[row.numel() // 4]))

@@ -222,18 +222,14 @@ def engine_config(
 
 def _fit(model: str, config: EngineConfig, vram: str) -> tuple[EngineConfig, dict[str, Any]]:
     """The config of the best tier that fits, and what the manifest keeps of the choice."""
-    import torch
-
     from pixart_rt.cli.plan import forecast_record
-    from pixart_rt.memory.fit import fit_engine
-    from pixart_rt.memory.tiers import parse_bytes
+    from pixart_rt.memory.tiers import fit_engine, parse_bytes
 
     limit = parse_bytes(vram)
-    fitted, choice = fit_engine(model, config, limit, on_gpu=torch.cuda.is_available())
-    peak = choice.forecast.peak / _GIB
-    note(f"memory: tier {choice.tier.name}, predicted peak {peak:.2f} GiB of {limit / _GIB:g}")
-    record = {"vram": limit, "tier": choice.tier.name, **forecast_record(choice.forecast)}
-    return fitted, record
+    tier = fit_engine(model, config, limit)
+    peak = tier.forecast.peak / _GIB
+    note(f"memory: tier {tier.name}, predicted peak {peak:.2f} GiB of {limit / _GIB:g}")
+    return tier.config, {"vram": limit, "tier": tier.name, **forecast_record(tier.forecast)}
 
 
 def _components(asked: str | None, model: str) -> tuple[str, ...]:

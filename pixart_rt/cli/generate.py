@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pixart_rt.inference.generation import PipelineOutput
     from pixart_rt.inference.pipeline import PixArtPipeline
-    from pixart_rt.memory.fit import LoadChoice
+    from pixart_rt.memory.tiers import Tier
 
 OPTIONS = {
     "prompt": "PROMPT",
@@ -86,7 +86,7 @@ def generate(
     ] = None,
     vram: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G; torch bundles only."),
+        typer.Option(metavar="SIZE", help="Run so that it fits, such as 8G."),
     ] = None,
     prompt_cache: Annotated[
         Path | None,
@@ -160,13 +160,13 @@ def generate(
     if preview is not None:
         writer = PreviewWriter(preview, preview_every, sampling.num_inference_steps)
     fit = None if vram is None else _fit(bundle, manifest, vram, vae_tiling)
-    tiled = fit.vae_tiling if fit else vae_tiling or manifest.vae_tiling
+    tiled = fit.config.vae_tiling if fit else vae_tiling or manifest.vae_tiling
     loading = {
         "prompt_cache": prompt_cache,
-        "text_place": fit.text_place if fit else None,
+        "text_place": fit.config.text_place if fit else None,
         "auto_capture": not no_auto_capture and fit is None,  # a graph's memory is not predicted
     }
-    at_once = fit.max_batch if fit else int(manifest.engine_config["max_batch"])
+    at_once = fit.config.max_batch if fit else int(manifest.engine_config["max_batch"])
     options = {"num_images_per_prompt": num, "vae_tiling": tiled, "control_image": picture}
     with options_named(OPTIONS):
         result, seconds = _run(bundle, at_once, loading, request, options, writer)
@@ -182,24 +182,15 @@ def generate(
             typer.echo(str(path))
 
 
-def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> LoadChoice:
-    """What must be different when the bundle is loaded for it to fit, said in a note."""
-    if manifest.control is not None:
-        raise ConfigError(
-            f"--vram was asked, but {bundle} has a ControlNet, whose memory is not predicted; "
-            "leave it out"
-        )
-    import torch
+def _fit(bundle: Path, manifest: Manifest, vram: str, vae_tiling: bool) -> Tier:
+    """The way of running the bundle that fits, said in a note."""
+    from pixart_rt.memory.tiers import fit_bundle, parse_bytes
 
-    from pixart_rt.memory.fit import fit_bundle
-    from pixart_rt.memory.tiers import parse_bytes
-
-    on_gpu = torch.cuda.is_available()
-    fit = fit_bundle(bundle, manifest, parse_bytes(vram), on_gpu=on_gpu, vae_tiling=vae_tiling)
-    tiles = ", the VAE in tiles" if fit.vae_tiling else ""
+    fit = fit_bundle(bundle, manifest, parse_bytes(vram), vae_tiling=vae_tiling)
+    tiles = ", the VAE in tiles" if fit.config.vae_tiling else ""
     note(
-        f"memory: text encoder {fit.text_place}, {fit.max_batch} at once{tiles}, predicted peak "
-        f"{fit.forecast.peak / 2**30:.2f} GiB"
+        f"memory: text encoder {fit.config.text_place}, {fit.config.max_batch} at once{tiles}, "
+        f"predicted peak {fit.forecast.peak / 2**30:.2f} GiB"
     )
     return fit
 

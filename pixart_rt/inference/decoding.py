@@ -14,7 +14,8 @@ from torch import Tensor
 from pixart_rt.backends.component import Component
 from pixart_rt.errors import NumericsError
 from pixart_rt.inference.images import in_form
-from pixart_rt.inference.vae_tiling import Profile, TiledDecoder
+from pixart_rt.inference.tile_sizes import Profile
+from pixart_rt.inference.vae_tiling import TiledDecoder
 
 
 def decode(

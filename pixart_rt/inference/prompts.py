@@ -26,6 +26,7 @@ from pixart_rt.backends.component import Component
 from pixart_rt.config import CfgNull, text_lengths
 from pixart_rt.errors import BundleError, ConfigError
 from pixart_rt.files import replacing
+from pixart_rt.inference.cache_limits import CACHED_PROMPTS, CACHED_TEXT_BYTES, PROMPT_BYTES
 from pixart_rt.inference.cuda_graphs import GraphKey, Graphs
 from pixart_rt.inference.lru import Lru
 from pixart_rt.inference.prompt_embeds import PromptEmbeds
@@ -35,9 +36,6 @@ from pixart_rt.model.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
 
-CACHED_PROMPTS = 256  # XL: 2 MB each
-PROMPT_BYTES = 1 << 29  # of their embeddings: 256 of PixArt-alpha's XL, 109 of Sigma's
-CACHED_TEXT_BYTES = 1 << 28  # XL in 16 bits: 15.5 MB a prompt
 TEXT_GRAPH_BYTES = 1 << 30  # of the text encoder's CUDA graphs
 NULL_PROMPT = "null_prompt.safetensors"  # T5("") of the bundle, at full length
 

@@ -24,13 +24,12 @@ from pixart_rt.buckets import Bucket
 from pixart_rt.checkpoints.scheduler_config import SchedulerSettings
 from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import BundleError, ConfigError
+from pixart_rt.inference.cache_limits import PLAN_BYTES
 from pixart_rt.inference.lru import Lru
 from pixart_rt.inference.schedulers import dpmpp_coefficients, dpmpp_levels, scheduler_of
 from pixart_rt.inference.step_cache import modulation_changes
 from pixart_rt.model.embeddings import position_table
 from pixart_rt.model.transformer import Modulator
-
-PLAN_BYTES = 1 << 28  # kept at most; XL at 1024 px, 20 steps, one image: 20 MB
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""How much memory an image takes: predicted from the configuration, measured, and made to fit."""
+"""The memory that an image takes: predicted, measured, and made to fit a card."""

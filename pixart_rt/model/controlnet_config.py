@@ -12,6 +12,9 @@ from typing import Any
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import ConfigError
 
+CONTROLNET = "controlnet"  # in the config.json of a bundle's transformer, next to the model's
+VAE_ENCODER = "vae_encoder"  # of a bundle with a ControlNet; no component: PyTorch always runs it
+
 
 class ControlVariant(StrEnum):
     """How the copies are joined to the model."""

@@ -29,10 +29,11 @@ def quantize_weights(module: nn.Module, weights: Weights) -> None:
     config = _config(weights)
     from torchao.quantization import quantize_
 
-    quantize_(module, config, filter_fn=_in_a_layer)
+    quantize_(module, config, filter_fn=in_a_layer)
 
 
-def _in_a_layer(module: nn.Module, name: str) -> bool:
+def in_a_layer(module: nn.Module, name: str) -> bool:
+    """True for the linears that are quantized, by their dotted names."""
     words = name.split(".")
     return isinstance(module, nn.Linear) and not {"layers", "blocks", "copies"}.isdisjoint(words)
 

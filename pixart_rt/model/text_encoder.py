@@ -11,54 +11,14 @@ encoder too large for one engine becomes several.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixart_rt.errors import CheckpointError
+from pixart_rt.model.component_configs import T5_XXL as T5_XXL
+from pixart_rt.model.component_configs import T5Config as T5Config
 
 MASKED = -1e9  # added to float32 scores of padding; exp() of it is exactly 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class T5Config:
-    """The part of a transformers T5 configuration that an encoder needs."""
-
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-
-    @classmethod
-    def read(cls, folder: Path) -> T5Config:
-        """From the config.json of a transformers T5EncoderModel folder."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no config.json; it is not a text encoder folder")
-        try:
-            values = json.loads(path.read_text())
-            found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-            config = cls(**found)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is no T5 configuration ({error})") from error
-        if values.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-            raise CheckpointError(
-                f"{path} is a T5 with {values['feed_forward_proj']} feed-forward; PixArt uses "
-                "T5 v1.1 (gated-gelu)"
-            )
-        return config
-
-
-T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24)
 
 
 class RMSNorm(nn.Module):

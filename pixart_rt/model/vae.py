@@ -16,20 +16,12 @@ from torch import Tensor, nn
 from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError
 from pixart_rt.kernels.catalog import VAE, self_test
+from pixart_rt.model.component_configs import SD_VAE as SD_VAE
 from pixart_rt.model.vae_fused import Swap, fused_modules, swap
 from pixart_rt.torchao_import import quiet_imports
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-SD_VAE: dict[str, Any] = {  # the shape of sd-vae-ft-ema, for random weights
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "scaling_factor": 0.18215,
-}
 
 
 class VaeDecoder(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,8 +108,38 @@ def test_vram_at_the_build_is_applied_recorded_and_obeyed(run: Run, tmp_path: Pa
     assert image.is_file()
 
 
-def test_generate_refuses_vram_for_engines(run: Run, bundle_256: Path, tmp_path: Path) -> None:
-    outcome = run("generate", "x", "--bundle", bundle_256, "-o", tmp_path / "x.png",
-                  "--vram", "8G")  # fmt: skip
-    assert outcome.code == 2
-    assert "fixed when it is built" in outcome.error
+def test_engines_are_planned_and_run_where_they_fit(
+    run: Run, bundle_256: Path, tmp_path: Path
+) -> None:
+    """Their precision is their own. What they reserve is measured by the build."""
+    planned = run("plan", "--model", bundle_256, "--vram", "2G", "--json")
+    assert planned.code == 0, planned.err
+    record = json.loads(planned.out)
+    assert (record["chosen"], record["resolution"]) == ("full", 256), "its own resolution"
+    parts = record["tiers"][0]["components"]
+    assert parts["transformer"]["dtype"] == "fp32 in onnxruntime"
+    assert parts["transformer"]["activations"] > 0
+    other = run("plan", "--model", bundle_256, "--res", 256, "--precision", "bf16")
+    assert other.code == 2
+    assert "is built in fp32" in other.error
+    many = run("plan", "--model", bundle_256, "--batch", 3)
+    assert many.code == 2
+    assert "runs at most 2 at once" in many.error
+    words = ("generate", "x", "--bundle", bundle_256, "-o", tmp_path / "x.png", "--steps", 1)
+    refused = run(*words, "--vram", "600M")
+    assert refused.code == 1
+    assert "nothing fits" in refused.error
+    done = run(*words, "--vram", "2G")
+    assert done.code == 0, done.err
+    assert "memory: text encoder resident, 2 at once, predicted peak" in done.err
+
+
+def test_a_plan_loads_no_torch(bundle_256: Path) -> None:
+    """Of a name, of a checkpoint's folder (tiny) and of a bundle."""
+    asked = [[], ["--model", "tiny", "--res", "256"], ["--model", str(bundle_256)]]
+    script = "import sys\nfrom pixart_rt.cli import main\n" + "".join(
+        f"assert main(['plan', *{words}]) == 0\n" for words in asked
+    )
+    script += "sys.exit(' '.join({'torch', 'numpy', 'diffusers', 'triton'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

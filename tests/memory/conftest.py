@@ -10,44 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pixart_rt.checkpoints.bundle_module import DenoiserModule, TextEncoderModule
-from pixart_rt.config import ModelConfig, Precision
+from pixart_rt.config import Kernels, ModelConfig, Precision
 from pixart_rt.export.onnx_export import transformer_inputs
-from pixart_rt.memory.shapes import VaeShape
+from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.model.vae import VaeDecoder, vae_from_config
-
-DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.FP16: torch.float16,
-    Precision.BF16: torch.bfloat16,
-}
-
-
-def vae_values(vae: VaeShape, groups: int = 8) -> dict[str, Any]:
-    """The diffusers configuration of a shape."""
-    depth = len(vae.channels)
-    return {
-        "block_out_channels": list(vae.channels),
-        "down_block_types": ["DownEncoderBlock2D"] * depth,
-        "up_block_types": ["UpDecoderBlock2D"] * depth,
-        "layers_per_block": vae.resnets - 1,
-        "latent_channels": vae.latent_channels,
-        "mid_block_add_attention": vae.mid_attention,
-        "use_post_quant_conv": vae.post_quant_conv,
-        "norm_num_groups": groups,
-    }
 
 
 class Make:
     """Components in eval mode, on the CPU or whatever device context is present."""
 
     def transformer(self, config: ModelConfig, precision: Precision) -> DenoiserModule:
-        torch.set_default_dtype(DTYPES[precision])  # FakeTensor modules cannot be cast
-        try:
-            return DenoiserModule(PixArtTransformer(config)).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        module = DenoiserModule(PixArtTransformer(config)).eval().requires_grad_(False)
+        return module.to(DTYPES[precision])
 
     def transformer_inputs(
         self,
@@ -90,9 +66,19 @@ class Make:
             "attention_mask": torch.ones(rows, num_tokens, dtype=torch.long),
         }
 
-    def vae(self, vae: VaeShape, precision: Precision) -> VaeDecoder:
-        module = VaeDecoder(vae_from_config(vae_values(vae)))
-        return module.to(DTYPES[precision]).eval().requires_grad_(False)
+    def vae(self, channels: list[int]) -> tuple[VaeDecoder, dict[str, Any]]:
+        """In float32, as a pipeline runs it, with its diffusers configuration."""
+        config = {
+            "block_out_channels": channels,
+            "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+            "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+            "layers_per_block": 1,
+            "latent_channels": 4,
+            "norm_num_groups": 8,
+        }
+        module = VaeDecoder(vae_from_config(config))
+        module.use(Kernels.REFERENCE)
+        return module, config
 
 
 @pytest.fixture(autouse=True)

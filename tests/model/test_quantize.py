@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from pixart_rt.checkpoints.bundle_module import DenoiserModule
 from pixart_rt.config import Kernels, ModelConfig, Precision, Quality, Weights
 from pixart_rt.errors import BackendError
 from pixart_rt.export.onnx_export import transformer_inputs
-from pixart_rt.memory.weights import SIZE, text_weights, transformer_weights
+from pixart_rt.memory.weights import SIZE, module_bytes
 from pixart_rt.model.quantize import quantize_weights
 from pixart_rt.model.text_encoder import T5Config, T5Encoder, keep_dtype
 from pixart_rt.model.transformer import PixArtTransformer
@@ -63,8 +64,9 @@ def test_the_predicted_bytes_are_those_of_the_module(
     text, model = encoder(DTYPES[precision]), denoiser(DTYPES[precision])
     for module in (text, model):
         quantize_weights(module, weights)
-    assert stored_bytes(text) == text_weights(T5, precision, weights)
-    assert stored_bytes(model) == transformer_weights(CONFIG, precision, weights)
+    expected = module_bytes("text_encoder", asdict(T5), precision, weights)
+    assert stored_bytes(text) == expected
+    assert stored_bytes(model) == module_bytes("transformer", CONFIG.to_dict(), precision, weights)
 
 
 @pytest.mark.parametrize("weights", [Weights.INT8, Weights.FP8])

@@ -61,7 +61,7 @@ class Engine:
             self._runtime, self._engine = deserialize(trt, path)
             self._read_bindings()
             self._contexts = [self._create_context(index) for index in range(len(self.profiles))]
-            arena.admit(self, self._engine.device_memory_size_v2)  # of the largest profile
+            arena.admit(self, self.activation_bytes)
         self._warm: set[int] = set()  # profiles that have run: their kernels are in the cache
 
     def _read_bindings(self) -> None:
@@ -109,6 +109,11 @@ class Engine:
         context.set_optimization_profile_async(profile, self._stream.cuda_stream)
         self._stream.synchronize()  # once, at load
         return context
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the arena that it needs, for the largest of its profiles."""
+        return int(self._engine.device_memory_size_v2)
 
     def use_memory(self, address: int, size: int) -> None:
         """Move all contexts to another place of the arena."""

@@ -23,8 +23,8 @@ STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --only-binary :all: -c constraints.txt
 CHECKED := pixart_rt examples
-NO_BENCH := __init__ checks host_time image profile_kernels provenance standin_driver timing truth \
-  tune turns weights xl_folder
+NO_BENCH := __init__ checks host_time profile_kernels provenance rows standin_driver tune weights \
+  xl_folder
 BENCHES := $(filter-out $(NO_BENCH), $(basename $(notdir $(wildcard benchmarks/*.py))))
 ENOUGH := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 

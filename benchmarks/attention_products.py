@@ -14,12 +14,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.provenance import write_result
+from pixart_rt.bench.timing import elapsed_by, samples
 from pixart_rt.kernels.attention import attention_ref
 from pixart_rt.kernels.attention_products import attention_products
 from pixart_rt.kernels.attention_tiles import HEAD
@@ -28,12 +29,6 @@ HEADS, TEXT = 2, 32
 # px, images, tokens. The largest first: a process keeps its memory, as a run of many steps does.
 SIZES = [(1024, 2, 4096), (512, 4, 1024), (256, 16, 256)]
 WARMUP = 2  # pairs
-
-
-def seconds(attend: Callable[..., Tensor], inputs: tuple[Any, ...], gradient: Tensor) -> float:
-    begun = time.process_time()
-    torch.autograd.grad(attend(*inputs), inputs[:3], gradient)
-    return time.process_time() - begun
 
 
 def compare(
@@ -49,15 +44,16 @@ def compare(
 
     inputs = (packed(queries), packed(keys), packed(keys), mask)
     gradient = torch.randn(inputs[0].shape, generator=random).bfloat16()
-    pairs = []
-    for index in range(WARMUP + repeats):
-        turns = [attention_products, attention_ref]
-        found = {each: seconds(each, inputs, gradient) for each in turns[:: 1 - index % 2 * 2]}
-        pairs.append([found[each] for each in turns])
-    timed = pairs[WARMUP:]
-    ours, theirs = (statistics.median(each) for each in zip(*timed, strict=True))
-    ratio = statistics.median(one / other for one, other in timed)
-    return {"products_ms": ours * 1e3, "pytorch_ms": theirs * 1e3, "ratio": ratio}
+
+    def train(attend: Callable[..., Tensor]) -> None:
+        torch.autograd.grad(attend(*inputs), inputs[:3], gradient)
+
+    calls = {each: partial(train, each) for each in (attention_products, attention_ref)}
+    clock = partial(elapsed_by, time.process_time)
+    ours, theirs = samples(calls, clock, repeats=repeats, warmup=WARMUP).values()
+    median = statistics.median
+    ratio = median(one / other for one, other in zip(ours, theirs, strict=True))
+    return {"products_ms": 1e3 * median(ours), "pytorch_ms": 1e3 * median(theirs), "ratio": ratio}
 
 
 def main() -> None:

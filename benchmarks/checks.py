@@ -32,18 +32,17 @@ from torch import Tensor
 
 from benchmarks.kernels import Case, cases, wide
 from benchmarks.model import DTYPE, SEED, Ours, config_of, inputs_for
-from benchmarks.provenance import Saver
-from benchmarks.truth import RESUME, failure, kernels_tested, refused, start_again, usable
+from benchmarks.provenance import result_file
+from benchmarks.rows import RESUME, Row, Rows, kernels_tested
 from benchmarks.weights import random_state
 from pixart_rt.config import Kernels, ModelConfig
 from pixart_rt.kernels import catalog
 from pixart_rt.kernels.catalog import TOLERANCE, flat, relative_error
-from pixart_rt.kernels.launch import SM90, interpreting
+from pixart_rt.kernels.launch import SM90, interpreting, refused_lines
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SHAPES = ((2, 1024), (2, 4096))  # images, tokens: the tiles of 512 and 1024 px
 BLOCK, STEP, REPLAY = 2e-2, 5e-2, 1e-3  # of the norm; benchmarks/model.py says why 5e-2
-Row = dict[str, Any]
 Check = tuple[Row, Callable[[], Row]]  # what is checked, and the rest of its row
 
 
@@ -181,25 +180,6 @@ def replay_check(device: torch.device, config: ModelConfig, pixels: int) -> Row:
     return {"error": worst, "allowed": REPLAY, "agrees": worst <= REPLAY}
 
 
-def run(checks: Iterator[Check], device: torch.device, save: Saver, resume: bool) -> dict[str, Any]:
-    """The file's values, without provenance, saved after every row."""
-    rows: list[Row] = save.earlier("rows") if resume else []
-    values = {"measured": device.type == "cuda", "rows": rows}
-    for subject, check in checks:
-        if any(subject.items() <= row.items() for row in rows):
-            continue
-        try:
-            row = subject | check()
-        except Exception as error:
-            row = subject | failure(error)
-        rows.append(row | {"refused_kernels": refused()})
-        print(told(row), flush=True)
-        save(values)
-        if "failed" in row and not usable(device):
-            start_again()
-    return values
-
-
 def told(row: Row) -> str:
     start = " ".join(str(row[key]) for key in ("dtype", "subject", "pixels", "shape") if key in row)
     if "not_run" in row or "failed" in row:
@@ -215,12 +195,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of operators; comma list")
     parser.add_argument("--res", type=int, nargs="+", help="of model; default 256 1024")
-    parser.add_argument(RESUME, action="store_true", help="go on with the rows of --json")
+    parser.add_argument(RESUME, action="store_true", help="keep the rows of --json")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not interpreting():
         parser.error("kernels were to be checked without a GPU; set TRITON_INTERPRET=1")
-    save = Saver(args.json, "checks", measured=device.type == "cuda")
+    save = result_file(args.json, "checks", measured=device.type == "cuda")
+    values = {"measured": device.type == "cuda"}
+    rows = Rows(save, told, values=values, resume=args.resume)
     if args.what == "operators":
         dtypes = [DTYPES[name] for name in args.dtypes.split(",")]
         checks: Iterator[Check] = chain.from_iterable(
@@ -229,14 +211,13 @@ def main() -> int:
     else:
         dtypes = [DTYPE]
         checks = model_checks(device, args.res or ([256, 1024] if device.type == "cuda" else [64]))
-    values = run(checks, device, save, args.resume)
+    for subject, check in checks:
+        rows.add(subject, check)
     kernels_tested(device, *dtypes, training=True)
-    values["refused_kernels"] = refused()
-    for line in values["refused_kernels"]:
+    for line in refused_lines():
         print(f"refused by the self-test: {line}")
-    save(values)
-    wrong = [row for row in values["rows"] if not row.get("agrees", "not_run" in row)]
-    return 1 if wrong or values["refused_kernels"] else 0
+    code = rows.end(refused_kernels=refused_lines())
+    return 1 if refused_lines() else code
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.provenance import ROOT, provenance, write_result
+from benchmarks.provenance import ROOT, write_result, write_sections
+from pixart_rt.bench.provenance import ResultFile
 from pixart_rt.config import XL_2_1024_MS, Kernels
 from pixart_rt.kernels import launch
 from pixart_rt.kernels.catalog import FILES
@@ -284,15 +285,10 @@ def main() -> int:
         "traffic": traffic,
     }
     if chosen is not None:
-        chosen.write_text(json.dumps({**provenance(), **values}, indent=1) + "\n", encoding="utf-8")
+        ResultFile(chosen)(values)
         return 0
     path = write_result("codegen", values)
-    text = DOC.read_text(encoding="utf-8")
-    for section, body in zip(SECTIONS, (table(rows), traffic_table(traffic)), strict=True):
-        begin, end = f"<!-- {section}:begin -->\n", f"<!-- {section}:end -->\n"
-        head, rest = text.split(begin)
-        text = head + begin + body + end + rest.split(end)[1]
-    DOC.write_text(text, encoding="utf-8")
+    write_sections(DOC, dict(zip(SECTIONS, (table(rows), traffic_table(traffic)), strict=True)))
     print(path)
     return 0
 

@@ -15,10 +15,10 @@ nothing else runs. They are this machine's, and compare only with others of it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
@@ -26,8 +26,9 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import provenance
 from benchmarks.standin_driver import standing_in
+from pixart_rt.bench.provenance import ResultFile
+from pixart_rt.bench.timing import elapsed_by, samples
 from pixart_rt.kernels.attention import attention_qkv_packed
 from pixart_rt.kernels.cross_attention import cross_attention
 from pixart_rt.kernels.gate_residual import gate_residual_ln_modulate
@@ -39,14 +40,13 @@ IMAGES, TOKENS, HEADS, WIDTH, TEXT = 2, 256, 16, 1152, 120  # XL/2 at 256 px wit
 
 def microseconds(call: Callable[[], object], calls: int = 20, rounds: int = 100) -> float:
     """Of one call, the fastest round's; the first round, which compiles, is not one of them."""
-    best = float("inf")
-    for number in range(rounds + 1):
-        began = time.thread_time()
+
+    def run() -> None:
         for _ in range(calls):
             call()
-        taken = (time.thread_time() - began) / calls
-        best = min(best, taken) if number else best
-    return best * 1e6
+
+    times = samples({"": run}, partial(elapsed_by, time.thread_time), repeats=rounds)[""]
+    return min(times) / calls * 1e6
 
 
 def operators(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], object]]:
@@ -94,9 +94,7 @@ def main() -> int:
     for name, value in found.items():
         print(f"{name:28} {value:6.1f} us")
     if chosen is not None:
-        chosen.write_text(
-            json.dumps({**provenance(), "microseconds": found}, indent=1) + "\n", encoding="utf-8"
-        )
+        ResultFile(chosen)({"microseconds": found})
     return 0
 
 

@@ -15,7 +15,6 @@ a GPU tiny shapes are run, to try the script; nothing is measured then.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,17 +31,12 @@ from torch.nn.attention import (
     sdpa_kernel,
 )
 
-from benchmarks.provenance import Saver, first_line
-from benchmarks.timing import ceilings, nbytes, rotations, seconds_per_call
-from benchmarks.truth import (
-    RESUME,
-    failure,
-    kernels_tested,
-    refused,
-    start_again,
-    usable,
-)
-from benchmarks.turns import alone, compiler_waits
+from benchmarks.provenance import result_file
+from benchmarks.rows import RESUME, Row, Rows, kernels_tested
+from pixart_rt.bench.gpu_lock import compiler_waits
+from pixart_rt.bench.provenance import ResultFile, first_line
+from pixart_rt.bench.roofline import ceilings
+from pixart_rt.bench.timing import nbytes, rotations, seconds_per_call
 from pixart_rt.kernels.attention import attention_qkv_packed, attention_ref
 from pixart_rt.kernels.catalog import TOLERANCE, flat, relative_error
 from pixart_rt.kernels.cross_attention import cross_attention, cross_attention_ref
@@ -239,7 +233,7 @@ def _trainable(each: Any) -> bool:
     return isinstance(each, Tensor) and each.dtype.is_floating_point
 
 
-def measure(case: Case, device: torch.device, compiled: bool, row: dict[str, Any]) -> None:
+def measure(case: Case, device: torch.device, compiled: bool, row: Row) -> Row:
     """Fill the row of a case: errors against float64 where that fits, seconds of every form, or why
     it has none. A result that is not right is not timed.
     """
@@ -262,7 +256,7 @@ def measure(case: Case, device: torch.device, compiled: bool, row: dict[str, Any
     row["agrees"] = row["errors"]["ours"] <= allowed
     del ours, plain, expected
     if not row["agrees"]:
-        return
+        return row
     forms: dict[str, Callable[..., Any]] = {"ours": case.ours, "eager": case.plain}
     forms |= case.candidates
     if compiled and device.type == "cuda":
@@ -272,6 +266,7 @@ def measure(case: Case, device: torch.device, compiled: bool, row: dict[str, Any
         forms = {name: partial(train, form) for name, form in forms.items()
                  if not isinstance(seconds[name], str)}  # fmt: skip
         row["forward_backward_seconds"] = _timed(forms, sets[:2], graph=False)
+    return row
 
 
 def _timed(
@@ -283,8 +278,7 @@ def _timed(
         try:
             with torch.set_grad_enabled(not graph):
                 form(*sets[0])  # compiles: others may time meanwhile
-                with alone():
-                    found[name] = seconds_per_call(form, sets, graph=graph)
+                found[name] = seconds_per_call(form, sets, graph=graph)
         except Exception as error:
             if name in ("ours", "eager"):
                 raise
@@ -292,7 +286,7 @@ def _timed(
     return found
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: Row) -> str:
     """One line: the operator, our error, time and rate, and each candidate's time."""
     start = f"{row['operator']:36}{row['shape']:9}"
     if "failed" in row:
@@ -316,46 +310,28 @@ def run(
     shapes: list[tuple[int, int]],
     device: torch.device,
     dtype: torch.dtype,
-    save: Saver,
+    save: ResultFile,
     resume: bool = False,
-) -> dict[str, Any]:
-    """The file's values, without provenance, saved after every row."""
-    started, left_out = time.monotonic(), list[str]()
-    rows = save.earlier("rows") if resume else []
-    there = {(row["operator"], row["shape"], row["with_compiled"]) for row in rows}
+) -> Rows:
     kernels_tested(device, dtype, training=True)
-    with alone():
-        values = {"measured": device.type == "cuda", "dtype": str(dtype), "rows": rows,
-                  "ceilings": ceilings(device), "not_run_for_time": left_out}  # fmt: skip
+    values = {"measured": device.type == "cuda", "dtype": str(dtype), "ceilings": ceilings(device)}
+    rows = Rows(save, line, values=values, minutes=minutes, resume=resume)
     for compiled in (False, True):  # the peers that take long come last
         for B, N in shapes if not compiled else shapes[:3]:
             if device.type == "cpu" and compiled:
                 continue
             for case in cases(B, N, device, dtype):
-                if (case.operator, case.shape, compiled) in there:
-                    continue
-                if time.monotonic() - started > 60 * minutes:
-                    left_out.append(f"{case.operator} {case.shape}" + " compiled" * compiled)
-                    continue
                 torch.compiler.reset()  # or a second size would be compiled for any
                 row = {"operator": case.operator, "shape": case.shape, "with_compiled": compiled}
-                try:
-                    measure(case, device, compiled, row)
-                except Exception as error:
-                    row |= failure(error)
-                rows.append(row | {"refused_kernels": refused()})
-                print(line(row), flush=True)
-                save(values)
-                if "failed" in row and not usable(device):
-                    start_again()
-    return values
+                rows.add(row, partial(measure, case, device, compiled, row))
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write here instead of benchmarks/results")
     parser.add_argument("--minutes", type=float, default=4.5, help="start nothing after this")
-    parser.add_argument(RESUME, action="store_true", help="go on with the rows of --json")
+    parser.add_argument(RESUME, action="store_true", help="keep the rows of --json")
     args = parser.parse_args()
     compiler_waits()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -363,10 +339,8 @@ def main() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     if device.type == "cpu":
         shapes = [(2, 37)]
-    save = Saver(args.json, "kernels", measured=device.type == "cuda")
-    values = run(args.minutes, shapes, device, dtype, save, args.resume)
-    save(values)
-    return 0 if all(row["agrees"] for row in values["rows"]) else 1
+    save = result_file(args.json, "kernels", measured=device.type == "cuda")
+    return run(args.minutes, shapes, device, dtype, save, args.resume).end()
 
 
 if __name__ == "__main__":

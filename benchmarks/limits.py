@@ -23,9 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.provenance import Saver, first_line
-from benchmarks.timing import ceilings, factors, product, rotations, seconds_per_call
-from benchmarks.turns import alone
+from benchmarks.provenance import result_file
+from pixart_rt.bench.gpu_lock import alone
+from pixart_rt.bench.provenance import ResultFile, first_line
+from pixart_rt.bench.roofline import ceilings, factors, product
+from pixart_rt.bench.timing import rotations, seconds_per_call
 from pixart_rt.kernels.launch import SM89
 
 WIDTH, TEXT, CAPTION, HEADS = 1152, 120, 4096, 16
@@ -60,8 +62,7 @@ def products(
                 sets = [first]
                 while len(sets) < rotations(device, first):
                     sets.append(tuple(each.clone() for each in first))
-                with alone():
-                    seconds = seconds_per_call(product, sets)
+                seconds = seconds_per_call(product, sets)
                 flops = 2 * M * N * K
                 yield {"product": name, "m": M, "n": N, "k": K, "seconds": seconds,
                        "dtype": str(dtype).removeprefix("torch."),
@@ -102,16 +103,15 @@ def _train(*inputs: Tensor) -> None:
     torch.autograd.grad(output, (q, k, v), torch.ones_like(output))
 
 
-def run(device: torch.device, minutes: float, save: Saver, only: str | None) -> dict[str, Any]:
+def run(device: torch.device, minutes: float, save: ResultFile, only: str | None) -> dict[str, Any]:
     """The file's values, without provenance, saved as they come."""
     cuda = device.type == "cuda"
     tokens, batches = ((256, 1024, 4096), (2, 32)) if cuda else ((8,), (1,))
     started = time.monotonic()
-    with alone():
-        values: dict[str, Any] = {
-            "measured": cuda, "ceilings": ceilings(device), "products": [], "attention": [],
-            "not_run_for_time": [],
-        }  # fmt: skip
+    values: dict[str, Any] = {
+        "measured": cuda, "ceilings": ceilings(device), "products": [], "attention": [],
+        "not_run": [],
+    }  # fmt: skip
     print(values["ceilings"], flush=True)
     for name, rows in (
         ("attention", attention(tokens, 2 if cuda else 1, device)),
@@ -122,7 +122,7 @@ def run(device: torch.device, minutes: float, save: Saver, only: str | None) -> 
             save(values)
             print(" ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
             if time.monotonic() - started > 60 * minutes:
-                values["not_run_for_time"].append(f"the rest of {name}")
+                values["not_run"].append({"operator": f"the rest of {name}", "because": "time"})
                 break
     return values
 
@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("ceilings",), help="the large copy and products alone")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    save = Saver(args.json, "limits", measured=device.type == "cuda")
+    save = result_file(args.json, "limits", measured=device.type == "cuda")
     save(run(device, args.minutes, save, args.only))
     return 0
 

@@ -20,17 +20,18 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import Saver
-from benchmarks.timing import seconds_per_call
-from benchmarks.truth import failure, refused
-from benchmarks.turns import alone
+from benchmarks.provenance import result_file
+from benchmarks.rows import Rows
+from pixart_rt.bench.gpu_lock import alone
+from pixart_rt.bench.provenance import ResultFile
+from pixart_rt.bench.timing import seconds_per_call
 from pixart_rt.buckets import bucket_for_aspect
 from pixart_rt.config import EngineConfig, Precision, Quality, SamplingConfig
 from pixart_rt.export.build import build
@@ -95,12 +96,10 @@ def measure(pipe: PixArtPipeline, images: int, tokens: int, steps: int) -> dict[
     return row
 
 
-def run(args: argparse.Namespace, save: Saver) -> dict[str, Any]:
-    """The file's values, without provenance, saved after every row."""
+def run(args: argparse.Namespace, save: ResultFile) -> Rows:
     cuda = torch.cuda.is_available()
-    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
-    values = {"measured": cuda, "model": args.model, "steps": args.steps, "tolerance": TOLERANCE,
-              "rows": rows, "not_run_for_time": left_out}  # fmt: skip
+    values = {"measured": cuda, "model": args.model, "steps": args.steps, "tolerance": TOLERANCE}
+    rows = Rows(save, str, values=values, minutes=args.minutes)
     for resolution in args.res:
         for quality in args.qualities.split(","):
             with tempfile.TemporaryDirectory() as folder:
@@ -115,18 +114,9 @@ def run(args: argparse.Namespace, save: Saver) -> dict[str, Any]:
                     for tokens in args.prompts:
                         row = {"pixels": resolution, "quality": quality, "images": images,
                                "prompt_tokens": tokens}  # fmt: skip
-                        if time.monotonic() - started > 60 * args.minutes:
-                            left_out.append(row)
-                            continue
-                        try:
-                            row |= measure(pipe, images, tokens, args.steps)
-                        except Exception as error:
-                            row |= failure(error)
-                        rows.append(row | {"refused_kernels": refused()})
-                        print(row, flush=True)
-                        save(values)
+                        rows.add(row, partial(measure, pipe, images, tokens, args.steps))
                 del pipe
-    return values
+    return rows
 
 
 def main() -> int:
@@ -140,11 +130,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps; default 20")
     parser.add_argument("--minutes", type=float, default=10, help="start nothing after this")
     args = parser.parse_args()
-    save = Saver(args.json, "loop", measured=torch.cuda.is_available())
+    save = result_file(args.json, "loop", measured=torch.cuda.is_available())
     with torch.no_grad():
-        values = run(args, save)
-    save(values)
-    return 0 if all(row["agrees"] for row in values["rows"]) else 1
+        return run(args, save).end()
 
 
 if __name__ == "__main__":

@@ -19,19 +19,21 @@ a two-block model is run once, to try the script: nothing is measured then.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import Saver
-from benchmarks.timing import ceilings, in_a_row, seconds_per_call, start_afresh
-from benchmarks.truth import failure, kernels_tested, refused
-from benchmarks.turns import alone, compiler_waits
+from benchmarks.provenance import result_file
+from benchmarks.rows import Rows, kernels_tested
 from benchmarks.weights import diffusers_model, random_state
+from pixart_rt.bench.gpu_lock import alone, compiler_waits
+from pixart_rt.bench.provenance import ResultFile
+from pixart_rt.bench.roofline import ceilings
+from pixart_rt.bench.timing import in_a_row, seconds_per_call, start_afresh
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Quality
 from pixart_rt.model.embeddings import patchify, position_table, unpatchify
 from pixart_rt.model.transformer import PixArtTransformer
@@ -158,7 +160,7 @@ def measure(
         first = made.output()[: len(expected)]
         error = float((first.float() - expected).norm() / expected.norm())
         tolerance = TOLERANCE["fp8" if "fp8" in form else "bf16"]
-        row: dict[str, Any] = {"form": form, "error": error, "agrees": error <= tolerance}
+        row: dict[str, Any] = {"error": error, "agrees": error <= tolerance}
         if not row["agrees"]:
             return row
         given = made.inputs["latents"] if isinstance(made, Peer) else made.tokens()
@@ -170,15 +172,13 @@ def measure(
     return row
 
 
-def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str, Any]:
-    """The file's values, without provenance, saved after every row."""
+def run(args: argparse.Namespace, device: torch.device, save: ResultFile) -> Rows:
     cuda = device.type == "cuda"
-    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
     if any("fused" in form for form in args.forms):
         kernels_tested(device, DTYPE)
-    with alone():
-        values = {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE, "rows": rows,
-                  "ceilings": ceilings(device), "not_run": left_out}  # fmt: skip
+    values = {"measured": cuda, "dtype": "bfloat16", "tolerance": TOLERANCE,
+              "ceilings": ceilings(device)}  # fmt: skip
+    rows = Rows(save, _told, values=values, minutes=args.minutes)
     for resolution in args.res or (RESOLUTIONS if cuda else (64,)):
         config = config_of(resolution, small=not cuda)
         state = random_state(config, SEED, device)
@@ -190,22 +190,13 @@ def run(args: argparse.Namespace, device: torch.device, save: Saver) -> dict[str
                 expected = reference.output()
             del reference
             for form in args.forms:
-                row = {"pixels": resolution, "batch": batch, "form": form}
+                row = {"pixels": resolution, "batch": batch, "form": form, "error": None}
                 if not cuda and "fused" in form:
-                    left_out.append(row | {"because": "no GPU"})
+                    rows.leave_out(row, "no GPU")
                     continue
-                if time.monotonic() - started > 60 * args.minutes:
-                    left_out.append(row | {"because": "time"})
-                    continue
-                try:
-                    row |= measure(form, config, state, inputs, expected)
-                except Exception as error:
-                    row |= failure(error) | {"error": None}
-                rows.append(row | {"refused_kernels": refused()})
-                print(_told(row), flush=True)
-                save(values)
+                rows.add(row, partial(measure, form, config, state, inputs, expected))
                 start_afresh()
-    return values
+    return rows
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -230,11 +221,9 @@ def main() -> int:
     if unknown := sorted(set(args.forms) - set(FORMS)):
         parser.error(f"--forms {unknown[0]} is not one of {', '.join(FORMS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    save = Saver(args.json, "model", measured=device.type == "cuda")
+    save = result_file(args.json, "model", measured=device.type == "cuda")
     compiler_waits()
-    values = run(args, device, save)
-    save(values)
-    return 0 if all(row["agrees"] for row in values["rows"]) else 1
+    return run(args, device, save).end()
 
 
 if __name__ == "__main__":

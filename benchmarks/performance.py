@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import plots, report
-from benchmarks.provenance import RESULTS, ROOT
+from benchmarks.provenance import RESULTS, ROOT, write_sections
 
 DOC = ROOT / "docs" / "performance.md"
 EMPTY = "Not measured yet.\n"
@@ -146,14 +146,9 @@ def gpu_section(paths: list[Path], doc: Path) -> str:
 
 def write(doc: Path, results: Path) -> None:
     """Put the tables of a folder's results between the document's markers."""
-    text = doc.read_text(encoding="utf-8")
     found = sections(sorted(results.glob("bench-*.json")), doc)
     found["gpu"] = gpu_section(sorted((results / "gpu").glob("*.json")), doc)
-    for name, body in found.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
-        head, rest = text.split(begin)
-        text = head + begin + body + end + rest.split(end)[1]
-    doc.write_text(text, encoding="utf-8")
+    write_sections(doc, found)
 
 
 def main() -> int:

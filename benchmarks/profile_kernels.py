@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import HIDDEN, cases
-from benchmarks.provenance import provenance
-from benchmarks.turns import alone
+from pixart_rt.bench.gpu_lock import alone
+from pixart_rt.bench.provenance import ResultFile
 
 HEAVIEST = ("attention_qkv_packed", "linear_gelu", f"linear_gate_residual {HIDDEN}")
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "LaunchStats", "Occupancy")
@@ -77,9 +77,9 @@ def main() -> int:
              "benchmarks.profile_kernels", RUN],
             stdout=subprocess.PIPE, text=True, check=True,
         )  # fmt: skip
-    values = {**provenance(), "kernels": parse(ran.stdout)}
-    args.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    for each in values["kernels"]:
+    kernels = parse(ran.stdout)
+    ResultFile(args.json)({"kernels": kernels})
+    for each in kernels:
         print(each["kernel"], json.dumps(each["metrics"], indent=1))
     return 0
 

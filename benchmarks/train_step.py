@@ -27,11 +27,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +38,13 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from benchmarks.provenance import Saver
-from benchmarks.timing import ceilings, start_afresh
-from benchmarks.truth import failure, kernels_tested, refused
-from benchmarks.turns import alone, compiler_waits
+from benchmarks.provenance import result_file
+from benchmarks.rows import Rows, failure, kernels_tested
 from benchmarks.weights import diffusers_model, random_state
+from pixart_rt.bench.gpu_lock import compiler_waits
+from pixart_rt.bench.provenance import ResultFile
+from pixart_rt.bench.roofline import ceilings
+from pixart_rt.bench.timing import median_seconds, start_afresh
 from pixart_rt.buckets import Bucket
 from pixart_rt.checkpoints import tensor_names
 from pixart_rt.config import RANDOM_XL, XL_2_256, Kernels, ModelConfig, Precision
@@ -304,22 +305,14 @@ def worst(off: dict[str, float], allowed: dict[str, float]) -> str:
 
 def seconds_per_step(step: Callable[[], None], device: torch.device, steps: int) -> float:
     """Median over five runs of `steps` steps each, one after the other as in a run."""
-    cuda = device.type == "cuda"
-    step()  # compiles
-    times = []
-    with alone():
-        for _ in range(2 if cuda else 0):
+
+    def run() -> None:
+        for _ in range(steps):
             step()
-        for _ in range(5 if cuda else 1):
-            if cuda:
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(steps):
-                step()
-            if cuda:
-                torch.cuda.synchronize(device)
-            times.append((time.perf_counter() - start) / steps)
-    return statistics.median(times)
+
+    step()  # compiles: others may time meanwhile
+    repeats, warmup = (5, 1) if device.type == "cuda" else (1, 0)
+    return median_seconds(run, device, repeats=repeats, warmup=warmup) / steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,10 +365,9 @@ def measure(
 ) -> dict[str, Any]:
     """One row: the comparison and, where it holds, the speed."""
     device, size = case.device, len(case.batch)
-    row: dict[str, Any] = {"pixels": case.config.resolution, "form": form.name, "batch": size}
     with tempfile.TemporaryDirectory() as out:
         running = make(form, case, ranks, Path(out))
-    row |= compared(running, case, expected)
+    row = compared(running, case, expected)
     if device.type == "cuda":  # the comparison's own memory is not the step's
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -433,8 +425,7 @@ def batch_for(pixels: int, device: torch.device) -> int:
     return size if torch.cuda.get_device_properties(device).total_memory >= ROOMY else size // 2
 
 
-def run(args: argparse.Namespace, ranks: Ranks, save: Saver) -> dict[str, Any]:
-    """The file's values, without provenance, saved after every row."""
+def run(args: argparse.Namespace, ranks: Ranks, save: ResultFile) -> Rows:
     device = ranks.device
     cuda = device.type == "cuda"
     model = args.model or ("xl" if cuda else "tiny")
@@ -442,36 +433,23 @@ def run(args: argparse.Namespace, ranks: Ranks, save: Saver) -> dict[str, Any]:
     chosen = [form for form in FORMS if not args.forms or form.name in args.forms.split(",")]
     if any(form.fused for form in chosen):
         kernels_tested(device, torch.float32, DTYPES[precision], training=True)
-    with alone():
-        rates = ceilings(device)
-    started, rows, left_out = time.monotonic(), list[dict[str, Any]](), list[dict[str, Any]]()
-
-    def values() -> dict[str, Any]:
-        return {"measured": cuda, "model": model, "precision": str(precision),
-                "steps": args.steps, "tolerance": TOLERANCE, "ceilings": rates, "rows": rows,
-                "compared": compare(rows), "not_run": left_out}  # fmt: skip
-
+    rates = ceilings(device)
+    values = {"measured": cuda, "model": model, "precision": str(precision), "steps": args.steps,
+              "tolerance": TOLERANCE, "ceilings": rates}  # fmt: skip
+    rows = Rows(save, _told, values=values, minutes=args.minutes,
+                derived=lambda rows: {"compared": compare(rows)})  # fmt: skip
     for pixels in args.res or (RESOLUTIONS if cuda else (64,)):
         size = args.batch or (batch_for(pixels, device) if cuda else 2)
         case = make_case(config_of(model, pixels), max(size, CHECKED), device, precision)
         expected = expected_of(case, ranks)
         for form in chosen:
-            row = {"pixels": pixels, "form": form.name, "batch": size}
+            row = {"pixels": pixels, "form": form.name, "batch": size, "difference": None}
             if form.fused and not cuda:
-                left_out.append(row | {"because": "no GPU"})
+                rows.leave_out(row, "no GPU")
                 continue
-            if time.monotonic() - started > 60 * args.minutes:
-                left_out.append(row | {"because": "time"})
-                continue
-            try:
-                row = measure(form, case, ranks, expected, rates, args.steps)
-            except Exception as error:
-                row |= failure(error) | {"difference": None}
-            rows.append(row | {"refused_kernels": refused()})
-            print(_told(rows[-1]), flush=True)
-            save(values())
+            rows.add(row, partial(measure, form, case, ranks, expected, rates, args.steps))
             start_afresh()
-    return values()
+    return rows
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -506,12 +484,10 @@ def main() -> int:
         parser.error(f"--forms {unknown[0]} is not one of {', '.join(sorted(names))}")
     torch.backends.cudnn.allow_tf32 = False  # the comparison is in float32
     measured = torch.cuda.is_available()
-    save = Saver(args.json, "train_step", measured=measured)
+    save = result_file(args.json, "train_step", measured=measured)
     compiler_waits()
     with start_ranks() as ranks:
-        values = run(args, ranks, save)
-    save(values)
-    return 0 if all(row["agrees"] for row in values["rows"]) else 1
+        return run(args, ranks, save).end()
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import Saver
-from benchmarks.truth import failure, kernels_tested, refused
-from benchmarks.turns import alone
+from benchmarks.rows import failure, kernels_tested
+from pixart_rt.bench.gpu_lock import alone
+from pixart_rt.bench.provenance import ResultFile
 from pixart_rt.kernels import tuning
+from pixart_rt.kernels.launch import refused_lines
 
 
 def timed_alone(call: Callable[[], Any]) -> float:
@@ -30,7 +31,7 @@ def timed_alone(call: Callable[[], Any]) -> float:
 def run(
     device: torch.device,
     timer: tuning.Timer,
-    save: Saver,
+    save: ResultFile,
     seconds: float = float("inf"),
     workers: int = 0,
 ) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def run(
         values["rows"] = [
             {"operator": line, "agrees": False, "failed": line} for line in table["failed"]
         ]
-        save(values | {"refused_kernels": refused()})
+        save(values | {"refused_kernels": refused_lines()})
 
     try:
         table = tuning.tune(
@@ -52,7 +53,7 @@ def run(
         keep(table)
     except Exception as error:  # what was found so far is on the disk
         values["rows"].append({"operator": "tune", **failure(error)})
-        save(values | {"refused_kernels": refused()})
+        save(values | {"refused_kernels": refused_lines()})
     return values
 
 
@@ -66,8 +67,7 @@ def main() -> int:
         parser.error("configurations were to be timed, but this machine has no CUDA GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     kernels_tested(device, torch.bfloat16, training=True)
-    saver = Saver(args.json, "tune", measured=True)
-    values = run(device, timed_alone, saver, 60 * args.minutes, args.workers)
+    values = run(device, timed_alone, ResultFile(args.json), 60 * args.minutes, args.workers)
     return 0 if all(row["agrees"] for row in values["rows"]) else 1
 
 

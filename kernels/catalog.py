@@ -194,8 +194,8 @@ def self_test(
 
     With the tiles, warps, descriptors and inner sizes that production shapes select, and in
     `training` with the backward kernels, which are not compiled otherwise.
-    Where a kernel differs, does not compile or does not fit the GPU, its reference runs from now on
-    and a warning says so. Returns the names of those operators.
+    Where a kernel differs, does not compile or does not fit the GPU, its reference runs in this
+    dtype from now on and a warning says so. Returns the names of those operators.
     """
     failed = []
     here = capability(torch.empty(0, device=device))
@@ -208,12 +208,12 @@ def self_test(
                 continue
             reason = _check(operator, device, dtype, training, configurations)
             if reason:
-                refuse(operator.name, device, reason)
+                refuse(operator.name, device, dtype, reason)
                 failed.append(operator.name)
                 warnings.warn(
                     f"the kernel {operator.name} is not used on "
-                    f"{torch.cuda.get_device_name(device)}: {reason}; PyTorch's operators run "
-                    "instead",
+                    f"{torch.cuda.get_device_name(device)} in {str(dtype).removeprefix('torch.')}: "
+                    f"{reason}; PyTorch's operators run instead",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -179,7 +179,7 @@ def _fp8_linear(
     """y [B, N, O], or its GELU, in `dtype`."""
     if not gelu and _scaled_mm_fits(x, x_scale, weight, dtype):
         return _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype)
-    if runs_triton("fp8_linear_gelu" if gelu else "fp8_linear", x, SM89):
+    if runs_triton("fp8_linear_gelu" if gelu else "fp8_linear", x, SM89, dtype):
         scales = (x_scale, weight_scale)
         return linear_triton(
             x, weight, bias, gelu=gelu, scales=scales, dtype=dtype, op="fp8_linear"
@@ -208,7 +208,7 @@ def _fp8_linear_gelu_quantized(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     """gelu(y), tanh form, in float8_e4m3fn [B, N, O] with scales of groups [B, O/128, N]."""
-    if runs_triton("fp8_linear_gelu_quantized", x, SM89):
+    if runs_triton("fp8_linear_gelu_quantized", x, SM89, bias.dtype):
         return linear_triton(
             x, weight, bias, gelu=True, scales=(x_scale, weight_scale), dtype=x.dtype,
             op="fp8_linear_gelu_quantized",
@@ -241,7 +241,7 @@ def _fp8_linear_residual(
     residual: Tensor,
 ) -> Tensor:
     """residual + gate·y [B, N, O] in residual's dtype; without table and shared the gate is 1."""
-    if runs_triton("fp8_linear_residual", x, SM89):
+    if runs_triton("fp8_linear_residual", x, SM89, residual.dtype):
         gate = None if table is None or shared is None else (table, shared, row)
         return linear_triton(
             x, weight, bias, gate=gate, residual=residual, scales=(x_scale, weight_scale),

@@ -278,7 +278,7 @@ def gate_residual_op(
     lossless: bool,
 ) -> Tensor:
     """x' [B, N, D] in x's dtype."""
-    if runs_triton("gate_residual", x, SM70):
+    if runs_triton("gate_residual", x, SM70, branch.dtype):
         gate = gate_of(gate_table, gate_shared, gate_row)
         return gate_residual_triton(x, branch, gate, lossless)
     out = gate_residual_ref(x, branch, gate_table, gate_shared, gate_row, lossless)
@@ -313,7 +313,7 @@ def gate_residual_backward_op(
     dout: Tensor, branch: Tensor, gate_table: Tensor, gate_shared: Tensor, gate_row: int
 ) -> tuple[Tensor, Tensor]:
     """(dbranch, dgate [B, 1, D] in float32 or wider)."""
-    if runs_triton("gate_residual", dout, SM70):
+    if runs_triton("gate_residual", dout, SM70, branch.dtype):
         return gate_residual_backward_triton(dout, branch, (gate_table, gate_shared, gate_row))
     return gate_residual_backward_ref(dout, branch, gate_table, gate_shared, gate_row)
 
@@ -359,7 +359,9 @@ def gate_residual(
 
     Without gate_table and gate_shared the gate is 1.
     """
-    if direct(x, branch, gate_table, gate_shared) and runs_triton("gate_residual", x, SM70):
+    if direct(x, branch, gate_table, gate_shared) and runs_triton(
+        "gate_residual", x, SM70, branch.dtype
+    ):
         return gate_residual_triton(x, branch, gate_of(gate_table, gate_shared, gate_row), lossless)
     out: Tensor = gate_residual_op(x, branch, gate_table, gate_shared, gate_row, lossless)
     return out
@@ -381,7 +383,7 @@ def gate_residual_ln_modulate_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x', y, mean and 1/std [B, N, 2] for the backward; empty unless `stats`)."""
     gate = (gate_table, gate_shared, gate_row)
-    if runs_triton("gate_residual_ln_modulate", x, SM70):
+    if runs_triton("gate_residual_ln_modulate", x, SM70, branch.dtype, out_dtype):
         out, y, moments = gate_residual_ln_modulate_triton(
             x, branch, *gate, table, shared, row, lossless, out_dtype, stats
         )
@@ -452,7 +454,7 @@ def gate_residual_ln_modulate_backward_op(
 
     Without a gate dgate is empty, and so is dbranch, which is dx, unless its dtype is another.
     """
-    if not runs_triton("gate_residual_ln_modulate", out, SM70):
+    if not runs_triton("gate_residual_ln_modulate", out, SM70, branch.dtype, dy.dtype):
         return gate_residual_ln_modulate_backward_ref(
             dout, dy, out, branch, stats, gate_table, gate_shared, gate_row, table, shared, row
         )
@@ -535,7 +537,9 @@ def gate_residual_ln_modulate(
     of cross-attention. branch may have another dtype than x.
     """
     inputs = x, branch, gate_table, gate_shared, table, shared
-    if direct(*inputs) and runs_triton("gate_residual_ln_modulate", x, SM70):
+    if direct(*inputs) and runs_triton(
+        "gate_residual_ln_modulate", x, SM70, branch.dtype, out_dtype
+    ):
         return gate_residual_ln_modulate_triton(
             x, branch, gate_table, gate_shared, gate_row, table, shared, row, lossless, out_dtype
         )[:2]

@@ -57,7 +57,8 @@ _forced: dict[str, dict[str, int]] = {}  # operator -> configuration, while it i
 _using: dict[str, Any] = {}  # a table that comes before all others, while it is made
 _chosen: dict[str, str] = {}  # operator -> implementation, while implementations are compared
 _told: set[tuple[str, str]] = set()  # (operator, implementation) that a warning was given of
-_refused: dict[tuple[str, int], str] = {}  # (operator, device index) -> why its kernel is not used
+Refusal = tuple[str, int, torch.dtype]  # operator, device index, dtype
+_refused: dict[Refusal, str] = {}  # why a kernel is not used
 
 
 def interpreting() -> bool:
@@ -96,23 +97,42 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def runs_triton(op: str, tensor: Tensor, least: tuple[int, int]) -> bool:
-    """Whether operator `op` runs its kernel on `tensor`; False means its reference."""
+def runs_triton(
+    op: str, tensor: Tensor, least: tuple[int, int], *others: torch.dtype | None
+) -> bool:
+    """Whether operator `op` runs its kernel on `tensor`; False means its reference.
+
+    `others` are the dtypes of its other tensors where they may differ from `tensor`'s (autocast,
+    fp8): a kernel that is refused in one of them does not run.
+    """
     if not tensor.is_cuda:
         return interpreting()
     if not HAS_TRITON:
         return False
-    return capability(tensor) >= least and (op, tensor.device.index or 0) not in _refused
+    if capability(tensor) < least:
+        return False
+    if not _refused:  # nearly always, and this runs at every call
+        return True
+    index = tensor.device.index or 0
+    return not any((op, index, dtype) in _refused for dtype in (tensor.dtype, *others) if dtype)
 
 
-def refuse(op: str, device: torch.device, reason: str) -> None:
-    """Run the reference of `op` on this GPU from now on. The caller warns."""
-    _refused[op, device.index or 0] = reason
+def refuse(op: str, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    """Run the reference of `op` on this GPU in this dtype from now on. The caller warns."""
+    _refused[op, device.index or 0, dtype] = reason
 
 
-def refused() -> dict[tuple[str, int], str]:
-    """The kernels that are not used, (operator, GPU index), with the reasons."""
+def refused() -> dict[Refusal, str]:
+    """The kernels that are not used, with the reasons."""
     return dict(_refused)
+
+
+def refused_lines() -> list[str]:
+    """The kernels that are not used, a line each: "OPERATOR in DTYPE: why"."""
+    return sorted(
+        f"{op} in {str(dtype).removeprefix('torch.')}: {why}"
+        for (op, _, dtype), why in _refused.items()
+    )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:

@@ -362,7 +362,7 @@ def ln_modulate_op(
     stats: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [B, N, D], mean and 1/std [B, N, 2] for the backward; empty unless `stats`)."""
-    if runs_triton("ln_modulate", x, SM70):
+    if runs_triton("ln_modulate", x, SM70, out_dtype):
         y, _, moments = ln_modulate_triton(
             x, table, shared, row, lossless=lossless, out_dtype=out_dtype, stats=stats
         )
@@ -389,7 +389,7 @@ def ln_modulate_backward_op(
     dy: Tensor, x: Tensor, stats: Tensor, table: Tensor, shared: Tensor, row: int
 ) -> tuple[Tensor, Tensor]:
     """(dx, dshared [B, R, D] in float32 or wider)."""
-    if runs_triton("ln_modulate", x, SM70):
+    if runs_triton("ln_modulate", x, SM70, dy.dtype):
         dx, _, sums = ln_modulate_backward_triton(dy, x, stats, table, shared, row)
         return dx, spread(sums, shared, row)
     return ln_modulate_backward_ref(dy, x, stats, table, shared, row)
@@ -439,7 +439,7 @@ def ln_modulate(
     Differentiable in x, table and shared. `out_dtype` is for autocast, where x is float32 and y
     goes into a linear in 16 bits.
     """
-    if direct(x, table, shared) and runs_triton("ln_modulate", x, SM70):
+    if direct(x, table, shared) and runs_triton("ln_modulate", x, SM70, out_dtype):
         return ln_modulate_triton(x, table, shared, row, lossless=lossless, out_dtype=out_dtype)[0]
     stats = trains(x, table, shared)
     y: Tensor = ln_modulate_op(x, table, shared, row, lossless, out_dtype, stats)[0]

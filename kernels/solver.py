@@ -118,7 +118,7 @@ def cfg_dpmpp_step(
 
     x0_last is not used where c is 0, but must be finite: pass x at the first step.
     """
-    if runs_triton("cfg_dpmpp_step", x, SM70):
+    if runs_triton("cfg_dpmpp_step", output, SM70):
         return cfg_dpmpp_step_triton(output, x, x0_last, coefficients, channels)
     x_next, x0 = cfg_dpmpp_step_ref(output, x, x0_last, coefficients, channels)
     return x_next.contiguous(), x0.contiguous()

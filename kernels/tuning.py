@@ -388,9 +388,9 @@ def tune(
 
     `shapes` are (rows of a step, tokens of an image). Configurations come first: a contest is
     between tuned kernels. Nothing is begun after `seconds`; what was not tried is listed. Kernels
-    that the self-test refused on this GPU are not tuned. With `workers` that many processes compile
-    the candidates of SUBJECTS beforehand, into Triton's cache. `save` gets the table so far, after
-    every entry.
+    that the self-test refused on this GPU in `dtype` are not tuned. With `workers` that many
+    processes compile the candidates of SUBJECTS beforehand, into Triton's cache. `save` gets the
+    table so far, after every entry.
     """
     sizes = list(shapes or ((B, N) for B, N in itertools.product(BATCHES, TOKENS)))
     began, name = clock(), str(dtype).removeprefix("torch.")
@@ -404,7 +404,8 @@ def tune(
         "not_tried": not_tried,
         "failed": failed,
     }
-    refused = {op for op, index in launch.refused() if index == (device.index or 0)}
+    here = device.index or 0
+    refused = {op for op, index, kind in launch.refused() if (index, kind) == (here, dtype)}
     if workers:
         precompile(device, dtype, sizes, workers, seconds / 2)
 

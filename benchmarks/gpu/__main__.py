@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.gpu import jobs, pool, report
 from benchmarks.gpu.keep import signalled_with_parent
 from benchmarks.gpu.pack import Packer
-from benchmarks.provenance import COMMAND, COMMIT
+from pixart_rt.bench.provenance import COMMAND, COMMIT
 
 NEEDED = ("bs4", "diffusers", "ftfy", "peft", "pytest", "sentencepiece", "transformers", "triton")
 ENDING = 15  # seconds kept for the last copy and the tables

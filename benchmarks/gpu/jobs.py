@@ -1,8 +1,8 @@
 """What each call runs, in which order: what matters most first, what compiles side by side.
 
 `check` asks whether it is right, then times what compiles nothing. `measure` starts with what
-compiles longest, and times in between; one process times at a time (benchmarks/turns.py), and
-neither compiling nor comparing holds the others up. A job has a limit of its own. With `small`
+compiles longest, and times in between; one process times at a time (pixart_rt/bench/gpu_lock.py),
+and neither compiling nor comparing holds the others up. A job has a limit of its own. With `small`
 every job that can runs on tiny shapes, without a GPU, so that the script itself is tried.
 """
 
@@ -235,9 +235,10 @@ def image(
 ) -> Job:
     """From a prompt to an image, by stages."""
     less = ("--steps", 2, "--repeats", 1) if small else ("--steps", 20, "--repeats", 5)
-    made = bench(work, part, name, "benchmarks.image", work / "weights" / bundle, *less, *words,
-                 limit=150)  # fmt: skip
-    return replace(made, needs=(needs,))
+    output = work / "parts" / f"{name}.json"
+    command = cli("bench", work / "weights" / bundle, *less, *words, "--no-cold", "--no-plots",
+                  "--json", output)  # fmt: skip
+    return Job(name=name, part=part, command=command, output=output, limit=150, needs=(needs,))
 
 
 def cli(*words: object) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import report
-from benchmarks.provenance import first_line
+from pixart_rt.bench.provenance import first_line
 from pixart_rt.files import replacing
 
 EVERY = 10.0  # seconds between two copies

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.turns import LOCK
+from pixart_rt.bench.gpu_lock import LOCK
 
 POLL = 0.2  # seconds
 TOLD = 4000  # characters of a job's log that one poll shows, from its end

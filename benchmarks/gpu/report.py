@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.pool import Job, Result
-from benchmarks.provenance import provenance
+from pixart_rt.bench.provenance import provenance
 from pixart_rt.files import replacing
 
 Rows = list[dict[str, Any]]
@@ -104,8 +104,6 @@ def _left_out(several: Rows) -> Iterator[dict[str, Any]]:
     """Rows that a benchmark did not run, each with the reason."""
     for each in several:
         yield from each.get("not_run", [])
-        for row in each.get("not_run_for_time", []):
-            yield (row if isinstance(row, dict) else {"operator": row}) | {"because": "time"}
     for each in several:
         for row in each.get("rows", []):
             if "not_run" in row:
@@ -344,7 +342,7 @@ def kernels_table(found: dict[str, Any]) -> str:
         if ours:
             rate = (f"{row['flops'] / ours / 1e12:.0f} TFLOP/s" if row["flops"]
                     else f"{row['bytes'] / ours / 1e12:.2f} TB/s")  # fmt: skip
-        refused = any(line.startswith(row["operator"].split()[0].split(",")[0] + ":")
+        refused = any(line.startswith(row["operator"].split()[0].split(",")[0] + " in ")
                       for line in row.get("refused_kernels", []))  # fmt: skip
         lines.append((row["operator"], row["shape"], number(ours, 1e6) + "*" * refused, rate,
                       number(times.get("eager"), 1e6), number(compiled.get("compiled"), 1e6),

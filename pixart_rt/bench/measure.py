@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pixart_rt.bench.agreement import differences
 from pixart_rt.bench.request import Prompts
 from pixart_rt.bench.stages import STAGES
 from pixart_rt.bench.systems import OURS, System
+from pixart_rt.bench.timing import in_turn
 
 PERCENTILES = (50, 90, 99)
 NEW, CACHED = "new", "cached"  # prompts never seen; the same prompt every time
@@ -86,11 +89,11 @@ def measure(
             each.system.prepare(batch)
             each.prepare = time.perf_counter() - started
     before: list[Any] | None = None
-    for repetition in range(-warmup, repeats):
+    for repetition, turn in groupby(in_turn(series, repeats, warmup), key=itemgetter(0)):
         texts = {NEW: prompts.new(batch), CACHED: prompts.cached(batch)}
         seeds = [seed + batch * (repetition + warmup) + k for k in range(batch)]
         images: dict[str, list[Any]] = {}
-        for each in rotated(series, repetition):
+        for _, each in turn:
             report(each.label)
             made, sample = each.system(texts[each.prompts], seeds)
             if each.first_call is None:
@@ -105,8 +108,3 @@ def measure(
             found.setdefault(OURS, []).append(differences(images[OURS], before))
         before = images[OURS]
     return found
-
-
-def rotated(series: list[Series], by: int) -> list[Series]:
-    start = by % len(series)
-    return series[start:] + series[:start]

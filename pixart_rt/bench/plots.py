@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pixart_rt.bench.charts import MARKERS, SMALL, colors_of, legend_below, write_figure
 from pixart_rt.bench.measure import CACHED, NEW
 from pixart_rt.bench.stages import STAGES
-from pixart_rt.files import replacing
 
 KINDS = ("latency", "stages", "throughput", "roofline")
-COLORS = ("#1f5fa8", "#7fb2e5", "#e08214", "#8c6bb1", "#4d9221")  # ours, ours cached, peers
 STAGE_COLORS = dict(zip(STAGES, ("#7b9e3f", "#1f5fa8", "#e08214", "#b0b0b0"), strict=True))
 STAGE_NAMES = {"text_encoder": "text encoder", "vae_decoder": "VAE decoder"}
 PERCENTILE_LINES: dict[int, Literal["solid", "dashed", "dotted"]] = {
@@ -21,9 +21,6 @@ PERCENTILE_LINES: dict[int, Literal["solid", "dashed", "dotted"]] = {
     90: "dashed",
     99: "dotted",
 }
-MARKERS = ("o", "s", "^", "D", "v")
-SIZE = (8.0, 4.5)  # inches, at DPI
-DPI = 130
 
 
 def plot_paths(folder: Path, stem: str) -> list[Path]:
@@ -34,15 +31,14 @@ def plot_paths(folder: Path, stem: str) -> list[Path]:
 def write_plots(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """One PNG each of KINDS, `stem`-KIND.png in `folder`."""
     draw = {"latency": latency, "stages": stages, "throughput": throughput, "roofline": roofline}
-    written = plot_paths(folder, stem)
-    for kind, path in zip(KINDS, written, strict=True):
-        figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-        axes = figure.add_subplot()
-        draw[kind](axes, result)
-        axes.spines[["top", "right"]].set_visible(False)
-        with replacing(path) as new:
-            figure.savefig(new, format="png")
-    return written
+
+    def drawn(kind: str, figure: Figure) -> None:
+        draw[kind](figure.subplots(), result)
+
+    return [
+        write_figure(path, f"{kind.capitalize()}, {about(result, kind)}", partial(drawn, kind))
+        for kind, path in zip(KINDS, plot_paths(folder, stem), strict=True)
+    ]
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -54,7 +50,8 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
             if series["batch"] == batch:
                 cached = series["prompts"] == CACHED
                 found.append((f"{name}\ncached prompt" if cached else name, series))
-    return [(label, COLORS[k % len(COLORS)], each) for k, (label, each) in enumerate(found)]
+    colors = colors_of(label for label, _ in found)
+    return [(label, colors[label], each) for label, each in found]
 
 
 def latency(axes: Axes, result: dict[str, Any]) -> None:
@@ -69,13 +66,12 @@ def latency(axes: Axes, result: dict[str, Any]) -> None:
             at, label = series[f"p{q}_s"], f"p{q}" if place == 0 else ""
             axes.vlines(at, place - 0.36, place + 0.36, colors=color, linestyles=style, label=label)
         axes.text(series["p50_s"], place - 0.39, f"{series['p50_s']:.3g} s", ha="center",
-                  va="bottom", fontsize=8)  # fmt: skip
+                  va="bottom", fontsize=SMALL)  # fmt: skip
     axes.set_yticks(range(len(found)), [label for label, _, _ in found])
     axes.set_ylim(len(found) - 0.4, -0.7)
     axes.set_xlim(left=0)
     axes.set_xlabel("seconds from prompt to image")
-    _legend_below(axes, 3)
-    axes.set_title(f"Latency, {about(result)}", fontsize=9)
+    _legend(axes, 3)
 
 
 def stages(axes: Axes, result: dict[str, Any]) -> None:
@@ -90,15 +86,14 @@ def stages(axes: Axes, result: dict[str, Any]) -> None:
                       label=STAGE_NAMES.get(name, name) if place == 0 else None)  # fmt: skip
             if seconds > 0.07 * whole:
                 axes.text(left + seconds / 2, place, f"{seconds:.3g}", ha="center", va="center",
-                          fontsize=8, color="white")  # fmt: skip
+                          fontsize=SMALL, color="white")  # fmt: skip
             left += seconds
-        axes.text(left + 0.01 * whole, place, f"{left:.3g} s", va="center", fontsize=8)
+        axes.text(left + 0.01 * whole, place, f"{left:.3g} s", va="center", fontsize=SMALL)
     axes.set_yticks(range(len(found)), [label for label, _, _ in found])
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * whole)
     axes.set_xlabel("seconds, mean over the repetitions")
-    _legend_below(axes, len(STAGES))
-    axes.set_title(f"Stages, {about(result)}", fontsize=9)
+    _legend(axes, len(STAGES))
 
 
 def throughput(axes: Axes, result: dict[str, Any]) -> None:
@@ -112,8 +107,7 @@ def throughput(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("images in a call")
     axes.set_ylabel("images a second")
-    axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"Throughput, {about(result, batch=False)}", fontsize=9)
+    _legend(axes, len(colors))
 
 
 def roofline(axes: Axes, result: dict[str, Any]) -> None:
@@ -136,24 +130,21 @@ def roofline(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_xlabel("operations a byte, counted from the model")
     axes.set_ylabel("TFLOP/s, by the plain way's operations")
     said = f"{limits['matmul_dtype']} product {product:.3g} TFLOP/s"
-    axes.text(high, product, said, ha="right", va="bottom", fontsize=8)
-    axes.text(low, low * copy, f"  copy {copy:.3g} TB/s", ha="left", va="top", fontsize=8)
-    _legend_below(axes, len(places))
-    axes.set_title(f"Roofline, {about(result)}", fontsize=9)
+    axes.text(high, product, said, ha="right", va="bottom", fontsize=SMALL)
+    axes.text(low, low * copy, f"  copy {copy:.3g} TB/s", ha="left", va="top", fontsize=SMALL)
+    _legend(axes, len(places))
 
 
-def _legend_below(axes: Axes, columns: int) -> None:
-    """Where no data can be."""
-    figure = axes.figure
-    assert isinstance(figure, Figure)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+def _legend(axes: Axes, columns: int) -> None:
+    assert isinstance(axes.figure, Figure)
+    legend_below(axes.figure, columns)
 
 
-def about(result: dict[str, Any], *, batch: bool = True) -> str:
+def about(result: dict[str, Any], kind: str) -> str:
     """What was measured, for a title."""
     asked, hardware = result["request"], result["hardware"]
     words = [asked["model"], f"{asked['width']}×{asked['height']}", f"{asked['steps']} steps"]
-    if batch:
+    if kind != "throughput":  # which is over the batch sizes
         words.append(f"batch {asked['batches'][0]}")
     gpu = asked["device"] == "cuda"
     return ", ".join([*words, hardware["gpu"] if gpu else _threads(asked["threads"])])

@@ -8,14 +8,17 @@ products; elementwise work, launches and the host are free in it.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pixart_rt.bench.counts import Product
+from pixart_rt.bench.timing import elapsed, nbytes, samples
+from pixart_rt.kernels.launch import SM80, SM89
 
 RUNS = 9
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}  # far beyond the caches
@@ -49,30 +52,63 @@ class Rates:
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """A large copy and large square products of random numbers, RUNS times each.
 
-    On a GPU the median, for its first runs may be above the clock it can hold; on a CPU the
-    fastest, for other programs take their share of the rest, and of PyTorch's product and ONNX
-    Runtime's: on two EPYC cores the latter was up to twice as fast (float32, November 2026).
+    On a CPU the better of PyTorch's product and ONNX Runtime's: on two EPYC cores the latter was up
+    to twice as fast (float32, November 2026).
     """
-    size = COPY_BYTES[device.type]
     products = [(side, _product_seconds(side, device, dtype)) for side in SIDES[device.type]]
     if device.type == "cpu" and dtype == torch.float32:
         products += [(side, _onnx_product_seconds(side)) for side in SIDES["cpu"]]
     return Rates(
-        2 * size / _copy_seconds(size, device) / 1e12,
+        _copy_rate(device) / 1e12,
         max(2 * side**3 / seconds for side, seconds in products) / 1e12,
         str(dtype).removeprefix("torch."),
     )
 
 
-def _copy_seconds(size: int, device: torch.device) -> float:
-    source = torch.randn(size // 4, device=device)
+def ceilings(device: torch.device) -> dict[str, float]:
+    """A GPU's own limits: a large copy in TB/s (read plus written), products in TFLOP/s by dtype.
+
+    Without a GPU there are none: a CPU's are `measure_rates`.
+    """
+    if device.type != "cuda":
+        return {}
+    found = {"copy_tb_per_s": _copy_rate(device) / 1e12}
+    (side,), here = SIDES["cuda"], torch.cuda.get_device_capability(device)
+    for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        if here >= {torch.bfloat16: SM80, torch.float8_e4m3fn: SM89}.get(dtype, (0, 0)):
+            rate = 2 * side**3 / _product_seconds(side, device, dtype) / 1e12
+            found[f"matmul_{str(dtype).removeprefix('torch.')}_tflop_per_s"] = rate
+    return found
+
+
+def factors(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Random a [M, K] and b [N, K] of `product`; in fp8 with scales of 1 for their rows."""
+    a, b = (torch.randn(rows, K, device=device).to(dtype) for rows in (M, N))
+    if dtype != torch.float8_e4m3fn:
+        return a, b
+    return a, b, torch.ones(M, 1, device=device), torch.ones(1, N, device=device)
+
+
+def product(a: Tensor, b: Tensor, *scales: Tensor) -> Tensor:
+    """a times the transpose of b, as a linear does; bfloat16 of fp8."""
+    if not scales:
+        return torch.mm(a, b.t())
+    rows, columns = scales
+    return torch._scaled_mm(
+        a, b.t(), scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes a second, read plus written."""
+    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return _seconds(lambda: target.copy_(source), device)
+    return 2 * nbytes([source]) / _seconds(lambda: target.copy_(source), device)
 
 
 def _product_seconds(side: int, device: torch.device, dtype: torch.dtype) -> float:
-    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
-    return _seconds(lambda: torch.mm(a, b), device)
+    operands = factors(side, side, side, dtype, device)
+    return _seconds(lambda: product(*operands), device)
 
 
 def _onnx_product_seconds(side: int) -> float:
@@ -119,20 +155,9 @@ def floor(stages: dict[str, list[Product] | None], rates: Rates) -> dict[str, An
     }
 
 
-def _seconds(function: Callable[[], Any], device: torch.device) -> float:
-    for _ in range(2):
-        function()
-    times = []
-    for _ in range(RUNS):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - began)
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """On a GPU the median, for its first runs may be above the clock it can hold; on a CPU the
+    fastest, for other programs take their share of the rest.
+    """
+    times = samples({"": call}, partial(elapsed, device=device), repeats=RUNS, warmup=2)[""]
     return statistics.median(times) if device.type == "cuda" else min(times)

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from pixart_rt.bench.timing import between, mark, settle
+
 STAGES = ("text_encoder", "denoising", "vae_decoder", "rest")
 TEXT, STEP, VAE = "text_encoder", "transformer", "vae_decoder"  # the parts that are watched
 
@@ -32,9 +34,9 @@ class Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._stages.capturing():  # a mark inside a graph would never be read
             return self._inner(*args, **kwargs)
-        before = self._stages.mark()
+        before = mark(self._stages.device)
         result = self._inner(*args, **kwargs)
-        self._stages.add(self._part, before, self._stages.mark())
+        self._stages.add(self._part, before, mark(self._stages.device))
         return result
 
     def __getattr__(self, name: str) -> Any:
@@ -56,35 +58,19 @@ class Stages:
         """Whether a CUDA graph is being recorded now."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def add(self, part: str, before: Any, after: Any) -> None:
         self._calls.append((part, before, after))
 
     def measure(self, request: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
         """Run `request`. Returns its result and seconds: `total`, each of STAGES, `steps`."""
         self._calls.clear()
-        self._settle()
-        started, first = time.perf_counter(), self.mark()
+        settle(self.device)
+        started, first = time.perf_counter(), mark(self.device)
         result = request()
-        self._settle()
+        settle(self.device)
         total = time.perf_counter() - started
-        calls = [(part, self._since(first, a), self._since(first, b)) for part, a, b in self._calls]
+        calls = [(part, between(first, a), between(first, b)) for part, a, b in self._calls]
         return result, {"total": total, **split(calls, total)}
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _since(self, first: Any, mark: Any) -> float:
-        if self.device.type != "cuda":
-            return float(mark - first)
-        return float(first.elapsed_time(mark)) / 1e3
 
 
 def split(calls: list[tuple[str, float, float]], total: float) -> dict[str, Any]:

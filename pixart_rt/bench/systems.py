@@ -19,7 +19,7 @@ from pixart_rt.buckets import VAE_SCALE_FACTOR, bucket_for_aspect
 from pixart_rt.bundle import Manifest
 from pixart_rt.config import Precision
 from pixart_rt.inference.pipeline import PixArtPipeline
-from pixart_rt.kernels.launch import refused
+from pixart_rt.kernels.launch import refused_lines
 from pixart_rt.model.dtypes import DTYPES
 
 OURS = "pixart_rt"
@@ -96,7 +96,7 @@ class Ours:
             "backends": {name: entry.backend for name, entry in components.items()},
             "precisions": {name: entry.precision for name, entry in components.items()},
             "quality": str(self.pipe.quality),
-            "refused_kernels": [f"{op}: {why}" for (op, _), why in sorted(refused().items())],
+            "refused_kernels": refused_lines(),
         }
 
 

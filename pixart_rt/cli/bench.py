@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,12 +98,11 @@ def bench(
         seed=seed, batches=batches, repeats=repeats, warmup=warmup, threads=threads,
         peers=tuple(peer or ()), peer_model=peer_model, min_psnr=min_psnr, cold=cold,
     )  # fmt: skip
-    command = shlex.join(["pixart-rt", *sys.argv[1:]])
     with Steps() as progress:
         progress("loading torch", 0, 1)
         from pixart_rt.bench.run import run
 
-        result = run(request, command, progress)
+        result = run(request, progress=progress)
     _warn_if_busy(result)
     _write(result, out, draws)
     _refuse_different_images(result)

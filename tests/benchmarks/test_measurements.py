@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from pixart_rt.bench.provenance import ResultFile
 from pixart_rt.kernels import launch
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -129,7 +130,8 @@ def test_every_row_names_the_refused_kernels(
     no_kernels: None,
 ) -> None:  # fmt: skip
     module = benchmark_module(name)
-    monkeypatch.setattr(launch, "_refused", {("ln_modulate", 0): "its error is 9 times"})
+    refusal = {("ln_modulate", 0, torch.float16): "its error is 9 times"}
+    monkeypatch.setattr(launch, "_refused", refusal)
     words = {
         "kernels": (),
         "model": ("--forms", "diffusers"),
@@ -142,7 +144,9 @@ def test_every_row_names_the_refused_kernels(
     with torch.set_grad_enabled(name != "loop"):
         _, found = run(module, monkeypatch, tmp_path / "x.json", *words)
     (row,) = found["rows"]
-    assert row["seconds"] and row["refused_kernels"] == ["ln_modulate: its error is 9 times"]
+    assert row["seconds"] and row["refused_kernels"] == [
+        "ln_modulate in float16: its error is 9 times"
+    ]
 
 
 def one_of(cases: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,16 +228,17 @@ def test_rows_after_an_illegal_access_run_in_another_process(
     benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A GPU that an illegal access broke answers a process no more; what it had saved stays."""
-    checks, out = benchmark_module("checks"), tmp_path / "c.json"
+    checks, rows = benchmark_module("checks"), benchmark_module("rows")
+    out = tmp_path / "c.json"
     monkeypatch.setattr(checks.catalog, "OPERATORS", broken_operators())
-    monkeypatch.setattr(checks, "usable", lambda _: False)
+    monkeypatch.setattr(rows, "usable", lambda: False)
     started: list[int] = []
 
     def again() -> None:
         started.append(1)
         raise SystemExit("another process begins")
 
-    monkeypatch.setattr(checks, "start_again", again)
+    monkeypatch.setattr(rows, "start_again", again)
     words = ["checks.py", "operators", "--dtypes", "float16", "--json", str(out)]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="another process"):
@@ -248,9 +253,9 @@ def test_rows_after_an_illegal_access_run_in_another_process(
 def test_a_program_starts_again_with_its_own_words(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from benchmarks import truth\n"
+        "from benchmarks import rows\n"
         "print(sys.argv[1:], flush=True)\n"
-        "if '--resume' not in sys.argv: truth.start_again()\n"
+        "if '--resume' not in sys.argv: rows.start_again()\n"
     )
     (tmp_path / "again.py").write_text(code)
     ran = subprocess.run([sys.executable, tmp_path / "again.py", "--json", "x"], cwd=CHECKOUT,
@@ -281,7 +286,7 @@ def test_with_a_gpu_the_kernels_tests_are_found_by_their_mark() -> None:
 def test_tables_are_kept_after_every_entry(
     benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: bool
 ) -> None:
-    tune, provenance = benchmark_module("tune"), benchmark_module("provenance")
+    tune = benchmark_module("tune")
     out = tmp_path / "t.json"
 
     def search(device: Any, dtype: Any, *, save: Any, seconds: float, **_: Any) -> dict[str, Any]:
@@ -294,8 +299,7 @@ def test_tables_are_kept_after_every_entry(
         return table
 
     monkeypatch.setattr(tune.tuning, "tune", search)
-    save = provenance.Saver(out, "tune", measured=True)
-    values = tune.run(torch.device("cpu"), lambda call: 0.0, save, 9)
+    values = tune.run(torch.device("cpu"), lambda call: 0.0, ResultFile(out), 9)
     assert list(values["table"]["operators"]) == ["ln_modulate"]
     failed = [row["failed"] for row in json.loads(out.read_text())["rows"]]
     assert failed[0] == "attention 1x2: no memory" and len(failed) == (1 if ends else 2)

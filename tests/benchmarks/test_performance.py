@@ -66,6 +66,16 @@ def test_tables_stand_between_their_markers(
     assert doc.read_text() == text, "again is the same"
 
 
+def test_the_committed_results_make_the_committed_tables(performance: Any) -> None:
+    """Every field that the tables read is in the files of before, under its name of before."""
+    text = performance.DOC.read_text()
+    paths = sorted(performance.RESULTS.glob("bench-*.json"))
+    assert paths, "a result is committed"
+    for name, body in performance.sections(paths, performance.DOC).items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+        assert text.split(begin)[1].split(end)[0] == body
+
+
 def test_devices_have_sections_of_their_own(
     performance: Any, doc: Path, result: dict[str, Any]
 ) -> None:

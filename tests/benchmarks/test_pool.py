@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from pixart_rt.bench import gpu_lock
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 Module = Callable[[str], ModuleType]
 
@@ -197,7 +199,7 @@ def test_of_a_group_one_runs_at_a_time(pool: Any, tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from benchmarks.turns import alone
+from pixart_rt.bench.gpu_lock import alone
 log = open(sys.argv[1], "a", buffering=1)
 for _ in range(2):
     log.write("compiling\\n")
@@ -225,22 +227,22 @@ def test_a_program_of_others_can_have_the_gpu_alone(tmp_path: Path) -> None:
         "try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
         "except BlockingIOError: sys.exit(7)\n"
     )
-    command = [sys.executable, "-m", "benchmarks.turns", sys.executable, "-c", code]
+    command = [sys.executable, "-m", "pixart_rt.bench.gpu_lock", sys.executable, "-c", code]
     assert subprocess.run(command, cwd=CHECKOUT, env=environment).returncode == 7
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["torch 2.13", "torch 2.11"])
 def test_the_compilers_timings_take_their_turn(
-    benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, old: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old: bool
 ) -> None:
     from torch._inductor.runtime import benchmarking
 
-    turns = benchmark_module("turns")
+    monkeypatch.setenv(gpu_lock.LOCK, str(tmp_path / "lock"))
     depths = []
 
     class Base:
         def benchmark_gpu(self) -> str:
-            depths.append(turns._turn.depth)
+            depths.append(gpu_lock._turn.depth)
             return "timed"
 
     class Derived(Base):
@@ -249,14 +251,14 @@ def test_the_compilers_timings_take_their_turn(
     if old:
         stand_in = SimpleNamespace(TritonBenchmarker=Base, InductorBenchmarker=Derived)
         monkeypatch.setattr("torch._inductor.runtime.benchmarking", stand_in)
-        turns.compiler_waits()
+        gpu_lock.compiler_waits()
         assert Derived().benchmark_gpu() == "timed" and depths == [1]
         return
     if not hasattr(benchmarking, "set_gpu_benchmark_lock_context"):
         pytest.skip("torch before 2.13 has no such setting")
     before = benchmarking.set_gpu_benchmark_lock_context(None)
     try:
-        turns.compiler_waits()
+        gpu_lock.compiler_waits()
         timed = benchmarking.gpu_benchmark_lock(Base.benchmark_gpu)
         assert timed(Base()) == "timed" and depths == [1]
     finally:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pixart_rt.bench.plots import KINDS
 from pixart_rt.bench.stages import STAGES
@@ -90,28 +92,48 @@ def test_images_that_differ_fail_and_are_still_reported(
     assert agreement["agrees"] is False and agreement["bound_psnr_db"] == 1000
 
 
-@pytest.mark.slow
-def test_the_tiny_model_beside_both_peers(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Counts and shapes of the command that docs/performance.md is made by. No speed."""
-    monkeypatch.chdir(tmp_path)
-    outcome = run("bench", "--model", "tiny", "--res", 256, "--steps", 3, "--repeats", 2, "--peer",
-                  "diffusers", "--peer", "diffusers-compile", "--json", "out.json")  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    result = json.loads(Path("out.json").read_text())
-    assert result["request"]["model"] == "tiny" and result["request"]["num_tokens"] == 256
-    assert list(result["systems"]) == ["pixart_rt", "diffusers", "diffusers-compile"]
+def check_counts(result: dict[str, Any], steps: int, repeats: int) -> None:
+    """Every series has its repetitions, calls and stages, and every peer's images are ours."""
     for name, system in result["systems"].items():
         for series in system["series"]:
-            assert len(series["latency_s"]) == 2
-            assert series["transformer_calls"] == 3
+            assert len(series["latency_s"]) == repeats
+            assert series["transformer_calls"] == steps
             whole = sum(series["stages_mean_s"][stage] for stage in STAGES)
             assert whole == pytest.approx(series["mean_s"])
         if name != "pixart_rt":
             assert result["agreement"][name]["agrees"] is True
-    compiled = result["systems"]["diffusers-compile"]
-    assert compiled["compiled"] == ["transformer", "vae_decoder"]
-    assert [path.name for path in Path("engines").iterdir()] == [
-        f"bench-tiny-256-{result['systems']['pixart_rt']['backends']['transformer']}-fp32-1"
-    ]
+
+
+def test_the_tiny_model_is_built_and_compared(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that docs/performance.md is made by, at 256 px. No speed."""
+    monkeypatch.chdir(tmp_path)
+    outcome = run("bench", "--model", "tiny", "--res", 256, "--backend", "torch", "--steps", 2,
+                  "--repeats", 1, "--peer", "diffusers", "--no-cold", "--no-plots", "--json",
+                  "out.json")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    result = json.loads(Path("out.json").read_text())
+    assert result["request"]["model"] == "tiny" and result["request"]["num_tokens"] == 256
+    check_counts(result, steps=2, repeats=1)
+    assert [path.name for path in Path("engines").iterdir()] == ["bench-tiny-256-torch-fp32-1"]
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.exhaustive)]
+)
+def test_both_peers_side_by_side(
+    run: Callable[..., Any], bundle_256: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+) -> None:  # fmt: skip
+    """`eager` runs the whole graphs that torch.compile captures; Inductor's C++ takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    out = tmp_path / "out.json"
+    outcome = run("bench", bundle_256, "--steps", 3, "--repeats", 2, "--peer", "diffusers",
+                  "--peer", "diffusers-compile", "--no-cold", "--no-plots", "--json",
+                  out)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    result = json.loads(out.read_text())
+    assert list(result["systems"]) == ["pixart_rt", "diffusers", "diffusers-compile"]
+    check_counts(result, steps=3, repeats=2)
+    assert result["systems"]["diffusers-compile"]["compiled"] == ["transformer", "vae_decoder"]

@@ -11,7 +11,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pixart_rt.kernels import catalog, launch, ln_modulate, tuning
+from pixart_rt.kernels import attention_tiles, catalog, launch, ln_modulate, tuning
 
 
 @pytest.fixture
@@ -50,9 +50,44 @@ def test_the_self_test_refuses_a_kernel_that_differs(clean, monkeypatch, device)
         lambda device, dtype, seed: (torch.ones(3, device=device, dtype=dtype),), trains=False,
     )  # fmt: skip
     pretend(monkeypatch, wrong)
-    with pytest.warns(RuntimeWarning, match="wrong is not used on a GPU"):
+    with pytest.warns(RuntimeWarning, match="wrong is not used on a GPU in float16"):
         assert catalog.self_test(device, torch.float16, ("wrong",)) == ("wrong",)
-    assert ("wrong", device.index or 0) in launch.refused()
+    assert list(launch.refused()) == [("wrong", device.index or 0, torch.float16)]
+    (line,) = launch.refused_lines()
+    assert line.startswith("wrong in float16: its error is ")
+
+
+def test_a_kernel_is_refused_in_the_dtype_that_was_tested(clean, monkeypatch):
+    """float16 may overflow or spill where bfloat16 does neither."""
+    monkeypatch.setattr(launch, "_capability", lambda index: (9, 0))
+    launch.refuse("op", torch.device("cuda:1"), torch.float16, "it differs")
+    with FakeTensorMode():
+        half, wide = (torch.empty(3, device="cuda:1", dtype=dtype)
+                      for dtype in (torch.float16, torch.float32))  # fmt: skip
+        assert not launch.runs_triton("op", half, launch.SM70)
+        assert not launch.runs_triton("op", wide, launch.SM70, torch.float16), "autocast"
+        assert launch.runs_triton("op", wide, launch.SM70, torch.bfloat16, None)
+        assert launch.runs_triton("op", half.bfloat16(), launch.SM70)
+        assert launch.runs_triton("other", half, launch.SM70)
+        assert launch.runs_triton("op", torch.empty_like(half, device="cuda:0"), launch.SM70)
+
+
+@pytest.mark.parametrize("operator", catalog.OPERATORS, ids=lambda each: each.name)
+def test_operators_ask_with_the_dtype_that_the_self_test_refuses(operator, device, monkeypatch):
+    """In the forward and the backward, whatever other dtypes their tensors have."""
+    asked = []
+
+    def refused(name, tensor, least, *others):
+        asked.append((name, {tensor.dtype, *others}))
+        return False
+
+    for file in (*catalog.FILES, attention_tiles):
+        monkeypatch.setattr(file, "runs_triton", refused, raising=False)
+    for dtype in operator.dtypes:
+        asked.clear()
+        assert catalog.worst_error(operator, device, dtype, 0) <= 1
+        mine = [dtypes for name, dtypes in asked if name == operator.name]
+        assert mine and all(dtype in dtypes for dtypes in mine), asked
 
 
 def test_the_self_test_refuses_a_kernel_that_fails(clean, monkeypatch, device):
@@ -219,7 +254,9 @@ def test_tuning_survives_what_does_not_fit(device):
 
 def test_tuning_does_not_tune_what_the_self_test_refused(clean, device):
     subject, timer = subject_of({1: 3.0, 2: 1.0})
-    launch.refuse("subject", device, "it differs")
+    launch.refuse("subject", device, torch.bfloat16, "it differs")
+    assert tune([subject], device, timer=timer)["operators"], "float16 is tuned, and agrees"
+    launch.refuse("subject", device, torch.float16, "it differs")
     lines = []
     assert tune([subject], device, timer=timer, report=lines.append)["operators"] == {}
     assert len(lines) == 2 and "refused" in lines[0]

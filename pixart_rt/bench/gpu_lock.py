@@ -5,7 +5,7 @@ or compares. torch.compile's own timings, of a kernel's forms against each other
 once `compiler_waits` was called. Turns are kept by a lock on the file that the environment variable
 PIXART_RT_BENCH_LOCK names. Without it a benchmark runs by itself and nothing waits.
 
-    python -m benchmarks.turns COMMAND ...        runs another program that has the GPU alone
+    python -m pixart_rt.bench.gpu_lock COMMAND ...     runs another program that has the GPU alone
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def alone() -> Iterator[None]:
 
 
 def compiler_waits() -> None:
-    """Inductor's timings of kernels take their turn as well, from now on."""
+    """Inductor's timings of kernels take their turn as well, from now on, where turns are kept."""
+    if not os.environ.get(LOCK):
+        return
     from torch._inductor.runtime import benchmarking
 
     settle = getattr(benchmarking, "set_gpu_benchmark_lock_context", None)

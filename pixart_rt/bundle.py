@@ -26,7 +26,7 @@ from typing import Any
 
 from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
 from pixart_rt.errors import BundleError
-from pixart_rt.files import Kind, replacing_folder
+from pixart_rt.files import Kind, read_json, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
 
 FORMAT_VERSION = 3
@@ -157,7 +157,7 @@ class Manifest:
                 f"make one with `pixart-rt build --out {bundle}`"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             found = values.get("format_version")
         except (ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
@@ -263,7 +263,7 @@ def writing(target: Path) -> Iterator[Path]:
 def listed_files(folder: Path) -> set[str] | None:
     """The files of a bundle by its manifest, of this format or another; None for other folders."""
     try:
-        values = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        values = read_json(Path(folder) / MANIFEST)
         if not (isinstance(values["format_version"], int) and values["pixart_rt_version"]):
             return None
         names = {MANIFEST, *values["files"]}

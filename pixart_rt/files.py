@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pixart_rt.errors import ConfigError
 
@@ -390,7 +390,7 @@ def _is_mount_point(path: Path) -> bool:
 
 def _read_list(folder: Path, kind: str) -> set[str] | None:
     try:
-        values = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        values = read_json(folder / LIST)
         if values["kind"] != kind:
             return None
         return {LIST, *map(str, values["files"])}
@@ -404,3 +404,16 @@ def _write_list(folder: Path, kind: str) -> None:
     )
     values = {"made_by": "pixart-rt", "kind": kind, "files": [n for n in names if n != LIST]}
     (folder / LIST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file in UTF-8 holds. Raises OSError, and ValueError for anything else."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for nesting that Python cannot follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

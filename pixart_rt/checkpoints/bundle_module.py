@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pixart_rt.checkpoints.tensors import TensorFolder
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError, CheckpointError
+from pixart_rt.files import read_json
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
 from pixart_rt.model.controlnet_config import ControlNetConfig
@@ -124,7 +125,7 @@ def load_module(folder: Path, component: str) -> nn.Module:
     Raises BundleError when the folder is incomplete or does not fit its config.
     """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = read_json(Path(folder) / "config.json")
         with torch.device("meta"):
             module = build_module(component, config)
         state = dict(TensorFolder(folder))

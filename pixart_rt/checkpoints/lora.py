@@ -12,7 +12,6 @@ B [outputs, r, 1, 1].
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from pixart_rt.checkpoints.tensors import open_safetensors, read_pickle
 from pixart_rt.checkpoints.transformer import ORIGIN_FILE, TransformerCheckpoint
 from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -124,7 +124,7 @@ def merge(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"{path} is missing; give the folder of a LoRA adapter, as peft writes it"
@@ -143,7 +143,7 @@ def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None]:
     if not path.is_file():
         return None, None
     try:
-        origin = json.loads(path.read_text())
+        origin = read_json(path)
         scheduler, config = origin.get("scheduler"), origin.get(BASE_CONFIG)
         if config is not None:
             config = dict(config)

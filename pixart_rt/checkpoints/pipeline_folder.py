@@ -7,7 +7,6 @@ save into a folder would write through links.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.errors import CheckpointError
-from pixart_rt.files import PIPELINE, replacing_folder
+from pixart_rt.files import PIPELINE, read_json, replacing_folder
 
 INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -58,7 +57,7 @@ def write_model(
 def _components(pipeline: Path) -> list[str]:
     """The folders that a pipeline's index names, but the transformer's."""
     try:
-        index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
+        index = read_json(pipeline / INDEX)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{pipeline / INDEX} is damaged ({error})") from error
     names = [name for name, value in index.items() if isinstance(value, list)]

@@ -11,7 +11,6 @@ a class of another family of models.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from typing import Any
 
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 
 CONFIG = "scheduler_config.json"
 LCM_CLASS = "LCMScheduler"
@@ -79,7 +79,7 @@ class SchedulerSettings:
         stored: Any = {}
         if path.is_file():
             try:
-                stored = json.loads(path.read_text())
+                stored = read_json(path)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             if not isinstance(stored, dict):

@@ -51,10 +51,11 @@ _BLOCK_MODULES = {
     "mlp.fc2": ("ff.net.2",),
 }
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
-_REFUSED = {  # parts of PixArt-Sigma variants that this transformer does not have
+_REFUSED = {  # parts of variants that this transformer does not have
     r"\.attn\.(sr|norm)\.": "KV compression",
     r"\.(attn|cross_attn)\.[qk]_norm\.|\.attn[12]\.norm_[qk]\.": "QK normalization",
     r"\.attn\.rel_pos": "relative positions",
+    r"\.base_layer\.|\.lora_[AB]\.": "a LoRA that is not merged",
 }
 
 
@@ -113,7 +114,7 @@ def to_ours(
     _report("has the unknown", [name for name in tensors if name not in used | {*known}], source)
     state, misshapen, broken = {}, [], []
     for ours, shape in shapes.items():
-        parts = [tensors[name] for name in names[ours]]
+        parts = [_readable(tensors[name]) for name in names[ours]]
         expected = _part_shape(ours, shape, len(parts), config)
         for name, part in zip(names[ours], parts, strict=True):
             if tuple(part.shape) != expected:
@@ -125,6 +126,12 @@ def to_ours(
     _report("has a wrong shape:", misshapen, source)
     _report("holds NaN, infinity or integers:", broken, source)
     return state
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """bfloat16, which holds every value, in place of float8, in which PyTorch computes nothing."""
+    float8 = tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    return tensor.bfloat16() if float8 else tensor
 
 
 def from_ours(state: Mapping[str, Tensor], config: ModelConfig, namer: Namer) -> dict[str, Tensor]:

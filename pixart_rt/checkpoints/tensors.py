@@ -5,7 +5,6 @@ Nothing is unpickled without `weights_only=True`.
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 
 SAFETENSORS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 BIN_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+LFS_POINTER = b"version https://git-lfs"
 
 
 class TensorFolder(Mapping[str, Tensor]):
@@ -59,9 +60,10 @@ class TensorFolder(Mapping[str, Tensor]):
 
 def open_safetensors(path: Path) -> safe_open:
     """Open a .safetensors file, or say in one line that it is truncated or another format."""
+    _refuse_pointer(path)
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged or not safetensors ({error}); download or convert it again"
         ) from error
@@ -69,17 +71,33 @@ def open_safetensors(path: Path) -> safe_open:
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The dict in a .bin or .pth file, read with `weights_only=True`."""
+    _refuse_pointer(path)
     try:
         mmap = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote another format
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged pickle can raise anything, from any of its instructions
+        # PyTorch's own line advises to load the file with weights_only=False: to run what is in it.
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = "" if refused else f" ({first_line(error)})"
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors ({reason}); download it again"
+            f"{path} is damaged or holds more than tensors{reason}; download it again"
         ) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
     return loaded
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, on one line."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _refuse_pointer(path: Path) -> None:
+    """CheckpointError for what Git LFS leaves in place of a large file that was not fetched."""
+    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -96,7 +114,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, each of which must be there."""
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error}); download it again") from error
     missing = [shard for shard in shards if not (index.parent / shard).is_file()]

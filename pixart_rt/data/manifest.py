@@ -20,7 +20,7 @@ import numpy as np
 
 from pixart_rt.buckets import Bucket
 from pixart_rt.errors import DataError
-from pixart_rt.files import replacing
+from pixart_rt.files import read_json, replacing
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, SKIPPED = "manifest.json", "index.npy", "skipped.jsonl"
@@ -94,7 +94,7 @@ class StoreManifest:
                 f"`pixart-rt data extract IMAGES {store}`"
             )
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
             version = values.get("format_version")
             manifest = cls(**values) if version == FORMAT_VERSION else None
         except (ValueError, TypeError, AttributeError) as error:

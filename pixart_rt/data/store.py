@@ -6,7 +6,6 @@ Neither Parquet nor its library is used here: index.npy says where each sample's
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections import OrderedDict
@@ -34,6 +33,7 @@ from pixart_rt.data.manifest import (
 from pixart_rt.data.sample import bfloat16_from_bytes, pad_text
 from pixart_rt.data.shard_checksum import checksum
 from pixart_rt.errors import ConfigError, DataError
+from pixart_rt.files import read_json
 
 OPEN_SHARDS = 256  # mapped at a time; each holds a file open, of which systems allow 1024
 
@@ -84,7 +84,7 @@ class FeatureStore:
             return ()
         path = self.path / CLASSES
         try:
-            names = tuple(json.loads(path.read_text()))
+            names = tuple(read_json(path))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
         if len(names) != self.manifest.num_classes:

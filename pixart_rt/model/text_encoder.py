@@ -11,7 +11,6 @@ encoder too large for one engine becomes several.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 
 MASKED = -1e9  # added to float32 scores of padding; exp() of it is exactly 0
 
@@ -45,7 +45,7 @@ class T5Config:
         if not path.is_file():
             raise CheckpointError(f"{folder} has no config.json; it is not a text encoder folder")
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
             found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
             config = cls(**found)
         except (ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import CheckpointError
-from pixart_rt.files import replacing
+from pixart_rt.files import read_json, replacing
 from pixart_rt.inference.schedulers import make_scheduler
 
 INDEX = "model_index.json"
@@ -31,7 +31,7 @@ def use_lcm_scheduler(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} has no {INDEX}; give a pipeline folder, with the student as its transformer"
         )
-    parts = json.loads(index.read_text())
+    parts = read_json(index)
     scheduler = make_scheduler(Scheduler.LCM, folder / "scheduler")
     parts["scheduler"] = ["diffusers", type(scheduler).__name__]
     _write(folder / "scheduler" / "scheduler_config.json", scheduler.to_json_string())

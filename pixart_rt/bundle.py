@@ -24,10 +24,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pixart_rt.config import ModelConfig, Quality, Scheduler, TextPlace, Weights
+from pixart_rt.config import (
+    EngineConfig,
+    ModelConfig,
+    Precision,
+    Quality,
+    Scheduler,
+    TextPlace,
+    Weights,
+)
 from pixart_rt.errors import BundleError
 from pixart_rt.files import Kind, read_json, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
+from pixart_rt.typed import check_types
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
@@ -172,6 +181,9 @@ class Manifest:
                 for name, entry in values.pop("components").items()
             }
             manifest = cls(components=entries, **values)
+            for record in (manifest, *entries.values()):
+                check_types(record)
+            manifest.check_engine()
             for name in manifest.all_files():
                 _check_name(name)
             for entry in entries.values():
@@ -190,6 +202,18 @@ class Manifest:
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
+
+    def check_engine(self) -> None:
+        """ValueError for settings of the engines that the pipeline reads and that cannot be."""
+        engine = self.engine_config
+        EngineConfig(
+            **{name: engine[name] for name in ("resolution", "max_batch") if name in engine}
+        )
+        _ = Precision(engine.get("precision", Precision.FP32))
+        if not isinstance(engine.get("vae_tiling", False), bool):
+            raise ValueError(f"vae_tiling is {engine['vae_tiling']!r}")
+        if any(len(bucket) != 2 or min(bucket) < 1 for bucket in self.buckets):
+            raise ValueError("a bucket is no height and width")
 
     def all_files(self) -> dict[str, str]:
         """Every file of the bundle but the manifest, with its sha256."""

@@ -29,7 +29,7 @@ _SCALAR_EMBEDDERS = {
     "csize_embedder": "resolution_embedder",
     "ar_embedder": "aspect_ratio_embedder",
 }
-_MODULES = {
+MODULES = {
     "x_embedder": "pos_embed.proj",
     "y_proj.fc1": "caption_projection.linear_1",
     "y_proj.fc2": "caption_projection.linear_2",
@@ -41,7 +41,7 @@ _MODULES = {
         for index, number in ((0, 1), (2, 2))
     },
 }
-_BLOCK_MODULES = {
+BLOCK_MODULES = {
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": ("attn1.to_out.0",),
     "cross_attn.q_linear": ("attn2.to_q",),
@@ -77,8 +77,8 @@ def diffusers_names(name: str) -> tuple[str, ...]:
         return (f"transformer_{name}",)
     if found := _BLOCK.fullmatch(name):
         index, part, kind = found.groups()
-        return tuple(f"transformer_blocks.{index}.{it}.{kind}" for it in _BLOCK_MODULES[part])
-    return (f"{_MODULES[module]}.{kind}",)
+        return tuple(f"transformer_blocks.{index}.{it}.{kind}" for it in BLOCK_MODULES[part])
+    return (f"{MODULES[module]}.{kind}",)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:

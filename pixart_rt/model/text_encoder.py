@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pixart_rt.errors import CheckpointError
 from pixart_rt.files import read_json
+from pixart_rt.typed import check_types
 
 MASKED = -1e9  # added to float32 scores of padding; exp() of it is exactly 0
 
@@ -38,6 +39,13 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
+    def check_sizes(self) -> None:
+        """ValueError for sizes that no T5 has."""
+        for name in self.__dataclass_fields__:
+            value, most = getattr(self, name), 256 if name == "num_layers" else 2**24
+            if not 0 < value <= most:
+                raise ValueError(f"{name} is {value}")
+
     @classmethod
     def read(cls, folder: Path) -> T5Config:
         """From the config.json of a transformers T5EncoderModel folder."""
@@ -48,7 +56,9 @@ class T5Config:
             values = read_json(path)
             found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
             config = cls(**found)
-        except (ValueError, TypeError) as error:
+            check_types(config)
+            config.check_sizes()
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is no T5 configuration ({error})") from error
         if values.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
             raise CheckpointError(

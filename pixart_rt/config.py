@@ -120,10 +120,7 @@ class ModelConfig:
     cfg_null: CfgNull = CfgNull.EMPTY_PROMPT
 
     def __post_init__(self) -> None:
-        try:
-            check_types(self)
-        except TypeError as error:
-            raise ConfigError(str(error)) from error
+        check_types(self)  # TypeError, as for any call with wrong types; readers say which file
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value < 1:

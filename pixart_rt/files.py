@@ -41,6 +41,7 @@ FILE_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".json", ".jsonl", ".onnx", ".png", ".pt", ".pth", ".safetensors",
      ".toml", ".zip"}
 )  # fmt: skip  # a folder with such a name was meant to be a file
+MODEL_FILES = (".pth", ".safetensors")
 
 _ASIDE = ".pixart-rt-"
 _ASIDE_NAME = re.compile(rf"{re.escape(_ASIDE)}\w{{8}}")
@@ -111,11 +112,17 @@ def check_into(path: str | Path) -> None:
 
 
 def check_model(path: str | Path, kind: Kind | Iterable[Kind] = MODELS, *, force: bool) -> None:
-    """The same for weights that are written as a .pth or as a folder, by the suffix."""
-    if Path(path).suffix == ".pth":
+    """The same for weights that are written as a file or as a folder, by the suffix."""
+    kinds = [kind] if isinstance(kind, Kind) else list(kind)
+    if Path(path).suffix == ".pth" or (TRANSFORMER in kinds and is_model_file(path)):
         check_file(path, force=force)
     else:
         check_folder(path, kind, force=force)
+
+
+def is_model_file(path: str | Path) -> bool:
+    """Whether a transformer of this name is one file, of the original layout."""
+    return Path(path).suffix in MODEL_FILES
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pixart_rt.checkpoints.tensors import TensorFolder
+from pixart_rt.checkpoints.tensors import TensorFolder, first_line
 from pixart_rt.config import ModelConfig
-from pixart_rt.errors import BundleError, CheckpointError
+from pixart_rt.errors import BundleError
 from pixart_rt.files import read_json
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
@@ -132,8 +132,8 @@ def load_module(folder: Path, component: str) -> nn.Module:
         if component.startswith("vae"):  # diffusers keeps buffers that meta tensors cannot fill
             module = build_module(component, config)
         module.load_state_dict(state, assign=True)
-    except (OSError, ValueError, KeyError, RuntimeError, CheckpointError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # diffusers' and PyTorch's own, of a damaged configuration
+        reason = first_line(error)
         raise BundleError(f"{folder} is damaged ({reason}); build the bundle again") from error
     return module.eval().requires_grad_(False)
 

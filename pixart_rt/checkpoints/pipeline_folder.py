@@ -14,7 +14,7 @@ from typing import Any
 
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.errors import CheckpointError
-from pixart_rt.files import PIPELINE, read_json, replacing_folder
+from pixart_rt.files import PIPELINE, is_model_file, read_json, replacing_folder
 
 INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -33,15 +33,15 @@ def write_model(
     finish: Callable[[Path], None] = lambda folder: None,
     force: bool = True,
 ) -> dict[str, Any]:
-    """Write a .pth if `out` has that suffix; else with `pipeline` a copy of that folder with this
-    transformer; else a transformer folder. Returns the summary of what was written. `finish` is
+    """Write one file if `out` is named as one (.pth, .safetensors); else with `pipeline` a copy of
+    that folder with this transformer; else a transformer folder. Returns the summary. `finish` is
     called with the pipeline folder before it takes its place, for what else differs in it.
 
     Whole or absent. With `force` it replaces one of its own kind that we wrote; never anything else
     (files.py): ConfigError.
     """
     out = Path(out)
-    if out.suffix == ".pth":
+    if is_model_file(out):
         return write_pth(checkpoint, out, force=force)
     if pipeline is None:
         return write_diffusers(checkpoint, out, force=force)

@@ -5,23 +5,28 @@
     blocks.0._orig_mod.attn                    a wrapper around a block
     model.diffusion_model.  beside  vae.       ComfyUI's whole checkpoints
 
-A .safetensors file holds the state dict alone.
+A .safetensors file holds the state dict alone, and our entries as JSON in its metadata.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart_rt.checkpoints.tensors import open_safetensors, read_pickle
 from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.files import parse_json
 
 _log = logging.getLogger(__name__)
 
+_OURS = "pixart_rt"  # how the keys of our own entries begin
 STATE_KEYS = ("state_dict", "state_dict_ema")  # the first is what the original code samples with
 _NESTED = ("model", "module", "model_state_dict", "ema", "ema_state_dict", "params", "params_ema")
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -33,10 +38,27 @@ _OTHER_PARTS = (  # of a whole checkpoint, beside the transformer
 
 def read_file(path: Path) -> dict[str, Any]:
     """What is in a .safetensors or a pickled file. Raises CheckpointError."""
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return read_pickle(path)
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+    with open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    try:
+        told = {key: parse_json(text) for key, text in metadata.items() if key.startswith(_OURS)}
+    except ValueError as error:
+        raise CheckpointError(f"{path} has damaged metadata ({error}); convert it again") from error
+    return {STATE_KEYS[0]: tensors, **told} if told else tensors
+
+
+def write_file(suffix: str, saved: Mapping[str, Any], path: Path) -> None:
+    """Write a state dict, under the first of STATE_KEYS, and our entries next to it."""
+    if suffix != ".safetensors":
+        torch.save(dict(saved), path)
+        return
+    tensors = {name: tensor.contiguous() for name, tensor in saved[STATE_KEYS[0]].items()}
+    told = {key: json.dumps(value) for key, value in saved.items() if key.startswith(_OURS)}
+    save_file(tensors, path, metadata={"format": "pt", **told})
+    path.chmod(0o644)  # safetensors writes private files
 
 
 def state_dict(

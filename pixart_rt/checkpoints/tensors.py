@@ -115,9 +115,10 @@ def _shards(index: Path) -> list[Path]:
     """The files that an index names, each of which must be there."""
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        present = {path.name for path in index.parent.iterdir()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error}); download it again") from error
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    missing = [shard for shard in shards if shard not in present]  # also what is no name in it
     if missing:
         raise CheckpointError(f"{index.parent} lacks {missing[0]}, which its index names")
     return [index.parent / shard for shard in shards]

@@ -30,7 +30,13 @@ from pixart_rt.checkpoints.configs import (
     config_from_tensors,
     config_to_json,
 )
-from pixart_rt.checkpoints.single_file import STATE_KEYS, read_file, state_dict, without_prefix
+from pixart_rt.checkpoints.single_file import (
+    STATE_KEYS,
+    read_file,
+    state_dict,
+    without_prefix,
+    write_file,
+)
 from pixart_rt.checkpoints.tensors import TensorFolder, open_safetensors
 from pixart_rt.config import CfgNull, ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
@@ -38,6 +44,7 @@ from pixart_rt.files import (
     TRANSFORMER,
     check_file,
     check_model,
+    is_model_file,
     read_json,
     replacing,
     replacing_folder,
@@ -153,10 +160,11 @@ def write_diffusers(
 def write_pth(
     checkpoint: TransformerCheckpoint, path: Path, *, force: bool = True
 ) -> dict[str, Any]:
-    """Write an original .pth, its position table recomputed; returns a summary.
+    """Write a file of the original layout, its position table recomputed; returns a summary.
 
-    Settings that the original format cannot hold stand beside its state_dict, where its code does
-    not look. Without a y_embedding none is invented: the summary says so.
+    A .safetensors by its suffix, else a .pth. Settings that the layout cannot hold stand next to
+    its state_dict, or in the metadata, where the original code does not look. Without a y_embedding
+    none is invented: the summary says so.
     """
     path, config = Path(path), checkpoint.config
     check_file(path, force=force)
@@ -176,7 +184,7 @@ def write_pth(
         saved[_ORIGIN] = checkpoint.origin
         kept.append("how the weights were made, beside the state_dict")
     with replacing(path) as temporary:
-        torch.save(saved, temporary)
+        write_file(path.suffix, saved, temporary)
     return _summary(checkpoint, path, len(tensors), kept, dropped)
 
 
@@ -191,14 +199,14 @@ def convert(
     max_text_tokens: int | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """A file to a diffusers transformer folder, or a diffusers folder to a .pth; see the readers.
+    """A file to a diffusers transformer folder or to the other kind of file, or a folder to a file.
 
     Returns the summary of what was written. Refuses to overwrite without `force`.
     """
     src, dst = Path(src), Path(dst)
-    to_pth = src.is_dir()
-    if to_pth != (dst.suffix == ".pth"):
-        wanted = "a .pth file" if to_pth else "a folder"
+    to_file = is_model_file(dst)
+    if (src.suffix == dst.suffix) if not src.is_dir() else not to_file:
+        wanted = "a .pth file or a .safetensors" if src.is_dir() else "a folder"
         raise ConfigError(f"{src} converts to {wanted}, but {dst} was asked")
     check_model(dst, TRANSFORMER, force=force)
     checkpoint = read_transformer(
@@ -209,7 +217,7 @@ def convert(
         which=which,
         max_text_tokens=max_text_tokens,
     )
-    return (write_pth if to_pth else write_diffusers)(checkpoint, dst, force=force)
+    return (write_pth if to_file else write_diffusers)(checkpoint, dst, force=force)
 
 
 def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:

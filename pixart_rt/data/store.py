@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -105,7 +106,14 @@ class FeatureStore:
     @property
     def empty_prompt(self) -> Tensor:
         """T5(""), the text of a dropped caption: [n, E] bfloat16."""
-        return load_file(self.path / EMPTY_PROMPT)["prompt_embeds"]
+        path = self.path / EMPTY_PROMPT
+        try:
+            embeds = load_file(path)["prompt_embeds"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
+        if embeds.dim() != 2 or embeds.shape[1] != self.manifest.text_width or not len(embeds):
+            raise DataError(f"{path} holds {list(embeds.shape)}, not the empty prompt; {REMEDY}")
+        return embeds
 
     def moments(self, sample: int) -> Tensor:
         """The VAE's means and deviations of a sample, unscaled: [2, C, h, w] float16."""
@@ -164,9 +172,14 @@ class FeatureStore:
         path = self.path / INDEX
         try:
             rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header is parsed as Python, which raises anything
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
-        if rows.dtype != ROW or len(rows) != self.manifest.num_samples:
+        known = rows.dtype == ROW and rows.shape == (self.manifest.num_samples,)
+        if known and len(rows):
+            known = int(rows["bucket"].max()) < len(self.buckets) and (
+                int(rows["num_tokens"].max()) <= self.manifest.max_text_tokens
+            )
+        if not known:
             raise DataError(f"{path} is not the index of this store; {REMEDY}")
         return rows
 
@@ -177,7 +190,7 @@ class FeatureStore:
         path = self.path / LABELS
         try:
             labels: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # as for the index
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
         known = labels.dtype == np.int64 and labels.shape == (len(self),)
         if not known or labels.min() < 0 or labels.max() >= self.manifest.num_classes:

@@ -39,8 +39,9 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
-    def check_sizes(self) -> None:
-        """ValueError for sizes that no T5 has."""
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for sizes that no T5 has."""
+        check_types(self)
         for name in self.__dataclass_fields__:
             value, most = getattr(self, name), 256 if name == "num_layers" else 2**24
             if not 0 < value <= most:
@@ -56,8 +57,6 @@ class T5Config:
             values = read_json(path)
             found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
             config = cls(**found)
-            check_types(config)
-            config.check_sizes()
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is no T5 configuration ({error})") from error
         if values.get("feed_forward_proj", "gated-gelu") != "gated-gelu":

@@ -42,8 +42,17 @@ class PromptTokenizer:
             raise CheckpointError(f"{folder} is missing; a pipeline folder has a tokenizer")
         from transformers import T5Tokenizer  # a second to import, for those who have a tokenizer
 
-        self.tokenizer = T5Tokenizer.from_pretrained(str(folder))
         self.max_tokens = max_tokens
+        try:
+            self.tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._padded(["a"])  # a damaged one may be read and still have no padding or end
+        except BaseException as error:  # tokenizers panics, which is no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"the tokenizer in {folder} is damaged ({reason[0]}); download it again"
+            ) from error
 
     def __call__(self, prompts: list[str]) -> Tokens:
         cleaned = [self._clean(prompt) for prompt in prompts]
@@ -61,6 +70,10 @@ class PromptTokenizer:
                     "the tokenizer knows no word of the prompt %s: all such prompts give one "
                     "image; write it in English", shorten(prompt),
                 )  # fmt: skip
+        return Tokens(*self._padded(cleaned), num_cut)
+
+    def _padded(self, cleaned: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask [B, T] of texts, cut and filled to the model's length."""
         batch = self.tokenizer(
             cleaned,
             padding="max_length",
@@ -69,9 +82,7 @@ class PromptTokenizer:
             add_special_tokens=True,
             return_attention_mask=True,
         )
-        return Tokens(
-            torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"]), num_cut
-        )
+        return torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
 
     def _clean(self, prompt: str) -> str:
         """The cleaned prompt; as it stands, in lower case, where cleaning would leave nothing.

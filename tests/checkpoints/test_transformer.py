@@ -382,6 +382,19 @@ def test_damaged_indices_and_side_cars(tmp_path, checkpoint):
         read_transformer(tmp_path)
 
 
+def test_a_safetensors_file_there_and_back(tmp_path, checkpoint):
+    """With its settings: nothing has to be said to read it."""
+    write_diffusers(replace(checkpoint, origin={"made": 1}), tmp_path / "t")
+    convert(tmp_path / "t", tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", tmp_path / "u")
+    for name in ("a.safetensors", "b.pth", "u"):
+        found = read_transformer(tmp_path / name)
+        assert_equal(found, checkpoint)
+        assert found.origin == {"made": 1}
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 PREFIXES = (
     "module.", "_orig_mod.", "model.", "module._orig_mod.", "net.", "model.diffusion_model.",
     "student.transformer.",
@@ -507,6 +520,8 @@ def test_convert_refuses_what_it_should(tmp_path, checkpoint):
         convert(tmp_path / "t", tmp_path / "other")
     with pytest.raises(ConfigError, match="converts to a folder"):
         convert(tmp_path / "m.pth", tmp_path / "n.pth")
+    with pytest.raises(ConfigError, match="converts to a \\.pth file or a \\.safetensors"):
+        convert(tmp_path / "t", tmp_path / "n.zip")
     convert(tmp_path / "t", tmp_path / "m.pth", force=True)
     convert(tmp_path / "m.pth", tmp_path / "t", force=True)
     assert_equal(read_transformer(tmp_path / "t"), checkpoint)

@@ -27,8 +27,9 @@ def _is(value: Any, hint: Any) -> bool:
     kind, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
-    if hint is float:  # neither NaN nor infinity
-        return type(value) in (int, float) and math.isfinite(value)
+    if hint is float:  # neither NaN nor infinity, nor an integer that no float is
+        whole = type(value) is int and value.bit_length() < 1024
+        return whole or (type(value) is float and math.isfinite(value))
     if kind is UnionType:
         return any(_is(value, each) for each in arguments)
     if kind is dict:

@@ -7,6 +7,7 @@ the number of the mutation, which makes it again. Processor time and memory are 
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -82,6 +83,11 @@ JUNK: tuple[Any, ...] = (
 Mutator = Callable[[bytes, random.Random], bytes]
 
 
+def junk(draw: random.Random) -> Any:
+    """A copy: what is put into a value may be changed there."""
+    return copy.deepcopy(draw.choice(JUNK))
+
+
 def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
     """Flip, cut, repeat, insert or swap bytes, half of them near the beginning, as headers are."""
     changed = bytearray(data)
@@ -122,13 +128,13 @@ def mutate_value(value: Any, draw: random.Random) -> Any:
 
     walk(value)
     if not places or draw.random() < 0.02:
-        return draw.choice(JUNK)
+        return junk(draw)
     inside, key = draw.choice(places)
     kind = draw.randrange(8)
     if kind == 0:
         del inside[key]
     elif kind == 1 and isinstance(inside, dict):
-        inside[str(draw.choice(JUNK))] = inside.pop(key)
+        inside[str(junk(draw))] = inside.pop(key)
     elif kind == 2:
         other, from_there = draw.choice(places)
         with suppress(KeyError, IndexError):
@@ -136,7 +142,7 @@ def mutate_value(value: Any, draw: random.Random) -> Any:
     elif kind == 3 and type(inside[key]) in (int, float):
         inside[key] = inside[key] * draw.choice((-1, 0, 2, 1000, 10**9, 0.5))
     else:
-        inside[key] = draw.choice(JUNK)
+        inside[key] = junk(draw)
     return value
 
 

@@ -6,8 +6,10 @@ Nothing is unpickled without `weights_only=True`.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from pixart_rt.files import read_json
 
 SAFETENSORS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 BIN_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+LONGEST_NAME = 200  # of a class in a pickle; PyTorch's own have less than 60 characters
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -72,6 +75,8 @@ def open_safetensors(path: Path) -> safe_open:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The dict in a .bin or .pth file, read with `weights_only=True`."""
     _refuse_pointer(path)
+    if longest_name(path) > LONGEST_NAME:
+        raise CheckpointError(f"{path} is damaged or holds more than tensors; download it again")
     try:
         mmap = zipfile.is_zipfile(path)  # PyTorch before 1.6 wrote another format
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -85,6 +90,26 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
     return loaded
+
+
+def longest_name(path: Path) -> int:
+    """The length of the longest class or function that a pickled file names, as far as it is read.
+
+    PyTorch refuses what it does not know in a message whose search takes quadratic time.
+    """
+    longest = 0
+    with suppress(Exception), ExitStack() as opened:  # of a damaged file PyTorch says what it is
+        if zipfile.is_zipfile(path):
+            archive = opened.enter_context(zipfile.ZipFile(path))
+            names = [name for name in archive.namelist() if name.endswith("data.pkl")]
+            files = [opened.enter_context(archive.open(name)) for name in names]
+        else:  # five pickles after each other, then the storages
+            files = [opened.enter_context(path.open("rb"))] * 5
+        for file in files:
+            for opcode, value, _ in pickletools.genops(file):
+                if opcode.name in ("GLOBAL", "INST"):
+                    longest = max(longest, len(str(value)))
+    return longest
 
 
 def first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import PixArtTransformer2DModel, Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from pixart_rt.checkpoints import tensor_names
+from pixart_rt.checkpoints.tensors import longest_name
 from pixart_rt.checkpoints.transformer import (
     WEIGHTS,
     TransformerCheckpoint,
@@ -480,6 +482,27 @@ def test_a_pickle_of_code_is_refused_without_advice_to_run_it(tmp_path):
     with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
         read_transformer(save(tmp_path / "a.pth", {"state_dict": logging.getLogger("x")}))
     assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_an_endless_name_is_refused_at_once(tmp_path, original, zipped):
+    """PyTorch's message about such a name is searched in quadratic time: 20 s for 50,000 letters."""
+    torch.save(original, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    assert longest_name(tmp_path / "a.pth") < 60
+    name, letters = b"torch._utils\n_rebuild", b"[" * 50_000
+    if not zipped:
+        data = (tmp_path / "a.pth").read_bytes().replace(name, name + letters, 1)
+        (tmp_path / "b.pth").write_bytes(data)
+    else:
+        with (
+            zipfile.ZipFile(tmp_path / "a.pth") as old,
+            zipfile.ZipFile(tmp_path / "b.pth", "w") as new,
+        ):
+            for entry in old.infolist():
+                new.writestr(entry.filename, old.read(entry).replace(name, name + letters, 1))
+    assert longest_name(tmp_path / "b.pth") > 50_000
+    with pytest.raises(CheckpointError, match="holds more than tensors; download it again"):
+        read_transformer(tmp_path / "b.pth")
 
 
 def test_missing_and_foreign_paths(tmp_path, checkpoint):

@@ -486,7 +486,7 @@ def test_a_pickle_of_code_is_refused_without_advice_to_run_it(tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_an_endless_name_is_refused_at_once(tmp_path, original, zipped):
-    """PyTorch's message about such a name is searched in quadratic time: 20 s for 50,000 letters."""
+    """PyTorch searches its own message about such a name in quadratic time: 20 s for 50,000."""
     torch.save(original, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
     assert longest_name(tmp_path / "a.pth") < 60
     name, letters = b"torch._utils\n_rebuild", b"[" * 50_000

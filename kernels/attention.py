@@ -43,7 +43,7 @@ from pixart_rt.kernels.attention_tiles import (
     takes_traced,
     zero_tile,
 )
-from pixart_rt.kernels.launch import SM80, SM90, Operator, ceil_div, direct, launch
+from pixart_rt.kernels.launch import SM80, SM90, Operator, ceil_div, direct, exporting, launch
 from pixart_rt.kernels.triton_import import tl, triton
 
 # Tiles, warps and stages by the compute capability they start at. Chosen from the compiler's
@@ -256,7 +256,7 @@ def attention_qkv_packed(qkv: Tensor) -> Tensor:
     """
     op = "attention_qkv_packed"
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():  # an exporter takes the operator apart, or keeps it
+        if exporting():  # an exporter takes the operator apart, or keeps it
             return attention_qkv_packed_op(qkv)[0]
         if not takes_traced(op, qkv):
             return attention_qkv_packed_ref(qkv)

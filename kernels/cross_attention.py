@@ -53,6 +53,7 @@ from pixart_rt.kernels.launch import (
     ceil_div,
     config,
     direct,
+    exporting,
     launch,
     runs_triton,
 )
@@ -335,7 +336,7 @@ def cross_attention(q: Tensor, kv: Tensor, key_mask: Tensor) -> Tensor:
     """The standard form: [B, N, H·K]. Differentiable in q and kv."""
     # As in attention_qkv_packed: where no kernel runs, PyTorch differentiates its own attention.
     if torch.compiler.is_compiling():
-        runs = torch.compiler.is_exporting() or takes_traced("cross_attention", q)
+        runs = exporting() or takes_traced("cross_attention", q)
     else:
         runs = takes("cross_attention", q)
     if not runs:

@@ -87,6 +87,15 @@ def constant_result(function: Any) -> Any:
     return function
 
 
+def exporting() -> bool:
+    """Whether torch.export is tracing.
+
+    torch.compiler.is_exporting, but for PyTorch 2.11, whose torch.compile takes that function for
+    true in every graph.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def runs_triton(op: str, tensor: Tensor, least: tuple[int, int]) -> bool:
     """Whether operator `op` runs its kernel on `tensor`; False means its reference."""
     if not tensor.is_cuda:

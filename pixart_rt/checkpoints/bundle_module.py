@@ -19,6 +19,7 @@ from pixart_rt.config import ModelConfig
 from pixart_rt.errors import BundleError
 from pixart_rt.files import read_json
 from pixart_rt.kernels.cross_attention import Absorbed
+from pixart_rt.kernels.launch import exporting
 from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
 from pixart_rt.model.controlnet_config import ControlNetConfig
 from pixart_rt.model.text_encoder import T5Config, T5Encoder
@@ -84,7 +85,7 @@ class DenoiserModule(nn.Module):
         """Shapes as in model/signature.py. Either text_kv or the three absorbed tensors."""
         dtype = self.core.x_embedder.weight.dtype
         # An exported graph must not branch on a size that may be 0; PyTorch saves two copies.
-        none = not torch.compiler.is_exporting() and null_rows.shape[0] == 0
+        none = not exporting() and null_rows.shape[0] == 0
         text = []
         for index in range(len(text_blocks(self.core))):
             attended: Tensor | Absorbed

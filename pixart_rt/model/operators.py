@@ -32,7 +32,7 @@ from pixart_rt.kernels.gate_residual import (
     gate_residual_ln_modulate,
     gate_residual_ref,
 )
-from pixart_rt.kernels.launch import SM80, choice, constant_result
+from pixart_rt.kernels.launch import SM80, choice, constant_result, exporting
 from pixart_rt.kernels.linear import linear_gate_residual, linear_gelu, linear_residual
 from pixart_rt.kernels.ln_modulate import ln_modulate, ln_modulate_fp8, ln_modulate_ref
 
@@ -161,7 +161,7 @@ class FusedOperators(Operators):
     def linear_residual_norm(
         self, x: Normed, layer: nn.Linear, residual: Tensor, gate: Rows | None, rows: Rows
     ) -> tuple[Tensor, Normed]:
-        if torch.compiler.is_exporting():  # as in residual_norm
+        if exporting():  # as in residual_norm
             return super().linear_residual_norm(x, layer, residual, gate, rows)
         if self._epilogue("linear_residual_norm", x, layer, CUBLAS):
             x = self._gemm_residual(x, layer, residual, gate)
@@ -169,7 +169,7 @@ class FusedOperators(Operators):
         return self._sum_norm(self._product(x, layer), residual, gate, rows)
 
     def residual_norm(self, branch: Tensor, residual: Tensor, rows: Rows) -> tuple[Tensor, Normed]:
-        if torch.compiler.is_exporting():  # ln_modulate may stay one node there, a plugin
+        if exporting():  # ln_modulate may stay one node there, a plugin
             return super().residual_norm(branch, residual, rows)
         return self._sum_norm(branch, residual, None, rows)
 

@@ -28,6 +28,7 @@ from pixart_rt.kernels.cross_attention import (
     add_cross_attention_absorbed,
     cross_attention_absorbed,
 )
+from pixart_rt.kernels.launch import exporting
 from pixart_rt.model.embeddings import FREQUENCY_CHANNELS, sinusoid
 from pixart_rt.model.operators import Normed, Operators, Rows, operators
 
@@ -185,7 +186,7 @@ class Block(nn.Module):
         if text.constant is None and isinstance(text.attended, Tensor):
             attended = cross(ops, x, text.attended, text.mask)
             x, y = ops.linear_residual_norm(attended, cross.proj, x, None, norm)
-        elif torch.compiler.is_exporting() or (torch.is_grad_enabled() and x.requires_grad):
+        elif exporting() or (torch.is_grad_enabled() and x.requires_grad):
             x, y = ops.residual_norm(cross.projected(ops, x, text), x, norm)
         else:  # x is of this block: no other variable names it
             cross.add_(ops, x, text)

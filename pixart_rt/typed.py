@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 def check_types(record: Any) -> None:
     """TypeError for the first field whose value is not of its type; an int is a float, too."""
-    hints = _hints(type(record))
+    hints = _hints(type(record))  # type: ignore[arg-type]
     for field in fields(record):
         value = getattr(record, field.name)
         if not _is(value, hints[field.name]):

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,6 +99,7 @@ def longest_name(path: Path) -> int:
     PyTorch refuses what it does not know in a message whose search takes quadratic time.
     """
     longest = 0
+    files: list[IO[bytes]]
     with suppress(Exception), ExitStack() as opened:  # of a damaged file PyTorch says what it is
         if zipfile.is_zipfile(path):
             archive = opened.enter_context(zipfile.ZipFile(path))

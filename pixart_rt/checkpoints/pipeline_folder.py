@@ -60,5 +60,8 @@ def _components(pipeline: Path) -> list[str]:
         index = read_json(pipeline / INDEX)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{pipeline / INDEX} is damaged ({error})") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{pipeline / INDEX} is damaged: it holds no components")
     names = [name for name, value in index.items() if isinstance(value, list)]
-    return [name for name in names if name != TRANSFORMER and (pipeline / name).is_dir()]
+    present = {path.name for path in pipeline.iterdir() if path.is_dir()}
+    return [name for name in names if name != TRANSFORMER and name in present]

@@ -25,7 +25,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pixart_rt.config import (
+    EngineConfig,
     ModelConfig,
+    Precision,
     Quality,
     SamplingDefaults,
     Scheduler,
@@ -33,8 +35,9 @@ from pixart_rt.config import (
     Weights,
 )
 from pixart_rt.errors import BundleError
-from pixart_rt.files import Kind, replacing_folder
+from pixart_rt.files import Kind, read_json, replacing_folder
 from pixart_rt.model.controlnet_config import ControlNetConfig
+from pixart_rt.typed import check_types
 
 FORMAT_VERSION = 4
 READABLE = (3, FORMAT_VERSION)  # 3 has no measured memory
@@ -187,7 +190,7 @@ class Manifest:
                 f"check the path, or make one with `pixart-rt build --model tiny --out {bundle}`"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             found = values.get("format_version")
         except (ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
@@ -202,6 +205,9 @@ class Manifest:
                 for name, entry in values.pop("components").items()
             }
             manifest = cls(components=entries, **values)
+            for record in (manifest, *entries.values()):
+                check_types(record)
+            manifest.check_engine()
             for name in manifest.all_files():
                 _check_name(name)
             for entry in entries.values():
@@ -221,6 +227,18 @@ class Manifest:
             return manifest
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{path} is damaged ({error}); build the bundle again") from error
+
+    def check_engine(self) -> None:
+        """ValueError for settings of the engines that the pipeline reads and that cannot be."""
+        engine = self.engine_config
+        EngineConfig(
+            **{name: engine[name] for name in ("resolution", "max_batch") if name in engine}
+        )
+        _ = Precision(engine.get("precision", Precision.FP32))
+        if not isinstance(engine.get("vae_tiling", False), bool):
+            raise ValueError(f"vae_tiling is {engine['vae_tiling']!r}")
+        if any(len(bucket) != 2 or min(bucket) < 1 for bucket in self.buckets):
+            raise ValueError("a bucket is no height and width")
 
     def all_files(self) -> dict[str, str]:
         """Every file of the bundle but the manifest, with its sha256."""
@@ -294,7 +312,7 @@ def writing(target: Path) -> Iterator[Path]:
 def listed_files(folder: Path) -> set[str] | None:
     """The files of a bundle by its manifest, of this format or another; None for other folders."""
     try:
-        values = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
+        values = read_json(Path(folder) / MANIFEST)
         if not (isinstance(values["format_version"], int) and values["pixart_rt_version"]):
             return None
         names = {MANIFEST, *values["files"]}

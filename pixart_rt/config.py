@@ -10,6 +10,7 @@ from typing import Any
 from pixart_rt.approximations import Approximation
 from pixart_rt.buckets import PIXELS_PER_TOKEN, RESOLUTIONS, token_range
 from pixart_rt.errors import ConfigError
+from pixart_rt.typed import check_types
 
 COMPONENTS = ("text_encoder", "transformer", "vae_decoder")
 
@@ -95,6 +96,12 @@ class Saving(StrEnum):
     """Guidance and the DPM-Solver++ step in one operator on tokens."""
 
 
+_MOST = {  # above those of any model; without them a damaged file takes hours and all memory
+    "num_layers": 256, "num_heads": 1024, "head_dim": 1024, "in_channels": 1024, "patch_size": 64,
+    "caption_channels": 2**16, "max_text_tokens": 2**16, "sample_size": 2**12,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """The shape of a PixArt transformer. The default is XL/2 at 1024, multi-scale."""
@@ -113,10 +120,13 @@ class ModelConfig:
     cfg_null: CfgNull = CfgNull.EMPTY_PROMPT
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_heads", "head_dim", "in_channels", "patch_size",
-                     "caption_channels", "max_text_tokens", "sample_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        check_types(self)  # TypeError, as for any call with wrong types; readers say which file
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{name} must be positive, got {value}")
+            if value > most:
+                raise ConfigError(f"{name} must be at most {most}, got {value}")
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise ConfigError(
                 f"out_channels is {self.out_channels}; it must be in_channels ({self.in_channels}) "

@@ -12,14 +12,23 @@
     ├── CapacityError           1   a model that does not fit the memory it was given
     └── Cancelled               1   the caller stopped the image
 
-A message is one line: what was asked, what was found, what to do.
+A message is one line: what was asked, what was found, what to do. What was found may be a damaged
+file's value of any length, so a message is cut in its middle.
 """
+
+LONGEST = 1500  # characters of a message that are shown whole
 
 
 class PixArtError(Exception):
     """Base of all errors of this library."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= LONGEST:
+            return text
+        return f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
 
 
 class ConfigError(PixArtError, ValueError):

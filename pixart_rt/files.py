@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pixart_rt.errors import ConfigError, DataError
 
@@ -41,6 +41,7 @@ FILE_SUFFIXES = frozenset(
     {".bin", ".ckpt", ".gguf", ".json", ".jsonl", ".onnx", ".png", ".pt", ".pth", ".safetensors",
      ".toml", ".zip"}
 )  # fmt: skip  # a folder with such a name was meant to be a file
+MODEL_FILES = (".pth", ".safetensors")
 
 _ASIDE = ".pixart-rt-"
 _ASIDE_NAME = re.compile(rf"{re.escape(_ASIDE)}\w{{8}}")
@@ -120,11 +121,17 @@ def check_into(path: str | Path) -> None:
 
 
 def check_model(path: str | Path, kind: Kind | Iterable[Kind] = MODELS, *, force: bool) -> None:
-    """The same for weights that are written as a .pth or as a folder, by the suffix."""
-    if Path(path).suffix == ".pth":
+    """The same for weights that are written as a file or as a folder, by the suffix."""
+    kinds = [kind] if isinstance(kind, Kind) else list(kind)
+    if Path(path).suffix == ".pth" or (TRANSFORMER in kinds and is_model_file(path)):
         check_file(path, force=force)
     else:
         check_folder(path, kind, force=force)
+
+
+def is_model_file(path: str | Path) -> bool:
+    """Whether a transformer of this name is one file, of the original layout."""
+    return Path(path).suffix in MODEL_FILES
 
 
 @contextmanager
@@ -401,7 +408,7 @@ def _is_mount_point(path: Path) -> bool:
 
 def _read_list(folder: Path, kind: str) -> set[str] | None:
     try:
-        values = json.loads((folder / LIST).read_text(encoding="utf-8"))
+        values = read_json(folder / LIST)
         if values["kind"] != kind:
             return None
         return {LIST, *map(str, values["files"])}
@@ -415,3 +422,16 @@ def _write_list(folder: Path, kind: str) -> None:
     )
     values = {"made_by": "pixart-rt", "kind": kind, "files": [n for n in names if n != LIST]}
     (folder / LIST).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file in UTF-8 holds. Raises OSError, and ValueError for anything else."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for nesting that Python cannot follow."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

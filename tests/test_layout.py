@@ -19,7 +19,7 @@ ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixar
 # Bottom first. A file imports from its own layer and from those before it, with two exceptions:
 # the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"kernels", "errors", "stderr_console", "version", "torchao_import"}),
+    frozenset({"kernels", "errors", "stderr_console", "version", "torchao_import", "typed"}),
     frozenset({"approximations", "buckets", "config", "files"}),
     frozenset({"model", "bundle"}),
     frozenset({"checkpoints"}),

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 from pixart_rt.training.process_group import Ranks
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Checkpoints:
         """What the checkpoint says of its run. Raises CheckpointError where it is damaged."""
         path = self.path(step) / PROGRESS
         try:
-            return Progress(**json.loads(path.read_text(encoding="utf-8")))
+            return Progress(**read_json(path))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{path} cannot be read ({error}); remove that checkpoint to resume from the one "

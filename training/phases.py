@@ -12,6 +12,7 @@ data comes from outside (data/loader.py): this file knows neither stores nor enc
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,6 +48,8 @@ from pixart_rt.training.sample_source import feed_of, null_of, sampler_of
 from pixart_rt.training.sampler import BucketSampler
 from pixart_rt.training.trainer import Trainer
 from pixart_rt.training.weight_init import from_scratch
+
+_log = logging.getLogger(__name__)
 
 Checkpoint = DiTCheckpoint | TransformerCheckpoint
 Validate = Callable[[dict[str, Tensor], int], None]  # whole weights by name, steps done
@@ -253,6 +256,7 @@ def start_of(recipe: Recipe, phase: Phase, out: Path, init: Path | None, seed: i
         checkpoint = reparameterize(read_dit(path, heads=recipe.model.num_heads), shape)
     else:
         checkpoint = read_transformer(path)
+        config = _with_its_positions(config, phase, checkpoint)
     return for_next_phase(checkpoint, replace(config, cfg_null=checkpoint.config.cfg_null), seed)
 
 
@@ -294,6 +298,26 @@ def check_source(phase: Phase, source: Source) -> None:
             f"phase {phase.name} trains aspect ratios around {phase.resolution} px, but its data "
             f"has {sorted(shapes)[:3]}...; extract it with --res {phase.resolution}"
         )
+
+
+def _with_its_positions(
+    config: ModelConfig, phase: Phase, start: TransformerCheckpoint
+) -> ModelConfig:
+    """The phase's configuration with the positions of a start of its resolution.
+
+    Those are what the weights learned. The preset's are for a change of resolution; others are a
+    setting of the phase, and the log says so.
+    """
+    old, new = start.config.interpolation_scale, config.interpolation_scale
+    if start.config.sample_size != config.sample_size or old == new:
+        return config
+    if phase.interpolation_scale is None:
+        return replace(config, interpolation_scale=old)
+    _log.warning(
+        "phase %s changes the positions of %s: interpolation_scale %s becomes %s", phase.name,
+        start.source, old, new,
+    )  # fmt: skip
+    return config
 
 
 def _text_config(recipe: Recipe) -> ModelConfig:

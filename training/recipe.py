@@ -105,6 +105,7 @@ class Phase(PhaseOverrides):
     original_batch_per_gpu: int | None = None  # in the released configuration, if it differs
     num_gpus: int
     timestep_shift: float = 1.0  # above 1, more noise; 1, uniform timesteps, is the paper's
+    interpolation_scale: float | None = None  # of positions; None: of a start of this resolution
     v100_days: float | None = None  # what the paper's run took
     in_original_code: bool = True
 
@@ -113,6 +114,10 @@ class Phase(PhaseOverrides):
         for name in ("num_images", "steps", "batch_per_gpu", "num_gpus", "timestep_shift"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.interpolation_scale is not None and not 0 < self.interpolation_scale < 100:
+            raise ConfigError(
+                f"interpolation_scale must be above 0 and below 100, got {self.interpolation_scale}"
+            )
         if self.resolution not in RESOLUTIONS:
             raise ConfigError(f"resolution {self.resolution} is not one of {RESOLUTIONS}")
         if self.of_classes and (self.multi_scale or self.micro_conditioning):
@@ -146,7 +151,8 @@ class Phase(PhaseOverrides):
         return replace(
             model,
             sample_size=self.resolution // VAE_SCALE_FACTOR,
-            interpolation_scale=settings.interpolation_scale(self.resolution),
+            interpolation_scale=self.interpolation_scale
+            or settings.interpolation_scale(self.resolution),
             micro_conditioning=self.micro_conditioning,
         )
 

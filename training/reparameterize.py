@@ -32,7 +32,7 @@ from pixart_rt.checkpoints.dit import DiTCheckpoint, read_dit
 from pixart_rt.checkpoints.tensor_names import expected_shapes
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.config import CfgNull
-from pixart_rt.files import TRANSFORMER, check_model
+from pixart_rt.files import TRANSFORMER, check_model, is_model_file
 from pixart_rt.model.embeddings import sinusoid
 from pixart_rt.training.reparameterize_settings import TBlock, TextStart
 from pixart_rt.training.weight_init import initial_value
@@ -110,7 +110,7 @@ def reparameterize_file(
     checkpoint = replace(
         checkpoint, origin={**(checkpoint.origin or {}), "dit_sha256": sha256(src)}
     )
-    summary = (write_pth if dst.suffix == ".pth" else write_diffusers)(checkpoint, dst, force=force)
+    summary = (write_pth if is_model_file(dst) else write_diffusers)(checkpoint, dst, force=force)
     return {**summary, "origin": checkpoint.origin}
 
 

@@ -37,6 +37,7 @@ from pixart_rt.training.phases import (
     run_phase,
     run_settings,
 )
+from pixart_rt.training.prediction_target import check_target
 from pixart_rt.training.presets import Preset
 from pixart_rt.training.process_group import Ranks, start_ranks
 from pixart_rt.training.recipe import Phase, Recipe, Weights, read_recipe
@@ -282,7 +283,9 @@ def _num_parameters(recipe: Recipe) -> int:
 
 def _start_path(model: str, phase: Phase) -> Path:
     """The checkpoint of a path, of tiny or of a hub id, for a phase."""
-    return transformer_path(locate(model, ["transformer"]), model, phase.resolution)
+    folder = locate(model, ["transformer", "scheduler"])
+    check_target("`init`", model, folder)
+    return transformer_path(folder, model, phase.resolution)
 
 
 def _write_pipeline(transformer: Path, model: str, out: Path) -> None:

@@ -13,6 +13,7 @@ from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, is_pipeline
 from pixart_rt.errors import ConfigError
 from pixart_rt.files import PIPELINE, TRANSFORMER, check_file, check_folder, check_into
 from pixart_rt.training.phases import DONE, phase_folder, result_path
+from pixart_rt.training.prediction_target import check_target
 from pixart_rt.training.recipe import Phase, Recipe, Weights
 
 
@@ -71,12 +72,15 @@ def check_places(
             )
     if pipeline is not None:
         check_folder(out / "pipeline", PIPELINE, force=True)  # of this run, or not ours
-        if not is_pipeline(locate_whole("`pipeline`", pipeline, COMPONENTS[1:])):
+        folder = locate_whole("`pipeline`", pipeline, COMPONENTS[1:])
+        if not is_pipeline(folder):
             raise ConfigError(f"`pipeline` {pipeline} was asked, which has no model_index.json")
+        check_target("`pipeline`", pipeline, folder)
     if encoder is not None:
         locate_whole("`encoder`", encoder, ("vae", "text_encoder", "tokenizer"))
     if validation is not None:
-        locate_whole("`validate_with`", validation, COMPONENTS[1:])
+        folder = locate_whole("`validate_with`", validation, COMPONENTS[1:])
+        check_target("`validate_with`", validation, folder)
 
 
 def check_results(recipe: Recipe, phases: Sequence[Phase], out: Path) -> None:

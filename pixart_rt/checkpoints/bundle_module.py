@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pixart_rt.checkpoints.tensors import TensorFolder
+from pixart_rt.checkpoints.tensors import TensorFolder, first_line
 from pixart_rt.config import ModelConfig
-from pixart_rt.errors import BundleError, CheckpointError
+from pixart_rt.errors import BundleError
+from pixart_rt.files import read_json
 from pixart_rt.kernels.cross_attention import Absorbed
 from pixart_rt.kernels.launch import exporting
 from pixart_rt.model.controlnet import ControlNetTransformer, text_blocks
@@ -124,15 +125,15 @@ def load_module(folder: Path, component: str) -> nn.Module:
     Raises BundleError when the folder is incomplete or does not fit its config.
     """
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json(Path(folder) / "config.json")
         with torch.device("meta"):
             module = build_module(component, config)
         state = dict(TensorFolder(folder))
         if component.startswith("vae"):  # diffusers keeps buffers that meta tensors cannot fill
             module = build_module(component, config)
         module.load_state_dict(state, assign=True)
-    except (OSError, ValueError, KeyError, RuntimeError, CheckpointError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # diffusers' and PyTorch's own, of a damaged configuration
+        reason = first_line(error)
         raise BundleError(f"{folder} is damaged ({reason}); build the bundle again") from error
     return module.eval().requires_grad_(False)
 

@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixart_rt.checkpoints import tensor_names
-from pixart_rt.checkpoints.tensors import TensorFolder, read_pickle
-from pixart_rt.checkpoints.transformer import STATE_KEYS, TransformerCheckpoint
+from pixart_rt.checkpoints.single_file import STATE_KEYS, read_file, state_dict, without_prefix
+from pixart_rt.checkpoints.tensors import TensorFolder
+from pixart_rt.checkpoints.transformer import TransformerCheckpoint
 from pixart_rt.config import ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import CONTROLNET, check_file, replacing, replacing_folder
+from pixart_rt.files import CONTROLNET, check_file, read_json, replacing, replacing_folder
 from pixart_rt.model.controlnet import COPIES, ControlNetTransformer
 from pixart_rt.model.controlnet_config import ControlNetConfig, ControlVariant
 from pixart_rt.model.embeddings import position_table
@@ -39,6 +40,7 @@ SAME_BASE = 1e-2  # relative; rounding to bfloat16 alone gives up to 4e-3
 _SHAPE = ("num_layers", "num_heads", "head_dim")  # of the model, on which the copies depend
 _STORED = "pixart_rt_controlnet"  # our settings in a .pth, beside its state_dict
 _BASE, _THEIRS, _BLOCK = "base_model.", "controlnet.", ".copied_block."
+_ANCHOR = "controlnet.0.after_proj.weight"  # always there
 _POSITIONS, _NULL = "pos_embed", "y_embedder.y_embedding"
 
 
@@ -155,16 +157,9 @@ def _read_folder(path: Path, model: ModelConfig) -> ControlNetCheckpoint:
 
 
 def _read_pth(path: Path, model: ModelConfig, which: str | None) -> ControlNetCheckpoint:
-    loaded: dict[str, Any] = read_pickle(path)
-    present = [name for name in STATE_KEYS if isinstance(loaded.get(name), dict)]
-    if which is not None and which not in present:
-        raise ConfigError(
-            f"{which} was asked, but {path} has {', '.join(present) or 'plain tensors'}"
-        )
-    tensors: dict[str, Any] = loaded[which or present[0]] if present else loaded
-    strange = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise CheckpointError(f"{path} is no ControlNet's state dict: it holds {strange[0]}")
+    loaded = read_file(path)
+    tensors = state_dict(loaded, which, path, model="ControlNet")
+    tensors = without_prefix(tensors, _ANCHOR, str(path))
     base = {
         name.removeprefix(_BASE): tensor
         for name, tensor in tensors.items()
@@ -247,7 +242,7 @@ def _check_base(checkpoint: ControlNetCheckpoint, model: TransformerCheckpoint) 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = read_json(path / "config.json")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no ControlNet folder: it has no config.json") from error
     except (OSError, ValueError) as error:

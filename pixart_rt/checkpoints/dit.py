@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pixart_rt.checkpoints import tensor_names
+from pixart_rt.checkpoints.single_file import without_prefix
 from pixart_rt.checkpoints.tensors import read_pickle
 from pixart_rt.errors import CheckpointError, ConfigError
 from pixart_rt.files import check_file, replacing
@@ -98,7 +99,7 @@ def write_dit(checkpoint: DiTCheckpoint, path: Path) -> None:
 
 
 def _weights(loaded: Mapping[str, Any], which: str | None, path: Path) -> dict[str, Tensor]:
-    """The state dict in a loaded file, without the prefix of DistributedDataParallel."""
+    """The state dict in a loaded file, without the prefixes of wrappers."""
     present = [name for name in WEIGHTS if isinstance(loaded.get(name), dict)]
     if which is not None and which not in present:
         found = ", ".join(present) or "plain tensors"
@@ -108,7 +109,8 @@ def _weights(loaded: Mapping[str, Any], which: str | None, path: Path) -> dict[s
     if strange or not chosen:
         found = str(strange[0]) if strange else "nothing"
         raise CheckpointError(f"{path} is no DiT's state dict: it holds {found}")
-    return {str(name).removeprefix("module."): value for name, value in chosen.items()}
+    named = {str(name): value for name, value in chosen.items()}
+    return without_prefix(named, "x_embedder.proj.weight", str(path))
 
 
 def _config_of(tensors: Mapping[str, Tensor], heads: int | None, source: str) -> DiTConfig:

@@ -1,10 +1,12 @@
-"""LoRA adapters in peft's format, read and merged into a checkpoint: W + scale · s · B A.
+"""LoRA adapters, read and merged into a checkpoint: W + scale · s · B A.
 
-    adapter_config.json  adapter_model.safetensors      (or adapter_model.bin)
+    adapter_config.json  adapter_model.safetensors      peft and ours (or adapter_model.bin)
+    pytorch_lora_weights.safetensors                    diffusers
+    any.safetensors                                     kohya, OneTrainer, ComfyUI
 
-s is alpha / r, or alpha / sqrt(r) with rank stabilisation (arXiv:2312.03732). Adapters name
-diffusers' modules, so those trained on diffusers' transformer, with an A of its own for query, key
-and value, merge as well as ours. Needs no peft.
+lora_files.py reads the names in them. s is alpha / r, or alpha / sqrt(r) with rank stabilisation
+(arXiv:2312.03732). Adapters name diffusers' modules, so those trained on diffusers' transformer,
+with an A of its own for query, key and value, merge as well as ours. Needs no peft.
 
 r rank of a module's adapter. A [r, inputs] and B [outputs, r]; of a convolution A [r, C, p, p] and
 B [outputs, r, 1, 1].
@@ -22,15 +24,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pixart_rt.bundle import sha256
 from pixart_rt.checkpoints import tensor_names
-from pixart_rt.checkpoints.tensors import open_safetensors, read_pickle
+from pixart_rt.checkpoints.lora_files import (
+    DIFFUSERS_WEIGHTS,
+    PREFIX,
+    Half,
+    adapters,
+    read_tensors,
+)
 from pixart_rt.checkpoints.transformer import ORIGIN_FILE, TransformerCheckpoint
 from pixart_rt.config import ModelConfig, Scheduler
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +50,6 @@ SAMPLED = 1024  # values of each part of a tensor that is hashed
 _OF_BASE = ("num_layers", "num_heads", "head_dim", "caption_channels", "sample_size",
             "interpolation_scale", "micro_conditioning")  # fmt: skip
 _OLD_WEIGHTS = "adapter_model.bin"
-PREFIX = "base_model.model."  # of every tensor in the file
 _INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")  # those that leave W as it was
 _KNOWN = {  # settings that are read here, or do not change what a trained adapter computes
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying",
@@ -71,20 +78,48 @@ class Adapter:
         return self.scales[module] * (b @ a)
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """A LoRA folder that peft wrote, or we did.
+def read_adapter(path: Path) -> Adapter:
+    """A LoRA: a folder that peft, diffusers or we wrote, or a file of any of lora_files.py's names.
 
-    Raises CheckpointError if it is missing or damaged, or if its settings ask for more than LoRA
-    (DoRA, trained biases, ...), which merging would leave out.
+    Without settings or alphas s is 1, as the programs take it that write such files; peft's file
+    needs its settings. Raises CheckpointError if it is missing or damaged, or asks for more than
+    LoRA (DoRA, trained biases, ...), which merging would leave out.
     """
-    folder = Path(folder)
+    path = Path(path)
+    config, weights = _find(path)
+    tensors, told = read_tensors(weights)
+    config = told if config is None else config
+    if config is not None:
+        _refuse_unknown(config, path)
+    pairs, scales = {}, {}
+    for name, half in adapters(tensors, weights).items():
+        scale = _scale(config, name, half, weights)
+        for module, pair in half.by_module(name).items():
+            if module in pairs:
+                raise CheckpointError(f"{weights} has two adapters of {module}")
+            pairs[module], scales[module] = pair, scale
+    return Adapter(pairs, scales, str(path), sha256(weights), *_origin(path))
+
+
+def _find(path: Path) -> tuple[dict[str, Any] | None, Path]:
+    """(peft's settings, the file of weights); None for a file that has none of their own."""
+    peft = (ADAPTER_WEIGHTS, _OLD_WEIGHTS)
+    if path.is_file() and path.name not in peft:
+        return None, path
+    folder = path.parent if path.is_file() else path
+    if not (folder / ADAPTER_CONFIG).is_file():
+        names = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+        for name in DIFFUSERS_WEIGHTS:
+            if name in names:
+                return None, folder / name
+        others = sorted(name for name in names if name.endswith(".safetensors"))
+        if len(others) == 1 and others[0] not in peft:
+            return None, folder / others[0]
     config = _read_config(folder)
-    _refuse_unknown(config, folder)
-    path, tensors = _read_tensors(folder)
-    pairs = _paired(tensors, path)
-    scales = {module: _scale(config, module, a, path) for module, (a, _) in pairs.items()}
-    scheduler, base_config, base_sha256 = _origin(folder)
-    return Adapter(pairs, scales, str(folder), sha256(path), scheduler, base_config, base_sha256)
+    for name in peft:
+        if (folder / name).is_file():
+            return config, folder / name
+    raise CheckpointError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter again")
 
 
 def sampled_sha256(state: Mapping[str, Tensor]) -> str:
@@ -156,10 +191,11 @@ def merge(
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{path} is missing; give the folder of a LoRA adapter, as peft writes it"
+            f"{path} is missing; give the folder of a LoRA adapter, as peft or diffusers "
+            "writes it, or its file"
         ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); save the adapter again") from error
@@ -175,7 +211,7 @@ def _origin(folder: Path) -> tuple[Scheduler | None, Mapping[str, Any] | None, s
     if not path.is_file():
         return None, None, None
     try:
-        origin = json.loads(path.read_text(encoding="utf-8"))
+        origin = read_json(path)
         scheduler, config = origin.get("scheduler"), origin.get(BASE_CONFIG)
         if config is not None:
             config = dict(config)
@@ -226,56 +262,37 @@ def _refuse_unknown(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _read_tensors(folder: Path) -> tuple[Path, Mapping[str, Tensor]]:
-    path = folder / ADAPTER_WEIGHTS
-    if path.is_file():
-        with open_safetensors(path) as file:
-            return path, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    path = folder / _OLD_WEIGHTS
-    if path.is_file():
-        return path, read_pickle(path)
-    raise CheckpointError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter again")
-
-
-def _paired(tensors: Mapping[str, Tensor], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module to (A, B). Raises CheckpointError for anything else in the file."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if match is None:
-            raise CheckpointError(f"{path} holds {name}, which is no part of a LoRA")
-        sound = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        if not sound or not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: {name} holds NaN, infinity or integers")
-        found.setdefault(match[1], {})[match[2]] = tensor
-    if not found:
-        raise CheckpointError(f"{path} holds no adapters; save the adapter again")
-    pairs = {}
-    for module, pair in found.items():
-        if pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"{path} has one half of the adapter of {module}")
-        if pair["A"].shape[0] != pair["B"].shape[1]:
-            raise CheckpointError(
-                f"{path}: A {list(pair['A'].shape)} and B {list(pair['B'].shape)} of {module} do "
-                "not fit"
-            )
-        pairs[module] = (pair["A"], pair["B"])
-    return pairs
-
-
-def _scale(config: Mapping[str, Any], module: str, a: Tensor, path: Path) -> float:
+def _scale(config: Mapping[str, Any] | None, name: str, half: Half, path: Path) -> float:
     """s of a module. Raises CheckpointError where the settings and the weights disagree."""
+    found = half.a.shape[0]
+    if config is None:
+        if half.alpha is None and name.startswith(PREFIX):
+            raise CheckpointError(
+                f"{path} is peft's file without its {ADAPTER_CONFIG}, which says the alpha; give "
+                "the folder that has both"
+            )
+        return 1.0 if half.alpha is None else half.alpha / found
+    if half.alpha is not None:
+        raise CheckpointError(
+            f"{path} holds {name}.alpha and has settings of peft, which say another; it is no part "
+            "of a LoRA of peft"
+        )
+    module = name.removeprefix(PREFIX).removeprefix("transformer.")
     try:
         rank = _by_pattern(config.get("rank_pattern") or {}, module, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         root = math.sqrt(rank) if config.get("use_rslora") else rank
         scale = float(alpha / root)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
-        raise CheckpointError(f"{path.parent / ADAPTER_CONFIG} is damaged ({error!r})") from error
-    if rank != a.shape[0]:
+    except (
+        KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error
+    ) as error:  # fmt: skip
+        raise CheckpointError(f"{ADAPTER_CONFIG} of {path} is damaged ({error!r})") from error
+    if rank != found:
         raise CheckpointError(
-            f"{path}: the adapter of {module} has rank {a.shape[0]}, its settings say {rank}"
+            f"{path}: the adapter of {module} has rank {found}, its settings say {rank}"
         )
+    if not math.isfinite(scale):
+        raise CheckpointError(f"{ADAPTER_CONFIG} of {path} is damaged (alpha {alpha!r})")
     return scale
 
 

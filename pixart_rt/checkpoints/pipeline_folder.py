@@ -7,7 +7,6 @@ save into a folder would write through links.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from pixart_rt.checkpoints.transformer import TransformerCheckpoint, write_diffusers, write_pth
 from pixart_rt.errors import CheckpointError
-from pixart_rt.files import PIPELINE, replacing_folder
+from pixart_rt.files import PIPELINE, is_model_file, read_json, replacing_folder
 
 INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -34,15 +33,15 @@ def write_model(
     finish: Callable[[Path], None] = lambda folder: None,
     force: bool = True,
 ) -> dict[str, Any]:
-    """Write a .pth if `out` has that suffix; else with `pipeline` a copy of that folder with this
-    transformer; else a transformer folder. Returns the summary of what was written. `finish` is
+    """Write one file if `out` is named as one (.pth, .safetensors); else with `pipeline` a copy of
+    that folder with this transformer; else a transformer folder. Returns the summary. `finish` is
     called with the pipeline folder before it takes its place, for what else differs in it.
 
     Whole or absent. With `force` it replaces one of its own kind that we wrote; never anything else
     (files.py): ConfigError.
     """
     out = Path(out)
-    if out.suffix == ".pth":
+    if is_model_file(out):
         return write_pth(checkpoint, out, force=force)
     if pipeline is None:
         return write_diffusers(checkpoint, out, force=force)
@@ -58,8 +57,11 @@ def write_model(
 def _components(pipeline: Path) -> list[str]:
     """The folders that a pipeline's index names, but the transformer's."""
     try:
-        index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
+        index = read_json(pipeline / INDEX)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{pipeline / INDEX} is damaged ({error})") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{pipeline / INDEX} is damaged: it holds no components")
     names = [name for name, value in index.items() if isinstance(value, list)]
-    return [name for name in names if name != TRANSFORMER and (pipeline / name).is_dir()]
+    present = {path.name for path in pipeline.iterdir() if path.is_dir()}
+    return [name for name in names if name != TRANSFORMER and name in present]

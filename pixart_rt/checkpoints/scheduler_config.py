@@ -5,13 +5,13 @@ terminal SNR) holds for every sampler. How its own sampler steps (spacing, order
 holds for DPM-Solver++, as diffusers takes it over from another sampler's file, and for LCM if the
 file is LCM's; the others step as in the PixArt code (inference/schedulers.py).
 
-A setting that none of our samplers has is an error, not a default: flow matching, dynamic shifting,
-a class of another family of models.
+A flow-matching model (FlowMatchEulerDiscreteScheduler, or `use_flow_sigmas`) is sampled by
+DPM-Solver++ on the flow's sigmas, shifted as the file says. A setting that none of our samplers has
+is an error, not a default: dynamic shifting, a class of another family of models.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from typing import Any
 
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 
 CONFIG = "scheduler_config.json"
 LCM_CLASS = "LCMScheduler"
@@ -30,6 +31,7 @@ CLASSES = frozenset({  # samplers of models that predict from noise of a varianc
     "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler", LCM_CLASS,
 })  # fmt: skip
+FLOW_CLASSES = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
 
 TRAINING: dict[str, Any] = {  # of PixArt and DiT; with the values of diffusers where it is not said
     "num_train_timesteps": 1000,
@@ -51,6 +53,8 @@ SOLVER: dict[str, Any] = {  # of DPM-Solver++, with the defaults of diffusers
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
     "final_sigmas_type": "zero",
     "lambda_min_clipped": -float("inf"),
     "timestep_spacing": "linspace",
@@ -60,8 +64,11 @@ _OF_OTHER_SAMPLERS = {  # words of DEIS, UniPC and SA-Solver, and what DPM-Solve
     "algorithm_type": dict.fromkeys(("deis", "data_prediction", "noise_prediction"), "dpmsolver++"),
     "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
 }
-_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-_UNSUPPORTED = ("use_flow_sigmas", "use_dynamic_shifting", "invert_sigmas")
+_SIGMAS = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+    "use_flow_sigmas",
+)  # fmt: skip
+_UNSUPPORTED = ("use_dynamic_shifting", "invert_sigmas", "shift_terminal", "stochastic_sampling")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +86,7 @@ class SchedulerSettings:
         stored: Any = {}
         if path.is_file():
             try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
+                stored = read_json(path)
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             if not isinstance(stored, dict):
@@ -88,7 +95,7 @@ class SchedulerSettings:
         return cls(class_name=name, stored=stored or TRAINING, source=str(path))
 
     def __post_init__(self) -> None:
-        if self.class_name not in CLASSES:
+        if self.class_name not in CLASSES | FLOW_CLASSES:
             raise CheckpointError(
                 f"{self.source} is of {self.class_name}, and none of our samplers runs such a "
                 "model; PixArt checkpoints have DPMSolverMultistepScheduler or LCMScheduler"
@@ -104,16 +111,30 @@ class SchedulerSettings:
         betas = self["trained_betas"]
         if betas is not None and len(betas) != self["num_train_timesteps"]:
             self._refuse("num_train_timesteps", f"but there are {len(betas)} trained_betas")
+        if self["use_flow_sigmas"] and self["prediction_type"] != "flow_prediction":
+            self._refuse("use_flow_sigmas", "which needs prediction_type flow_prediction")
+        if self["prediction_type"] == "flow_prediction" and not self["use_flow_sigmas"]:
+            self._refuse("prediction_type", "which needs use_flow_sigmas")
         sigmas = [key for key in _SIGMAS if self[key]]
         if len(sigmas) > 1:
             self._refuse(sigmas[1], f"and {sigmas[0]} too; only one can be")
         if self["use_beta_sigmas"] and find_spec("scipy") is None:
             self._refuse("use_beta_sigmas", "which needs scipy: pip install scipy")
+        if self.is_flow and self["algorithm_type"] not in ("dpmsolver++", "sde-dpmsolver++"):
+            self._refuse("algorithm_type", "but a flow-matching model needs dpmsolver++")
         if self["final_sigmas_type"] == "zero" and not self["algorithm_type"].endswith("++"):
             self._refuse("algorithm_type", "which needs final_sigmas_type sigma_min")
 
     def __getitem__(self, key: str) -> Any:
         """A setting of TRAINING or SOLVER, by default diffusers'."""
+        if self.class_name in FLOW_CLASSES:  # they say it by their name
+            implied = {
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+                "flow_shift": self.stored.get("shift") or 1.0,
+            }
+            if key in implied:
+                return implied[key]
         value = self.stored.get(key)
         if value is None:
             value = TRAINING[key] if key in TRAINING else SOLVER[key]
@@ -125,9 +146,15 @@ class SchedulerSettings:
         return {key: self[key] for key in TRAINING}
 
     @property
+    def is_flow(self) -> bool:
+        """Whether the model predicts the velocity of a straight path from data to noise."""
+        return bool(self["use_flow_sigmas"])
+
+    @property
     def for_diffusers(self) -> dict[str, Any]:
         """The whole, as diffusers' DPMSolverMultistepScheduler takes it."""
-        return {**self.stored, **{key: self[key] for key in _OF_OTHER_SAMPLERS}}
+        of_flow = ("prediction_type", "use_flow_sigmas", "flow_shift") if self.is_flow else ()
+        return {**self.stored, **{key: self[key] for key in (*_OF_OTHER_SAMPLERS, *of_flow)}}
 
     @property
     def sampler(self) -> Scheduler:
@@ -158,6 +185,7 @@ def _one_of(*names: str) -> tuple[Callable[[object], bool], str]:
     return (lambda value: value in names), f"one of {', '.join(names)}"
 
 
+_SHIFT = ((lambda value: _is_number(value) and 0 < value <= 1000), "above 0 and at most 1000")
 _BOOLEAN: tuple[Callable[[object], bool], str] = (
     (lambda value: isinstance(value, bool)),
     "a boolean",
@@ -171,7 +199,9 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, list) and all(map(_is_beta, value)),
         "a list of numbers between 0 and 1",
     ),
-    "prediction_type": _one_of("epsilon", "v_prediction", "sample"),
+    "prediction_type": _one_of("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "shift": _SHIFT,
+    "flow_shift": _SHIFT,
     "solver_order": (lambda value: value in (1, 2, 3), "1, 2 or 3"),
     "algorithm_type": _one_of(
         "dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver", "deis", "data_prediction",

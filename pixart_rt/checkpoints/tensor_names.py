@@ -29,7 +29,7 @@ _SCALAR_EMBEDDERS = {
     "csize_embedder": "resolution_embedder",
     "ar_embedder": "aspect_ratio_embedder",
 }
-_MODULES = {
+MODULES = {
     "x_embedder": "pos_embed.proj",
     "y_proj.fc1": "caption_projection.linear_1",
     "y_proj.fc2": "caption_projection.linear_2",
@@ -41,7 +41,7 @@ _MODULES = {
         for index, number in ((0, 1), (2, 2))
     },
 }
-_BLOCK_MODULES = {
+BLOCK_MODULES = {
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": ("attn1.to_out.0",),
     "cross_attn.q_linear": ("attn2.to_q",),
@@ -51,10 +51,11 @@ _BLOCK_MODULES = {
     "mlp.fc2": ("ff.net.2",),
 }
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
-_REFUSED = {  # parts of PixArt-Sigma variants that this transformer does not have
+_REFUSED = {  # parts of variants that this transformer does not have
     r"\.attn\.(sr|norm)\.": "KV compression",
     r"\.(attn|cross_attn)\.[qk]_norm\.|\.attn[12]\.norm_[qk]\.": "QK normalization",
     r"\.attn\.rel_pos": "relative positions",
+    r"\.base_layer\.|\.lora_[AB]\.": "a LoRA that is not merged",
 }
 
 
@@ -76,8 +77,8 @@ def diffusers_names(name: str) -> tuple[str, ...]:
         return (f"transformer_{name}",)
     if found := _BLOCK.fullmatch(name):
         index, part, kind = found.groups()
-        return tuple(f"transformer_blocks.{index}.{it}.{kind}" for it in _BLOCK_MODULES[part])
-    return (f"{_MODULES[module]}.{kind}",)
+        return tuple(f"transformer_blocks.{index}.{it}.{kind}" for it in BLOCK_MODULES[part])
+    return (f"{MODULES[module]}.{kind}",)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -113,7 +114,7 @@ def to_ours(
     _report("has the unknown", [name for name in tensors if name not in used | {*known}], source)
     state, misshapen, broken = {}, [], []
     for ours, shape in shapes.items():
-        parts = [tensors[name] for name in names[ours]]
+        parts = [_readable(tensors[name]) for name in names[ours]]
         expected = _part_shape(ours, shape, len(parts), config)
         for name, part in zip(names[ours], parts, strict=True):
             if tuple(part.shape) != expected:
@@ -125,6 +126,12 @@ def to_ours(
     _report("has a wrong shape:", misshapen, source)
     _report("holds NaN, infinity or integers:", broken, source)
     return state
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """bfloat16, which holds every value, in place of float8, in which PyTorch computes nothing."""
+    float8 = tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    return tensor.bfloat16() if float8 else tensor
 
 
 def from_ours(state: Mapping[str, Tensor], config: ModelConfig, namer: Namer) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""Transformer checkpoints: diffusers folders and original .pth files, read, written, converted.
+"""Transformer checkpoints: diffusers folders and original files, read, written, converted.
 
-Both hold the same numbers (tensor_names.py), so every way there and back is exact. What diffusers
-has no place for is kept beside the weights: the original code's null embedding, and how the weights
-were made where that is known.
+The original layout is one file, .pth or .safetensors (single_file.py). Both layouts hold the same
+numbers (tensor_names.py), so every way there and back is exact. What diffusers has no place for is
+kept next to the weights: the original code's null embedding, and how the weights were made where
+that is known.
 
     transformer/config.json  diffusion_pytorch_model.safetensors
                 y_embedding.safetensors  origin.json
@@ -29,19 +30,34 @@ from pixart_rt.checkpoints.configs import (
     config_from_tensors,
     config_to_json,
 )
-from pixart_rt.checkpoints.tensors import TensorFolder, open_safetensors, read_pickle
+from pixart_rt.checkpoints.single_file import (
+    STATE_KEYS,
+    read_file,
+    state_dict,
+    without_prefix,
+    write_file,
+)
+from pixart_rt.checkpoints.tensors import TensorFolder, open_safetensors
 from pixart_rt.config import CfgNull, ModelConfig
 from pixart_rt.errors import CheckpointError, ConfigError
-from pixart_rt.files import TRANSFORMER, check_file, check_model, replacing, replacing_folder
+from pixart_rt.files import (
+    TRANSFORMER,
+    check_file,
+    check_model,
+    is_model_file,
+    read_json,
+    replacing,
+    replacing_folder,
+)
 from pixart_rt.model.embeddings import position_table
 from pixart_rt.model.transformer import PixArtTransformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Y_EMBEDDING_FILE = "y_embedding.safetensors"
 ORIGIN_FILE = "origin.json"
-STATE_KEYS = ("state_dict", "state_dict_ema")  # the first is what the original code samples with
 _STORED = "pixart_rt"  # our settings in a .pth, beside its state_dict
 _ORIGIN = "pixart_rt_origin"
+_PTH_ANCHOR, _DIFFUSERS_ANCHOR = "x_embedder.proj.weight", "pos_embed.proj.weight"  # always there
 _PTH_NULL, _DIFFUSERS_NULL = "y_embedder.y_embedding", "caption_projection.y_embedding"
 FAMILY_TEXT_TOKENS = {
     "PixArtAlphaPipeline": DEFAULT_TEXT_TOKENS,
@@ -70,9 +86,10 @@ def read_transformer(
     max_text_tokens: int | None = None,
     cfg_null: CfgNull | None = None,
 ) -> TransformerCheckpoint:
-    """A diffusers transformer or pipeline folder, or an original .pth, in the file's dtype.
+    """A diffusers transformer or pipeline folder, or a file of the original layout, in its dtype.
 
-    `which` chooses among a .pth's "state_dict", the default as in the original inference code, and
+    What wrappers put before or into the names (module., _orig_mod., model., ...) is taken off.
+    `which` chooses among a file's "state_dict", the default as in the original inference code, and
     "state_dict_ema". Raises CheckpointError for a file that is damaged or of another model,
     ConfigError for a flag that is missing or contradicts the file.
     """
@@ -91,9 +108,9 @@ def read_transformer(
             raise ConfigError(f"--which {which} chooses inside a .pth, but {path} is a folder")
         checkpoint = _read_folder(path, flags)
     elif path.is_file():
-        checkpoint = _read_pth(path, flags, which)
+        checkpoint = _read_file(path, flags, which)
     else:
-        raise CheckpointError(f"{path} does not exist; give a .pth file or a diffusers folder")
+        raise CheckpointError(f"{path} does not exist; give a file or a diffusers folder")
     _check_null(checkpoint)
     return checkpoint
 
@@ -143,10 +160,11 @@ def write_diffusers(
 def write_pth(
     checkpoint: TransformerCheckpoint, path: Path, *, force: bool = True
 ) -> dict[str, Any]:
-    """Write an original .pth, its position table recomputed; returns a summary.
+    """Write a file of the original layout, its position table recomputed; returns a summary.
 
-    Settings that the original format cannot hold stand beside its state_dict, where its code does
-    not look. Without a y_embedding none is invented: the summary says so.
+    A .safetensors by its suffix, else a .pth. Settings that the layout cannot hold stand next to
+    its state_dict, or in the metadata, where the original code does not look. Without a y_embedding
+    none is invented: the summary says so.
     """
     path, config = Path(path), checkpoint.config
     check_file(path, force=force)
@@ -166,7 +184,7 @@ def write_pth(
         saved[_ORIGIN] = checkpoint.origin
         kept.append("how the weights were made, beside the state_dict")
     with replacing(path) as temporary:
-        torch.save(saved, temporary)
+        write_file(path.suffix, saved, temporary)
     return _summary(checkpoint, path, len(tensors), kept, dropped)
 
 
@@ -181,14 +199,14 @@ def convert(
     max_text_tokens: int | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """A .pth to a diffusers transformer folder, or a diffusers folder to a .pth; see the readers.
+    """A file to a diffusers transformer folder or to the other kind of file, or a folder to a file.
 
     Returns the summary of what was written. Refuses to overwrite without `force`.
     """
     src, dst = Path(src), Path(dst)
-    to_pth = src.is_dir()
-    if to_pth != (dst.suffix == ".pth"):
-        wanted = "a .pth file" if to_pth else "a folder"
+    to_file = is_model_file(dst)
+    if (src.suffix == dst.suffix) if not src.is_dir() else not to_file:
+        wanted = "a .pth file or a .safetensors" if src.is_dir() else "a folder"
         raise ConfigError(f"{src} converts to {wanted}, but {dst} was asked")
     check_model(dst, TRANSFORMER, force=force)
     checkpoint = read_transformer(
@@ -199,7 +217,7 @@ def convert(
         which=which,
         max_text_tokens=max_text_tokens,
     )
-    return (write_pth if to_pth else write_diffusers)(checkpoint, dst, force=force)
+    return (write_pth if to_file else write_diffusers)(checkpoint, dst, force=force)
 
 
 def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:
@@ -208,7 +226,7 @@ def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:
     values = _read_json(folder / "config.json")
     index = folder.parent / "model_index.json"
     family = _read_json(index).get("_class_name") if index.is_file() else None
-    tensors = dict(TensorFolder(folder))
+    tensors = without_prefix(TensorFolder(folder), _DIFFUSERS_ANCHOR, str(folder))
     null = tensors.get(_DIFFUSERS_NULL)  # the first converters left it there
     if (folder / Y_EMBEDDING_FILE).is_file():
         with open_safetensors(folder / Y_EMBEDDING_FILE) as file:
@@ -223,20 +241,12 @@ def _read_folder(path: Path, flags: Flags) -> TransformerCheckpoint:
     return TransformerCheckpoint(config, state, null, str(path), origin)
 
 
-def _read_pth(path: Path, flags: Flags, which: str | None) -> TransformerCheckpoint:
-    if path.suffix == ".safetensors":
+def _read_file(path: Path, flags: Flags, which: str | None) -> TransformerCheckpoint:
+    loaded = read_file(path)
+    tensors = state_dict(loaded, which, path, model="transformer")
+    if any(name.endswith(_DIFFUSERS_ANCHOR) for name in tensors):
         raise CheckpointError(f"{path} is one file of a diffusers folder; give the folder")
-    loaded: dict[str, Any] = read_pickle(path)
-    present = [name for name in STATE_KEYS if isinstance(loaded.get(name), dict)]
-    if which is not None and which not in present:
-        raise ConfigError(
-            f"--which {which} was asked, but {path} has {', '.join(present) or 'plain tensors'}"
-        )
-    tensors: dict[str, Any] = loaded[which or present[0]] if present else loaded
-    strange = [str(name) for name, value in tensors.items() if not isinstance(value, Tensor)]
-    if strange or not tensors:
-        found = strange[0] if strange else "nothing"
-        raise CheckpointError(f"{path} is no transformer's state dict: it holds {found}")
+    tensors = without_prefix(tensors, _PTH_ANCHOR, str(path))
     tensor_names.refuse_variants(tensors, str(path))
     stored = _stored_settings(loaded, path)
     config = config_from_tensors(tensors, stored, flags, str(path))
@@ -247,7 +257,7 @@ def _read_pth(path: Path, flags: Flags, which: str | None) -> TransformerCheckpo
         known=["pos_embed", _PTH_NULL],
         source=str(path),
     )
-    origin = loaded.get(_ORIGIN) if present else None
+    origin = loaded.get(_ORIGIN)
     return TransformerCheckpoint(config, state, tensors.get(_PTH_NULL), str(path), origin)
 
 
@@ -280,7 +290,7 @@ def _check_null(checkpoint: TransformerCheckpoint) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path} is missing; give a diffusers transformer or pipeline folder"

@@ -28,6 +28,7 @@ from pixart_rt.checkpoints.text_encoder import read_text_encoder
 from pixart_rt.checkpoints.transformer import FAMILY_TEXT_TOKENS
 from pixart_rt.config import Precision
 from pixart_rt.errors import CheckpointError, DataError
+from pixart_rt.files import read_json
 from pixart_rt.model.dtypes import DTYPES
 from pixart_rt.model.text_encoder import T5Encoder
 from pixart_rt.model.tokenizer import PromptTokenizer
@@ -191,7 +192,7 @@ def _read_json(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error})") from error
     return values if isinstance(values, dict) else {}

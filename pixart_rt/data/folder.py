@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from pixart_rt.errors import DataError
-from pixart_rt.files import check_source
+from pixart_rt.files import check_source, parse_json
+from pixart_rt.model.captions import without_lone_surrogates
 
 METADATA = "metadata.jsonl"
 CHUNK = 1 << 26  # bytes searched for line ends at a time
@@ -88,10 +89,12 @@ class ImageFolder:
         name, caption = record.get("file_name"), record.get(self.caption_column)
         if not isinstance(name, str) or not name:
             raise DataError(f"{where} has no file_name")
+        if name.startswith("/") or "\0" in name or name != without_lone_surrogates(name):
+            raise DataError(f"{where}: file_name {name!r} is no relative path in UTF-8")
         if not isinstance(caption, str):
             raise DataError(f"{where} ({name}) has no text in column {self.caption_column!r}")
         path = lines.path.parent / name
-        return Entry(path.relative_to(self.root).as_posix(), path, caption)
+        return Entry(path.relative_to(self.root).as_posix(), path, without_lone_surrogates(caption))
 
     def __reduce__(self) -> tuple[type[ImageFolder], tuple[Path, str]]:
         return ImageFolder, (self.root, self.caption_column)  # a worker maps the files itself
@@ -151,7 +154,7 @@ class _Lines:
         text = self._data[int(self._starts[number]) : int(self._stops[number])]
         where = f"{self.path.name} line {self.line_number(number)}"
         try:
-            record = json.loads(text)
+            record = parse_json(text)
         except ValueError as error:
             raise DataError(f"{where} is not JSON ({error})") from error
         if not isinstance(record, dict):

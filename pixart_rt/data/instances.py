@@ -34,6 +34,7 @@ from pixart_rt.data.sample import pad_text
 from pixart_rt.errors import ConfigError, DataError
 from pixart_rt.files import check_source
 
+LISTED = 5  # pictures that an error names
 Progress = Callable[[str, int, int], None]
 
 
@@ -160,8 +161,10 @@ def encode_instances(
     repeats: ids that each picture has. Noise is drawn for an id, so where a step has more images
     than a bucket has pictures, they need as many ids as the step has images. Ids share memory.
 
-    A picture that cannot be read is a DataError: among a few, none may be missing unnoticed.
+    Pictures that cannot be read are one DataError that names them all, before anything is encoded:
+    among a few, none may be missing unnoticed.
     """
+    _refuse_unreadable([*instances, *of_class])
     captions = sorted({picture.caption for picture in (*instances, *of_class)})
     features, cut = encoder.text(captions)
     embeds, mask = pad_text(features, encoder.max_text_tokens)
@@ -191,6 +194,21 @@ def encode_instances(
         identity=identity_of({**about, **encoder.identity}), num_instances=repeats * len(samples),
         num_cut=sum(tokens > 0 for tokens in cut),
     )  # fmt: skip
+
+
+def _refuse_unreadable(pictures: Sequence[Picture]) -> None:
+    reasons = []
+    paths = list(dict.fromkeys(picture.path for picture in pictures))
+    for path in paths:
+        try:
+            open_rgb(path)
+        except DataError as error:
+            reasons.append(str(error))
+    if len(reasons) == 1:
+        raise DataError(reasons[0])
+    if reasons:
+        shown = "; ".join(reasons[:LISTED]) + (" ..." if len(reasons) > LISTED else "")
+        raise DataError(f"{len(reasons)} of {len(paths)} pictures cannot be read: {shown}")
 
 
 def _encode(

@@ -20,7 +20,8 @@ import numpy as np
 
 from pixart_rt.buckets import Bucket
 from pixart_rt.errors import DataError
-from pixart_rt.files import replacing
+from pixart_rt.files import read_json, replacing
+from pixart_rt.typed import check_types
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, SKIPPED = "manifest.json", "index.npy", "skipped.jsonl"
@@ -80,6 +81,17 @@ class StoreManifest:
             for ratio, height, width in self.buckets
         )
 
+    def check(self) -> None:
+        """TypeError or ValueError for values that no store has."""
+        check_types(self)
+        sizes = (self.latent_channels, self.max_text_tokens, self.text_width, self.shard_images)
+        if min(sizes) < 1 or max(sizes) > 2**24 or min(self.num_images, self.num_samples) < 0:
+            raise ValueError(f"it says sizes {sizes} of {self.num_images} images")
+        if any(len(row) != 3 or min(row) <= 0 or max(row) > 2**14 for row in self.buckets):
+            raise ValueError("a bucket is no ratio, height and width")
+        if not 0 <= self.num_classes <= 2**24:
+            raise ValueError(f"num_classes is {self.num_classes}")
+
     def write(self, store: Path) -> None:
         with replacing(Path(store) / MANIFEST) as temporary:
             temporary.write_text(
@@ -96,10 +108,12 @@ class StoreManifest:
                 f"`pixart-rt data extract IMAGES {store}`"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             version = values.get("format_version")
             manifest = cls(**values) if version == FORMAT_VERSION else None
-        except (ValueError, TypeError, AttributeError) as error:
+            if manifest is not None:
+                manifest.check()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}); extract the store again") from error
         if manifest is None:
             raise DataError(

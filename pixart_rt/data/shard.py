@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pixart_rt.data.manifest import ROW
 from pixart_rt.data.shard_checksum import checksum
 from pixart_rt.errors import DataError
+from pixart_rt.files import parse_json
 
 ROWS, SKIPPED = b"pixart_rt.rows", b"pixart_rt.skipped"
 ROW_GROUP = 64  # samples decoded together by a Parquet reader: tens of megabytes
@@ -111,7 +112,7 @@ def read_shard(path: Path) -> tuple[npt.NDArray[np.void], list[Skipped]]:
         packed = np.load(io.BytesIO(base64.b64decode(values[ROWS])), allow_pickle=False)
         if packed.dtype != ROW or len(packed) != metadata.num_rows:
             raise ValueError("its rows do not fit its metadata")
-        skipped = [Skipped(*values) for values in json.loads(values[SKIPPED])]
+        skipped = [Skipped(*values) for values in parse_json(values[SKIPPED])]
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise DataError(
             f"{path} is no shard that pixart-rt wrote whole ({error}); delete it and run "

@@ -6,7 +6,6 @@ Neither Parquet nor its library is used here: index.npy says where each sample's
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections import OrderedDict
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +35,7 @@ from pixart_rt.data.manifest import (
 from pixart_rt.data.sample import bfloat16_from_bytes, pad_text
 from pixart_rt.data.shard_checksum import checksum
 from pixart_rt.errors import ConfigError, DataError
+from pixart_rt.files import read_json
 
 OPEN_SHARDS = 256  # mapped at a time; each holds a file open, of which systems allow 1024
 
@@ -90,7 +91,7 @@ class FeatureStore:
             return ()
         path = self.path / CLASSES
         try:
-            names = tuple(json.loads(path.read_text(encoding="utf-8")))
+            names = tuple(read_json(path))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
         if len(names) != self.manifest.num_classes:
@@ -111,7 +112,14 @@ class FeatureStore:
     @property
     def empty_prompt(self) -> Tensor:
         """T5(""), the text of a dropped caption: [n, E] bfloat16."""
-        return load_file(self.path / EMPTY_PROMPT)["prompt_embeds"]
+        path = self.path / EMPTY_PROMPT
+        try:
+            embeds = load_file(path)["prompt_embeds"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
+        if embeds.dim() != 2 or embeds.shape[1] != self.manifest.text_width or not len(embeds):
+            raise DataError(f"{path} holds {list(embeds.shape)}, not the empty prompt; {REMEDY}")
+        return embeds
 
     def moments(self, sample: int) -> Tensor:
         """The VAE's means and deviations of a sample, unscaled: [2, C, h, w] float16."""
@@ -170,9 +178,14 @@ class FeatureStore:
         path = self.path / INDEX
         try:
             rows: npt.NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header is parsed as Python, which raises anything
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
-        if rows.dtype != ROW or len(rows) != self.manifest.num_samples:
+        known = rows.dtype == ROW and rows.shape == (self.manifest.num_samples,)
+        if known and len(rows):
+            known = int(rows["bucket"].max()) < len(self.buckets) and (
+                int(rows["num_tokens"].max()) <= self.manifest.max_text_tokens
+            )
+        if not known:
             raise DataError(f"{path} is not the index of this store; {REMEDY}")
         return rows
 
@@ -183,7 +196,7 @@ class FeatureStore:
         path = self.path / LABELS
         try:
             labels: npt.NDArray[np.int64] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # as for the index
             raise DataError(f"{path} cannot be read ({error}); {REMEDY}") from error
         known = labels.dtype == np.int64 and labels.shape == (len(self),)
         if not known or labels.min() < 0 or labels.max() >= self.manifest.num_classes:

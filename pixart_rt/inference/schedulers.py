@@ -51,6 +51,11 @@ def scheduler_of(name: Scheduler, settings: SchedulerSettings) -> Any:
 
     if name is Scheduler.DPM_SOLVER:
         return diffusers.DPMSolverMultistepScheduler.from_config(settings.for_diffusers)
+    if settings.is_flow:
+        raise ConfigError(
+            f"{name} was asked, but {settings.source} is of a flow-matching model, which it cannot "
+            f"run; use {Scheduler.DPM_SOLVER}"
+        )
     if name is Scheduler.LCM and settings.class_name == LCM_CLASS:
         return diffusers.LCMScheduler.from_config(dict(settings.stored))
     schedule = settings.training
@@ -175,8 +180,9 @@ class NoiseLevels:
 
 def dpmpp_levels(settings: SchedulerSettings, num_steps: int) -> NoiseLevels:
     """The noise levels of DPM-Solver++ in `num_steps` steps, equal to diffusers'."""
-    if any(settings[f"use_{kind}"] for kind in ("exponential_sigmas", "beta_sigmas", "lu_lambdas")):
-        scheduler = scheduler_of(Scheduler.DPM_SOLVER, settings)  # rare, so not written again
+    rare = ("exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas")
+    if any(settings[f"use_{kind}"] for kind in rare):
+        scheduler = scheduler_of(Scheduler.DPM_SOLVER, settings)  # not written again
         scheduler.set_timesteps(num_steps, device="cpu")
         return NoiseLevels(scheduler.timesteps, scheduler.sigmas, scheduler.config)
     alphas = alphas_cumprod(settings)

@@ -97,6 +97,14 @@ def clean_caption(text: str) -> str:
     return _clean_once(_clean_once(text))
 
 
+def without_lone_surrogates(text: str) -> str:
+    """The text with U+FFFD for halves of UTF-16 pairs, which JSON can hold and UTF-8 cannot.
+
+    Captions that were cut after a number of characters end in half an emoji.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _clean_once(text: str) -> str:
     text = unquote_plus(text).strip().lower()
     text = _PERSON.sub("person", text)

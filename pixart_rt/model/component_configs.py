@@ -4,12 +4,13 @@ memory is planned without it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
+from pixart_rt.typed import check_types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,14 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for sizes that no T5 has."""
+        check_types(self)
+        for name in self.__dataclass_fields__:
+            value, most = getattr(self, name), 256 if name == "num_layers" else 2**24
+            if not 0 < value <= most:
+                raise ValueError(f"{name} is {value}")
+
     @classmethod
     def read(cls, folder: Path) -> T5Config:
         """From the config.json of a transformers T5EncoderModel folder."""
@@ -33,10 +42,10 @@ class T5Config:
         if not path.is_file():
             raise CheckpointError(f"{folder} has no config.json; it is not a text encoder folder")
         try:
-            values = json.loads(path.read_text())
+            values = read_json(path)
             found = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
             config = cls(**found)
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is no T5 configuration ({error})") from error
         if values.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
             raise CheckpointError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pixart_rt.config import Kernels
 from pixart_rt.errors import CheckpointError
+from pixart_rt.files import read_json
 from pixart_rt.kernels.catalog import VAE, self_test
 from pixart_rt.model.component_configs import SD_VAE as SD_VAE
 from pixart_rt.model.vae_fused import Swap, fused_modules, swap
@@ -122,13 +123,30 @@ def read_vae(folder: Path) -> AutoencoderKL:
     """A diffusers AutoencoderKL folder in float32. Raises CheckpointError if it is not one."""
     read_vae_config(folder)
     try:
+        _check_sizes(read_json(Path(folder) / "config.json"))
         vae = _autoencoder().from_pretrained(folder, torch_dtype=torch.float32)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged configuration fails anywhere in diffusers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"the VAE in {folder} cannot be read: {reason}") from error
     return vae.eval().requires_grad_(False)
 
 
+def _check_sizes(config: Any) -> None:
+    """ValueError for a configuration of which diffusers would build layers without end."""
+    if not isinstance(config, dict):
+        raise ValueError(f"its config.json holds {type(config).__name__}")
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        most = 64 if name == "layers_per_block" else 2**14
+        large = [each for each in numbers if type(each) in (int, float) and not abs(each) <= most]
+        if large or len(numbers) > 64:
+            raise ValueError(f"{name} is {str(value)[:40]}")
+    factor = config.get("scaling_factor", 1)
+    if type(factor) not in (int, float) or factor <= 0:
+        raise ValueError(f"scaling_factor is {factor!r}")
+
+
 def vae_from_config(config: dict[str, Any]) -> AutoencoderKL:
-    """An AutoencoderKL of this configuration with fresh weights."""
+    """An AutoencoderKL of this configuration with fresh weights. Raises ValueError."""
+    _check_sizes(config)
     return _autoencoder().from_config(config).eval().requires_grad_(False)

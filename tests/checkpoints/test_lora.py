@@ -271,3 +271,136 @@ def test_the_old_format_of_weights_is_read(sound, tmp_path):
     assert new.pairs.keys() == old.pairs.keys()
     module = "transformer_blocks.1.attn2.to_k"
     assert torch.equal(new.delta(module), old.delta(module))
+
+
+def kohya(name):
+    return "lora_transformer_" + name.replace(".", "_")
+
+
+def drawn(modules, names, *, rank=4, alpha=None):
+    """A and B of every module and what they add, under a file's names. modules: name -> shape."""
+    random = torch.Generator().manual_seed(3)
+    tensors, deltas = {}, {}
+    for module, (rows, columns) in modules.items():
+        a = torch.randn(rank, columns, generator=random)
+        b = torch.randn(rows, rank, generator=random)
+        before, down, up = names
+        name = before(module)
+        tensors |= {name + down: a, name + up: b}
+        if alpha is not None:
+            tensors[name + ".alpha"] = torch.tensor(alpha)
+        deltas[module] = (1.0 if alpha is None else alpha / rank) * (b @ a)
+    return tensors, deltas
+
+
+SQUARE = {f"transformer_blocks.{i}.attn1.to_{p}": (144, 144) for i in (0, 1) for p in "qkv"}
+MORE = {"transformer_blocks.1.ff.net.0.proj": (576, 144), "proj_out": (32, 144),
+        "transformer_blocks.0.attn2.to_out.0": (144, 144),
+        "caption_projection.linear_1": (144, 24)}  # fmt: skip
+FILES = {
+    "diffusers": (lambda m: f"transformer.{m}", ".lora_A.weight", ".lora_B.weight"),
+    "old diffusers": (lambda m: f"transformer.{m}", ".lora.down.weight", ".lora.up.weight"),
+    "plain": (lambda m: m, ".lora_A.weight", ".lora_B.weight"),
+    "kohya": (kohya, ".lora_down.weight", ".lora_up.weight"),
+    "kohya unet": (lambda m: kohya(m).replace("transformer_", "unet_", 1), ".lora_down.weight",
+                   ".lora_up.weight"),
+    "comfy": (lambda m: f"diffusion_model.{m}", ".lora_up.weight", ".lora_down.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+@pytest.mark.parametrize("layout", FILES)
+def test_files_of_other_programs_add_what_they_hold(layout, alpha, tmp_path):
+    """Exact in float32: B A, times alpha / r where the file has one."""
+    before, down, up = FILES[layout]
+    if layout == "comfy":
+        down, up = up, down
+    tensors, deltas = drawn(SQUARE | MORE, (before, down, up), alpha=alpha)
+    save_file(tensors, tmp_path / "any.safetensors")
+    base = checkpoint_of(diffusers_model())
+    merged = merge(base, read_adapter(tmp_path / "any.safetensors"))
+    before, after = (
+        tensor_names.from_ours(each.state, CONFIG, tensor_names.diffusers_names)
+        for each in (base, merged)
+    )
+    for name, tensor in before.items():
+        delta = deltas.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        expected = tensor if delta is None else tensor + delta.view_as(tensor)
+        assert torch.equal(after[name], expected), name
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_packed_linear_of_the_original_names_is_cut_into_its_parts(flat, tmp_path):
+    modules = {"blocks.1.attn.qkv": (432, 144), "blocks.0.cross_attn.kv_linear": (288, 144),
+               "final_layer.linear": (32, 144), "y_embedder.y_proj.fc1": (144, 24)}  # fmt: skip
+    names = kohya if flat else (lambda name: name)
+    tensors, deltas = drawn(modules, (names, ".lora_down.weight", ".lora_up.weight"), alpha=1.0)
+    save_file(tensors, tmp_path / "any.safetensors")
+    base = checkpoint_of(diffusers_model())
+    merged = merge(base, read_adapter(tmp_path / "any.safetensors"))
+    for name, delta in deltas.items():
+        ours = name.replace("y_embedder.", "") + ".weight"
+        torch.testing.assert_close(merged.state[ours], base.state[ours] + delta, rtol=0, atol=1e-5)
+    changed = {name for name, tensor in merged.state.items()
+               if not torch.equal(tensor, base.state[name])}  # fmt: skip
+    assert changed == {name.replace("y_embedder.", "") + ".weight" for name in deltas}
+
+
+def test_a_folder_of_diffusers_and_its_metadata(tmp_path):
+    """alpha and patterns come from the metadata that diffusers keeps with the tensors."""
+    tensors, deltas = drawn(SQUARE, FILES["diffusers"])
+    told = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.peft_type": "LORA",
+            "transformer.alpha_pattern": {"to_k": 2}, "transformer.use_dora": False}  # fmt: skip
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(told)})
+    adapter = read_adapter(tmp_path)
+    for module, delta in deltas.items():
+        factor = 0.5 if module.endswith("to_k") else 2
+        torch.testing.assert_close(adapter.delta(module), factor * delta)
+    told["transformer.use_dora"] = True
+    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(CheckpointError, match="uses use_dora"):
+        read_adapter(tmp_path)
+
+
+def test_peft_without_its_prefix_is_what_peft_says(sound, tmp_path):
+    shutil.copy(sound / ADAPTER_CONFIG, tmp_path)
+    tensors = load_file(sound / ADAPTER_WEIGHTS)
+    save_file({name.removeprefix("base_model.model."): each for name, each in tensors.items()},
+              tmp_path / ADAPTER_WEIGHTS)  # fmt: skip
+    expected, found = read_adapter(sound), read_adapter(tmp_path / ADAPTER_WEIGHTS)
+    assert found.scales == expected.scales
+    for module in expected.pairs:
+        assert torch.equal(found.delta(module), expected.delta(module))
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"text_encoder.layer.q.lora_A.weight": torch.ones(4, 8)}, "adapts the text encoder"),
+        ({"lora_te1_layer_q.lora_down.weight": torch.ones(4, 8)}, "adapts the text encoder"),
+        ({kohya("proj_out") + ".dora_scale": torch.ones(2)}, "dora_scale, which is no part"),
+        ({kohya("proj_out") + ".hada_w1_a": torch.ones(2)}, "hada_w1_a, which is no part"),
+        ({kohya("proj_out") + ".alpha": torch.ones(1)}, "one half of the adapter"),
+        ({kohya("proj_out") + ".alpha": torch.tensor(torch.nan)}, "holds NaN"),
+        ({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 144),
+          "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.ones(144, 4)},
+         "two adapters of transformer_blocks"),
+    ],
+)  # fmt: skip
+def test_files_of_more_than_lora_are_refused(extra, reason, tmp_path):
+    tensors, _ = drawn(SQUARE, FILES["kohya"])
+    save_file(tensors | extra, tmp_path / "any.safetensors")
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read_adapter(tmp_path / "any.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_pefts_file_without_its_settings_is_refused(sound, tmp_path):
+    shutil.copy(sound / ADAPTER_WEIGHTS, tmp_path / "renamed.safetensors")
+    with pytest.raises(CheckpointError, match="which says the alpha"):
+        read_adapter(tmp_path / "renamed.safetensors")
+    shutil.copy(sound / ADAPTER_WEIGHTS, tmp_path / ADAPTER_WEIGHTS)
+    (tmp_path / "renamed.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
+        read_adapter(tmp_path / ADAPTER_WEIGHTS)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import PixArtTransformer2DModel, Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from pixart_rt.checkpoints import tensor_names
+from pixart_rt.checkpoints.tensors import longest_name
 from pixart_rt.checkpoints.transformer import (
     WEIGHTS,
     TransformerCheckpoint,
@@ -382,6 +384,127 @@ def test_damaged_indices_and_side_cars(tmp_path, checkpoint):
         read_transformer(tmp_path)
 
 
+def test_a_safetensors_file_there_and_back(tmp_path, checkpoint):
+    """With its settings: nothing has to be said to read it."""
+    write_diffusers(replace(checkpoint, origin={"made": 1}), tmp_path / "t")
+    convert(tmp_path / "t", tmp_path / "a.safetensors")
+    convert(tmp_path / "a.safetensors", tmp_path / "b.pth")
+    convert(tmp_path / "b.pth", tmp_path / "u")
+    for name in ("a.safetensors", "b.pth", "u"):
+        found = read_transformer(tmp_path / name)
+        assert_equal(found, checkpoint)
+        assert found.origin == {"made": 1}
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+PREFIXES = (
+    "module.", "_orig_mod.", "model.", "module._orig_mod.", "net.", "model.diffusion_model.",
+    "student.transformer.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("kind", ["pth", "safetensors", "folder"])
+def test_what_stands_before_every_name_is_taken_off(tmp_path, original, checkpoint, prefix, kind):
+    if kind == "folder":
+        write_diffusers(checkpoint, tmp_path)
+        weights = {prefix + name: each for name, each in load_file(tmp_path / WEIGHTS).items()}
+        save_file(weights, tmp_path / WEIGHTS)
+        return assert_equal(replace(read_transformer(tmp_path), source="memory"), checkpoint)
+    tensors = {prefix + name: each.contiguous() for name, each in original.items()}
+    path = tmp_path / f"model.{kind}"
+    if kind == "pth":
+        torch.save({"state_dict": tensors, "epoch": 3}, path)
+    else:
+        save_file(tensors, path)
+    assert_equal(replace(read_transformer(path, heads=2), source="memory"), checkpoint)
+
+
+def test_wrappers_inside_names_are_taken_off(tmp_path, original, checkpoint):
+    """torch.compile and checkpointing of single blocks, FSDP around all."""
+    inside = "._orig_mod._checkpoint_wrapped_module.attn."
+    tensors = {
+        "_fsdp_wrapped_module." + name.replace(".attn.", inside): each
+        for name, each in original.items()
+    }
+    assert_equal(read_transformer(save(tmp_path / "a.pth", tensors), heads=2), checkpoint)
+
+
+@pytest.mark.parametrize("key", ["model", "module", "ema", "model_state_dict"])
+def test_the_state_dict_of_other_trainers(tmp_path, original, checkpoint, key):
+    path = save(tmp_path / "a.pth", {key: original, "optimizer": {"lr": 0.1}, "step": 3})
+    assert_equal(read_transformer(path, heads=2), checkpoint)
+
+
+def test_the_transformer_of_a_whole_checkpoint(tmp_path, original, checkpoint):
+    tensors = {f"model.diffusion_model.{name}": each for name, each in original.items()}
+    others = {"vae.decoder.conv_in.weight": torch.ones(2), "text_encoders.t5.shared": torch.ones(2)}
+    path = save(tmp_path / "a.pth", tensors | others)
+    assert_equal(read_transformer(path, heads=2), checkpoint)
+
+
+def test_several_models_in_one_file_are_refused(tmp_path, original):
+    both = {f"{part}.{name}": each for part in ("model", "ema") for name, each in original.items()}
+    with pytest.raises(CheckpointError, match=r"several models: .* after 'ema\.' and 'model\.'"):
+        read_transformer(save(tmp_path / "a.pth", both), heads=2)
+    with pytest.raises(CheckpointError, match=r"several state dicts, model and ema"):
+        read_transformer(save(tmp_path / "b.pth", {"model": original, "ema": original}), heads=2)
+    beside = {**{f"model.{name}": each for name, each in original.items()}, "loss.w": torch.ones(2)}
+    with pytest.raises(CheckpointError, match=r"has the unknown loss\.w"):
+        read_transformer(save(tmp_path / "c.pth", beside), heads=2)
+
+
+def test_float8_weights_are_read_exactly(tmp_path, original):
+    tensors = {name: each.to(torch.float8_e4m3fn) for name, each in original.items()}
+    del tensors["pos_embed"], tensors["y_embedder.y_embedding"]
+    save_file({n: each.contiguous() for n, each in tensors.items()}, tmp_path / "a.safetensors")
+    state = read_transformer(tmp_path / "a.safetensors", heads=2, sample_size=32).state
+    for name in ("blocks.0.attn.qkv.weight", "final_layer.linear.bias"):
+        assert state[name].dtype == torch.bfloat16
+        assert torch.equal(state[name].float(), tensors[name].float())
+
+
+def test_an_unmerged_lora_is_named(tmp_path, original):
+    tensors = {name.replace(".qkv.", ".qkv.base_layer."): each for name, each in original.items()}
+    with pytest.raises(CheckpointError, match="a LoRA that is not merged"):
+        read_transformer(save(tmp_path / "a.pth", tensors), heads=2)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(CheckpointError, match=r"Git LFS pointer.*git lfs pull"):
+        read_transformer(path)
+
+
+def test_a_pickle_of_code_is_refused_without_advice_to_run_it(tmp_path):
+    with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
+        read_transformer(save(tmp_path / "a.pth", {"state_dict": logging.getLogger("x")}))
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_an_endless_name_is_refused_at_once(tmp_path, original, zipped):
+    """PyTorch searches its own message about such a name in quadratic time: 20 s for 50,000."""
+    torch.save(original, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    assert longest_name(tmp_path / "a.pth") < 60
+    name, letters = b"torch._utils\n_rebuild", b"[" * 50_000
+    if not zipped:
+        data = (tmp_path / "a.pth").read_bytes().replace(name, name + letters, 1)
+        (tmp_path / "b.pth").write_bytes(data)
+    else:
+        with (
+            zipfile.ZipFile(tmp_path / "a.pth") as old,
+            zipfile.ZipFile(tmp_path / "b.pth", "w") as new,
+        ):
+            for entry in old.infolist():
+                new.writestr(entry.filename, old.read(entry).replace(name, name + letters, 1))
+    assert longest_name(tmp_path / "b.pth") > 50_000
+    with pytest.raises(CheckpointError, match="holds more than tensors; download it again"):
+        read_transformer(tmp_path / "b.pth")
+
+
 def test_missing_and_foreign_paths(tmp_path, checkpoint):
     with pytest.raises(CheckpointError, match="does not exist"):
         read_transformer(tmp_path / "nothing.pth")
@@ -420,6 +543,8 @@ def test_convert_refuses_what_it_should(tmp_path, checkpoint):
         convert(tmp_path / "t", tmp_path / "other")
     with pytest.raises(ConfigError, match="converts to a folder"):
         convert(tmp_path / "m.pth", tmp_path / "n.pth")
+    with pytest.raises(ConfigError, match="converts to a \\.pth file or a \\.safetensors"):
+        convert(tmp_path / "t", tmp_path / "n.zip")
     convert(tmp_path / "t", tmp_path / "m.pth", force=True)
     convert(tmp_path / "m.pth", tmp_path / "t", force=True)
     assert_equal(read_transformer(tmp_path / "t"), checkpoint)

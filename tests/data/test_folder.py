@@ -85,3 +85,25 @@ def test_a_wrong_folder_or_column_is_refused_at_once(tmp_path):
     with pytest.raises(DataError, match="no text column 'text', it has caption; name one"):
         ImageFolder(tmp_path)
     assert ImageFolder(tmp_path, "caption")[0].caption == "x"
+
+
+def test_half_an_emoji_is_replaced_in_a_caption(tmp_path):
+    """JSON can hold a lone surrogate, Parquet and tokenizers cannot; a whole pair stays."""
+    text = r"""{"file_name": "a.png", "text": "one \ud83d"}
+{"file_name": "b.png", "text": "two \ud83d\ude00"}"""
+    write(tmp_path / "metadata.jsonl", text)
+    images = ImageFolder(tmp_path)
+    assert [images[0].caption, images[1].caption] == ["one \ufffd", "two \U0001f600"]
+
+
+@pytest.mark.parametrize("name", [r"\ud83d.png", r"a\u0000.png", "/etc/a.png"])
+def test_a_file_name_that_no_folder_can_hold_is_named(tmp_path, name):
+    write(tmp_path / "metadata.jsonl", f'{{"file_name": "{name}", "text": "x"}}')
+    with pytest.raises(DataError, match=r"metadata\.jsonl line 1: file_name .* no relative path"):
+        ImageFolder(tmp_path)[0]
+
+
+def test_nesting_that_python_cannot_follow_is_no_json(tmp_path):
+    write(tmp_path / "metadata.jsonl", line("a.png", text="x") + "\n" + "[" * 100_000)
+    with pytest.raises(DataError, match=r"line 2 is not JSON .*nested too deeply"):
+        ImageFolder(tmp_path)[1]

@@ -151,3 +151,12 @@ def test_what_cannot_be_is_refused(tmp_path, encoder):
     with pytest.raises(DataError, match=r"1\.png"):
         encode_instances(encoder, TABLE, pictures_of(folder, PROMPT))
     shutil.rmtree(folder)
+
+
+def test_all_bad_pictures_are_named_at_once(tmp_path, encoder):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
+    with pytest.raises(DataError, match=r"2 of 3 pictures cannot be read: .*a\.png.*; .*c\.png"):
+        encode_instances(encoder, bucket_table(256, square=True), pictures_of(tmp_path, "x"))

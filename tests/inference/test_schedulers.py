@@ -76,7 +76,16 @@ def test_every_step_count_of_pixart_is_that_of_diffusers(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEuler"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEuler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 0}, "shift is 0; it must be"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            "use_dynamic_shifting",
+        ),
+        (
+            {"_class_name": "FlowMatchHeunDiscreteScheduler", "use_karras_sigmas": True},
+            "only one can be",
+        ),
         ({"_class_name": ["PNDMScheduler"]}, "none of our samplers"),
         ({"prediction_type": "flow_prediction"}, "prediction_type is 'flow_prediction'"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas is True"),
@@ -168,3 +177,44 @@ def test_the_file_is_read_once(tmp_path: Path) -> None:
     assert plan.coefficients is not None
     assert torch.equal(plan.coefficients, dpmpp_coefficients(expected, 1.0))
     assert planner.solver(plan.key).config.use_karras_sigmas
+
+
+FLOWS: dict[str, dict[str, Any]] = {
+    "euler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    "heun": {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 1.5},
+    "dpm": {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_matching_model_is_sampled_on_its_own_sigmas(name: str, tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, **FLOWS[name])
+    shift = FLOWS[name].get("shift", FLOWS[name].get("flow_shift"))
+    theirs = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    scheduler = make_scheduler(Scheduler.DPM_SOLVER, folder)
+    levels = dpmpp_levels(SchedulerSettings.read(folder), 7)
+    theirs.set_timesteps(7)
+    assert torch.equal(levels.timesteps, theirs.timesteps)
+    assert torch.equal(levels.sigmas, theirs.sigmas)
+    with pytest.raises(ConfigError, match="flow_prediction"):  # diffusers' own steps run instead
+        dpmpp_coefficients(levels, 1.0)
+    # The velocity of a straight path leads from any noise to the data: x_s = (1 - s) x_0 + s n.
+    random = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 1, 4, 4, 4, generator=random)
+    scheduler.set_timesteps(7)
+    first = scheduler.sigmas[0]
+    latents = (1 - first) * data + first * noise
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(noise - data, timestep, latents, return_dict=False)[0]
+    torch.testing.assert_close(latents, data, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [each for each in Scheduler if each is not Scheduler.DPM_SOLVER])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_other_samplers_refuse_a_flow_matching_model(
+    name: Scheduler, flow: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"flow-matching model.*use dpm-solver\+\+"):
+        make_scheduler(name, folder_with(tmp_path, **FLOWS[flow]))

@@ -163,12 +163,37 @@ def test_a_long_prompt_is_cut_and_says_so(pipeline_folder, caplog) -> None:
     assert f"last {tokens.num_cut[0]} tokens were cut" in caplog.text
 
 
-@pytest.mark.parametrize("prompt", ["一只红色的猫", "@redcircle", "#12345", "circle.jpg", "&nbsp;"])
-def test_a_prompt_that_is_cleaned_to_nothing_says_so(prompt: str, pipeline_folder, caplog) -> None:
+@pytest.mark.parametrize("prompt", ["一只红色的猫", "@redcircle", "#12345", "circle.jpg", "*"])
+def test_a_prompt_that_is_cleaned_to_nothing_is_used_as_it_stands(
+    prompt: str, pipeline_folder, caplog
+) -> None:
     tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
     with caplog.at_level(logging.WARNING):
         tokenizer(["", "  ", "a red circle"])
     assert not caplog.records
     with caplog.at_level(logging.WARNING):
-        assert tokenizer([prompt]).attention_mask.sum() == 1
+        tokens = tokenizer([prompt])
+    expected = tokenizer.tokenizer(prompt.lower())["input_ids"]
+    assert tokens.input_ids[0, : len(expected)].tolist() == expected != [1], "not the empty prompt"
     assert f"nothing is left of the prompt {prompt!r}" in caplog.text
+    assert "used as it stands" in caplog.text
+
+
+def test_a_prompt_of_spaces_in_html_is_the_empty_one_and_says_so(pipeline_folder, caplog) -> None:
+    tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
+    with caplog.at_level(logging.WARNING):
+        assert tokenizer(["&nbsp;"]).attention_mask.sum() == 1
+    assert "the model sees the empty prompt" in caplog.text
+
+
+def test_a_prompt_without_a_known_word_says_so(pipeline_folder, caplog) -> None:
+    tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
+    with caplog.at_level(logging.WARNING):
+        tokenizer(["красный круг"])
+    assert "knows no word of the prompt 'красный круг'" in caplog.text
+
+
+def test_half_an_emoji_of_a_prompt_that_stands_as_it_is(pipeline_folder) -> None:
+    """Cleaning takes the whole as a file name; half a UTF-16 pair is no UTF-8."""
+    tokenizer = PromptTokenizer(pipeline_folder(32) / "tokenizer", 120)
+    assert tokenizer(["\ud83d.jpg"]).attention_mask.sum() > 1

@@ -18,8 +18,9 @@ from pixart_rt.config import ModelConfig
 from pixart_rt.errors import ConfigError
 from pixart_rt.model.transformer import PixArtTransformer
 from pixart_rt.training.next_phase import for_next_phase
+from pixart_rt.training.phases import start_of
 from pixart_rt.training.presets import PRESETS, Preset
-from pixart_rt.training.recipe import read_recipe
+from pixart_rt.training.recipe import ModelShape, read_recipe
 
 OLD = ModelConfig(
     num_layers=2, num_heads=1, caption_channels=12, max_text_tokens=5, sample_size=64,
@@ -73,3 +74,20 @@ def test_what_cannot_change(checkpoint):
     micro = for_next_phase(checkpoint, replace(OLD, micro_conditioning=True))
     with pytest.raises(ConfigError, match="is micro-conditioned"):
         for_next_phase(micro, OLD)
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 2.0), (4.0, 4.0), (2.0, 2.0)])
+def test_a_start_of_the_phases_resolution_keeps_its_positions(
+    asked, expected, checkpoint, tmp_path, caplog
+):
+    """own-images.toml on published weights: the preset's positions are for another resolution."""
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "own-images.toml")
+    phase = replace(recipe.phases[0], micro_conditioning=False, interpolation_scale=asked)
+    shape = ModelShape(num_layers=2, num_heads=1, caption_channels=12, max_text_tokens=5)
+    recipe = replace(recipe, phases=(phase,), model=shape)
+    config = replace(checkpoint.config, sample_size=128, interpolation_scale=2.0)
+    write_diffusers(replace(checkpoint, config=config), tmp_path / "start")
+    assert phase.model_config(recipe.settings, OLD).interpolation_scale == (asked or 4.0)
+    start = start_of(recipe, phase, tmp_path / "out", tmp_path / "start", 0)
+    assert start.config.interpolation_scale == expected
+    assert ("changes the positions" in caplog.text) == (expected != 2.0)

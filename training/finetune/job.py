@@ -34,6 +34,7 @@ from pixart_rt.training.finetune.settings import FinetuneSettings, JobOptions
 from pixart_rt.training.micro_batches import count_micro_batches
 from pixart_rt.training.objectives.denoising import Objective
 from pixart_rt.training.optim.warmup import Warmup
+from pixart_rt.training.prediction_target import check_target
 from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.progress import Progress, on_first
 from pixart_rt.training.run_settings import (
@@ -109,11 +110,13 @@ class Base:
 def open_base(job: Job, components: Sequence[str], kind: Kind | Iterable[Kind]) -> Base:
     """Read the model; of a hub id, only `components` are downloaded. `kind` is the result's.
 
-    Raises ConfigError for a target that may not be written, or another resolution than was asked.
+    Raises ConfigError for a target that may not be written, another resolution than `res`, or a
+    model that does not predict noise.
     """
     check_model(job.out, kind, force=job.options.force)
     check_into(job.run_folder)
-    folder = locate(job.model, components)
+    folder = locate(job.model, [*components, "scheduler"])
+    check_target("`model`", job.model, folder)
     checkpoint = read_transformer(transformer_path(folder, job.model, job.options.res))
     found = checkpoint.config.resolution
     asked = job.options.res

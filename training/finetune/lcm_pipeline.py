@@ -15,7 +15,7 @@ from pathlib import Path
 from pixart_rt.checkpoints.sampling_defaults import GUIDANCE_SCALE, NUM_STEPS
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import CheckpointError
-from pixart_rt.files import replacing
+from pixart_rt.files import read_json, replacing
 from pixart_rt.inference.schedulers import make_scheduler
 
 INDEX = "model_index.json"
@@ -32,7 +32,7 @@ def use_lcm_scheduler(folder: Path) -> None:
         raise CheckpointError(
             f"{folder} has no {INDEX}; give a pipeline folder, with the student as its transformer"
         )
-    parts = json.loads(index.read_text(encoding="utf-8"))
+    parts = read_json(index)
     scheduler = make_scheduler(Scheduler.LCM, folder / "scheduler")
     parts["scheduler"] = ["diffusers", type(scheduler).__name__]
     for stated in (GUIDANCE_SCALE, NUM_STEPS):  # the teacher's

@@ -14,7 +14,7 @@ from pixart_rt.checkpoints.pipeline_folder import COMPONENTS, is_pipeline, write
 from pixart_rt.checkpoints.transformer import read_transformer
 from pixart_rt.config import Scheduler
 from pixart_rt.errors import ConfigError
-from pixart_rt.files import PIPELINE, TRANSFORMER, check_model
+from pixart_rt.files import PIPELINE, TRANSFORMER, check_model, is_model_file
 from pixart_rt.training.finetune.lcm_pipeline import use_lcm_scheduler
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def merge_adapter(
     base: "tiny" (`res` 256: its model for that), a diffusers folder, a hub id, or a .pth, of which
       `heads` and `sample_size` say what the file does not.
     out: a pipeline folder where `base` is one (not with `transformer_only`), a transformer folder,
-      or a .pth by its suffix.
+      or a .pth or .safetensors by its suffix.
     lcm: the adapter is an LCM-LoRA that does not say so itself.
     any_base: merge into other weights of the same shapes than it was trained on, too.
 
@@ -53,7 +53,7 @@ def merge_adapter(
     trained = read_adapter(Path(adapter))
     if lcm:
         trained = replace(trained, scheduler=Scheduler.LCM)
-    whole = not transformer_only and out.suffix != ".pth"
+    whole = not transformer_only and not is_model_file(out)
     folder = locate(base, COMPONENTS if whole else ["transformer"])
     pipeline = folder if whole and is_pipeline(folder) else None
     check_model(out, TRANSFORMER if pipeline is None else PIPELINE, force=force)

@@ -26,8 +26,9 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.provenance import Saver
+from benchmarks.provenance import result_file
 from pixart_rt import EngineConfig, PixArtPipeline, Request, build
+from pixart_rt.bench.provenance import ResultFile
 from pixart_rt.buckets import buckets
 from pixart_rt.inference.lru import Lru
 
@@ -78,7 +79,7 @@ def caches(pipe: PixArtPipeline) -> dict[str, Lru[Any, Any]]:
     }
 
 
-def run(num_requests: int, cache_mib: float, folder: Path, save: Saver) -> dict[str, Any]:
+def run(num_requests: int, cache_mib: float, folder: Path, save: ResultFile) -> dict[str, Any]:
     """Answer the requests; the readings and what they say."""
     config = EngineConfig(resolution=RESOLUTION, backend="torch", max_batch=4)
     build("tiny", folder / "bundle", config)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--cache-mib", type=float, default=8, help="bound of each cache")
     parser.add_argument("--json", type=Path, help="instead of benchmarks/results/rss.json")
     args = parser.parse_args()
-    save = Saver(args.json, "rss", measured=True)
+    save = result_file(args.json, "rss", measured=True)
     with tempfile.TemporaryDirectory() as folder:
         found = run(args.requests, args.cache_mib, Path(folder), save)
     first, last = found["rss_mib"][0], found["rss_mib"][-1]

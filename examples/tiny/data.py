@@ -135,8 +135,8 @@ def draw_pictures(scenes: SceneSet, folder: Path, name: str, progress: Progress)
     record = folder / DRAWN
     if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
         with replacing(record) as aside:
-            aside.write_text(told)
-    elif not record.is_file() or record.read_text() != told:
+            aside.write_text(told, encoding="utf-8")
+    elif not record.is_file() or record.read_text(encoding="utf-8") != told:
         raise DataError(f"{folder} holds something else than {told}; choose another folder")
     for number in range(scenes.count):
         progress(f"drawing {name}", number, scenes.count)
@@ -150,7 +150,7 @@ def draw_pictures(scenes: SceneSet, folder: Path, name: str, progress: Progress)
             for number in range(scenes.count)
         )
         with replacing(folder / METADATA) as aside:
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def scene_store(

@@ -90,13 +90,15 @@ class ResultFile:
         if self.path is not None:
             self._facts["hardware"]["load_average_at_end"] = load_average()
             with replacing(self.path) as new:
-                new.write_text(json.dumps({**self._facts, **values}, indent=1) + "\n")
+                new.write_text(
+                    json.dumps({**self._facts, **values}, indent=1) + "\n", encoding="utf-8"
+                )
 
     def earlier(self, key: str) -> list[dict[str, Any]]:
         """The rows that a run before this one saved under a key; none if there was no such run."""
         if self.path is None or not self.path.is_file():
             return []
-        rows: list[dict[str, Any]] = json.loads(self.path.read_text())[key]
+        rows: list[dict[str, Any]] = json.loads(self.path.read_text(encoding="utf-8"))[key]
         return rows
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_LIMIT = 232448  # bytes a block may have on sm_90
@@ -24,6 +25,9 @@ OPERATORS_WITH_ROWS = {  # parts of `rows` in jit_on_standin.py, each launched a
     "ln_modulate", "linear_gate_residual", "gate_residual_ln_modulate, gate",
     "gate_residual_ln_modulate",
 }  # fmt: skip
+# Triton 3.6 spills 8 bytes of one kernel (see test_codegen.py); later ones none.
+BEFORE_37 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+SPILLED = {"_ln_modulate_backward_kernel: 8"} if BEFORE_37 else set()
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 without_gpu = pytest.mark.skipif(
     torch.cuda.is_available() or not COMPILER,
@@ -50,7 +54,7 @@ def check(report: Report, refused: set[str] = frozenset()) -> None:
     assert set(report["errors"]) == refused
     assert all(count > 0 for name, count in report["ran"].items() if name not in refused)
     assert 0 < report["most_shared"] <= SHARED_LIMIT
-    assert not report["spilled"]
+    assert set(report["spilled"]) <= SPILLED
     assert not report["scratch"]  # would need triton.set_allocator
     assert not report["waits"]
 

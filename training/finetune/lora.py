@@ -28,9 +28,9 @@ from pixart_rt.checkpoints.lora import (
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
     BASE_SHA256,
-    PREFIX,
     sampled_sha256,
 )
+from pixart_rt.checkpoints.lora_files import PREFIX
 from pixart_rt.checkpoints.pipeline_folder import COMPONENTS
 from pixart_rt.checkpoints.tensor_names import diffusers_names
 from pixart_rt.checkpoints.transformer import ORIGIN_FILE

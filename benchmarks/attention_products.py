@@ -37,7 +37,7 @@ def compare(
     """Milliseconds of both, and the median of the ratios of pairs."""
     random = torch.Generator().manual_seed(0)
 
-    def packed(tokens: int) -> Tensor:  # heads beside each other, as a linear leaves them
+    def packed(tokens: int) -> Tensor:  # heads next to each other, as a linear leaves them
         shape = images, tokens, HEADS, HEAD
         rows = torch.randn(shape, generator=random).bfloat16()
         return rows.transpose(1, 2).requires_grad_()

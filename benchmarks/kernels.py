@@ -1,4 +1,4 @@
-"""Every kernel at PixArt XL/2's shapes, beside PyTorch eager, torch.compile and other libraries'.
+"""Every kernel at PixArt XL/2's shapes, and those of PyTorch, torch.compile and other libraries.
 
     python -m benchmarks.kernels                    writes benchmarks/results/kernels.json
     python -m benchmarks.kernels --json OUT.json    at OUT.json; --minutes 4.5 is the time limit

@@ -106,7 +106,7 @@ def psnr(agreement: dict[str, Any]) -> str:
 
 
 def pictures(path: Path, doc: Path) -> str:
-    """Links to the plots beside a result, relative to the document."""
+    """Links to the plots next to a result, relative to the document."""
     found = [path.with_name(f"{path.stem}-{kind}.png") for kind in PLOTS]
     links = [
         f"![{each.stem}]({Path(os.path.relpath(each, doc.parent)).as_posix()})"

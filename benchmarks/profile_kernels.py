@@ -4,7 +4,7 @@
 
 Attention and the two linears of the feed-forward part at 1024 px (2 x 4096 tokens), bfloat16, as
 `ncu --clock-control none` reads them: it repeats each launch until it has all counters, so times
-are for reading beside each other and not for comparing with anything.
+explain each other and compare with nothing else.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def main() -> int:
     if args.json is None:
         parser.error("--json is missing; say where the figures go")
     if not torch.cuda.is_available() or shutil.which("ncu") is None:
-        parser.error("figures of Nsight Compute were asked; they need a GPU and ncu on the path")
+        parser.error(
+            "figures of Nsight Compute were requested; they need a GPU and ncu on the path"
+        )
     sections = [word for name in SECTIONS for word in ("--section", name)]
     with alone():
         ran = subprocess.run(

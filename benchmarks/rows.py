@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """Measures row by row. `values` are what the file has beside "rows" and "not_run".
+    """Measures row by row. `values` are what the file has besides "rows" and "not_run".
 
     A program that knows RESUME says whether it was given; it is run anew where the GPU no longer
     answers its process.

@@ -9,7 +9,7 @@ alone and through `generate_many`. The resident set is read fifty times.
 
 Prompts, their keys and values, and plans of shapes are kept up to bounds (512, 256 and 256 MiB),
 which a thousand prompts of tiny do not fill. So that the run shows what a full cache does, each is
-bounded to --cache-mib here; the bytes that they count are recorded beside the resident set. The
+bounded to --cache-mib here; the bytes that they count are recorded next to the resident set. The
 figure is the growth in the second half, a line fitted through its readings, in KiB a request.
 """
 

@@ -210,7 +210,7 @@ def _resolve(config: EngineConfig) -> EngineConfig:
     precision_of.append((config.text_encoder_backend or config.backend, config.text_precision))
     if any(b.startswith("onnxruntime") and p is Precision.BF16 for b, p in precision_of):
         raise ConfigError(
-            "--precision bf16 was asked, but ONNX Runtime has no bfloat16 kernels for these "
+            "--precision bf16 was requested, but ONNX Runtime has no bfloat16 kernels for these "
             "graphs; use fp16 or fp32, or another --backend"
         )
     if config.backend.startswith("tensorrt"):
@@ -222,8 +222,8 @@ def _resolve(config: EngineConfig) -> EngineConfig:
         return replace(config, targets=targets)
     if config.targets:
         raise ConfigError(
-            f"--target {', '.join(config.targets)} was asked, but backend {config.backend} has no "
-            "targets; leave it out, or use --backend tensorrt-rtx"
+            f"--target {', '.join(config.targets)} was requested, but backend {config.backend} has "
+            "no targets; leave it out, or use --backend tensorrt-rtx"
         )
     return config
 
@@ -265,7 +265,7 @@ def _replaced(out: Path, source: Source, config: EngineConfig, *, force: bool) -
 
 def _differences(found: Manifest, source: Source, config: EngineConfig) -> list[str]:
     """The settings in which a bundle differs from what is asked, in words. Weights of the same
-    origin that changed are not a setting: building them again is what was asked.
+    origin that changed are not a setting: building them again is what was requested.
     """
     asked = json.loads(json.dumps(asdict(config)))
     usual = json.loads(json.dumps(asdict(EngineConfig())))  # of settings younger than the bundle

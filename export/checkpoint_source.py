@@ -75,7 +75,7 @@ class Source:
         return ("transformer", *present)
 
     def transformer(self, dtype: torch.dtype) -> PixArtTransformer:
-        """The transformer with its modulator and, where one was asked, a ControlNet; eval mode."""
+        """The transformer with its modulator and, if requested, a ControlNet; eval mode."""
         if self.transformer_path is None:
             return random_transformer(self.config, dtype)
         if self.controlnet_path is None:
@@ -220,8 +220,8 @@ def open_source(
     """
     if model == "xl-random" and controlnet is not None:
         raise ConfigError(
-            f"--controlnet {controlnet} was asked with xl-random, which no ControlNet was trained "
-            "for; name the model it was trained for"
+            f"--controlnet {controlnet} is not supported with xl-random, which no ControlNet was "
+            "trained for; name the model it was trained for"
         )
     if model == "xl-random":
         config = _with_null(RANDOM_XL[resolution], cfg_null)
@@ -237,12 +237,12 @@ def open_source(
     config = _with_null(found.config, cfg_null)
     if config.cfg_null is CfgNull.Y_EMBEDDING and found.y_embedding is None:
         raise ConfigError(
-            f"--cfg-null {CfgNull.Y_EMBEDDING} was asked, but {transformer} has no y_embedding; "
-            f"convert the original .pth, or use {CfgNull.EMPTY_PROMPT}"
+            f"--cfg-null {CfgNull.Y_EMBEDDING} was requested, but {transformer} has no "
+            f"y_embedding; convert the original .pth, or use {CfgNull.EMPTY_PROMPT}"
         )
     if config.resolution != resolution:
         raise ConfigError(
-            f"--res {resolution} was asked, but {model} is a {config.resolution} px model "
+            f"--res {resolution} was requested, but {model} is a {config.resolution} px model "
             f"(sample_size {config.sample_size}); use --res {config.resolution} or another --model"
         )
     weights = _hash_weights(folder, transformer)

@@ -182,7 +182,7 @@ def _add_plugins(
     engine_runs: bool,
     step: Step,
 ) -> tuple[ComponentEntry, list[Compiled]]:
-    """The entry of a component with its engines with plugins beside the plain ones, checked.
+    """The entry of a component with its engines with plugins next to the plain ones, checked.
 
     Where they run here both are timed, and slower ones that are for this GPU alone are removed.
     """

@@ -56,7 +56,7 @@ def check_targets(library: str, targets: tuple[str, ...]) -> tuple[str, ...]:
     present = _present_target()
     if not targets and not present:
         raise ConfigError(
-            f"{library} was asked for the present machine, which has no usable NVIDIA GPU; "
+            f"{library} was requested for the present machine, which has no usable NVIDIA GPU; "
             + (f"choose --target among {', '.join(known)}" if known else "build on one that has")
         )
     wanted = tuple(dict.fromkeys(target.lower() for target in targets or present))
@@ -163,7 +163,7 @@ def build_aoti(program: ExportedProgram, path: Path) -> EngineStats:
     import torch
 
     if path.suffix != ".pt2":
-        raise ConfigError(f"an AOTInductor package ends in .pt2, {path.name} was asked")
+        raise ConfigError(f"an AOTInductor package ends in .pt2, {path.name} was requested")
     partial = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     start = time.perf_counter()
     try:

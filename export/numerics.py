@@ -88,7 +88,7 @@ def require_parity(
 
 
 def observed_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers a report may name, in the order they run: blocks and what stands beside them."""
+    """The layers a report may name, in the order they run: blocks and what stands next to them."""
     layers = {}
     for name, child in module.named_modules():
         parent = module.get_submodule(name.rpartition(".")[0]) if "." in name else module

@@ -50,7 +50,7 @@ class Resources:
     spill_bytes: int  # stores plus loads
     shared_bytes: int  # static plus dynamic
     instructions: dict[str, int]  # mnemonic -> count
-    advisories: tuple[str, ...] = ()  # what ptxas says beside errors: "C7515", serialized wgmma
+    advisories: tuple[str, ...] = ()  # what ptxas says besides errors: "C7515", serialized wgmma
 
     def count(self, kind: str) -> int:
         """How many instructions of a kind of MNEMONICS."""

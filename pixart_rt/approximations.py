@@ -58,8 +58,8 @@ def one_approximation(
     """The setting that two thresholds ask for, None without any. Raises ConfigError for both."""
     if step_cache is not None and first_block_cache is not None:
         raise ConfigError(
-            f"step cache {step_cache:g} and first-block cache {first_block_cache:g} were asked; "
-            "both reuse earlier steps, so choose one"
+            f"step cache {step_cache:g} and first-block cache {first_block_cache:g} were "
+            "requested; both reuse earlier steps, so choose one"
         )
     if step_cache is not None:
         return StepCache(step_cache)

@@ -69,7 +69,9 @@ def buckets(resolution: int) -> tuple[Bucket, ...]:
 def nearest_bucket(resolution: int, height: int, width: int) -> Bucket:
     """The bucket whose height / width is nearest to the asked one's."""
     if height <= 0 or width <= 0:
-        raise ConfigError(f"an image of {height}x{width} pixels was asked; sides must be positive")
+        raise ConfigError(
+            f"an image of {height}x{width} pixels was requested; sides must be positive"
+        )
     asked = height / width
     return min(buckets(resolution), key=lambda bucket: abs(bucket.ratio - asked))
 

@@ -11,7 +11,7 @@
       vae_encoder/            control images to latents, with a ControlNet; run by PyTorch
       tokenizer/  scheduler/  as diffusers writes them
 
-A bundle is written to a temporary folder beside its place and renamed: whole or absent.
+A bundle is written to a temporary folder next to its place and renamed: whole or absent.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ComponentEntry:
     profiles: list[dict[str, list[int]]] = field(default_factory=list)
     """Shapes the engine accepts: per profile, dimension name -> [min, opt, max]."""
     parity: dict[str, Any] = field(default_factory=dict)  # the numerics gate's figures
-    plugins: PluginVariant | None = None  # of a build that was asked for plugins
+    plugins: PluginVariant | None = None  # of a build with plugins
     memory: ActivationMemory | None = None  # of bundles since format 4
 
     @classmethod
@@ -269,7 +269,7 @@ def damaged_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
     """The files that are not what the manifest says: relative path -> what they are.
 
     Files that are not listed count where they could be loaded in place of those that are: weights,
-    and anything beside listed files. Others, such as a folder of images, are the user's.
+    and anything next to listed files. Others, such as a folder of images, are the user's.
     """
     unlisted = f"not listed in {MANIFEST} (remove it)"
     damaged = dict.fromkeys(_unlisted(Path(bundle), manifest), unlisted)
@@ -298,7 +298,7 @@ def _unlisted(bundle: Path, manifest: Manifest) -> list[str]:
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well.
+    """A temporary folder next to `target` that takes its place when the block ends well.
 
     Replaces a bundle that holds nothing but its own files (files.py); the caller has compared what
     it is. Raises ConfigError for anything else.

@@ -222,18 +222,18 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.plugins and self.backend not in ("auto", "tensorrt", "tensorrt-rtx"):
             raise ConfigError(
-                f"plugins were asked with backend {self.backend}, which has none; use tensorrt-rtx "
-                "or tensorrt, or leave them out"
+                f"plugins were requested with backend {self.backend}, which has none; use "
+                "tensorrt-rtx or tensorrt, or leave them out"
             )
         if self.plugins and "transformer" not in self.components:
             raise ConfigError(
-                f"plugins were asked without the transformer, whose operators they are; found "
+                f"plugins were requested without the transformer, whose operators they are; found "
                 f"components {', '.join(self.components)}; add it or leave plugins out"
             )
         if self.quality is not Quality.HIGH and self.backend not in ("torch", "torch-compile"):
             raise ConfigError(
-                f"quality {self.quality} was asked with backend {self.backend}, whose compiler "
-                "chooses its roundings itself; use torch or torch-compile"
+                f"quality {self.quality} is not supported with backend {self.backend}, whose "
+                "compiler chooses its roundings itself; use torch or torch-compile"
             )
         check_weights(self)
         if self.resolution not in RESOLUTIONS:
@@ -272,19 +272,19 @@ def check_weights(config: EngineConfig) -> None:
     for name, given, backend in asked:
         if given and backend not in ("torch", "torch-compile", "auto"):
             raise ConfigError(
-                f"{name} {getattr(config, name)} was asked with backend {backend}; weights are "
-                "quantized where PyTorch runs them: use torch or torch-compile"
+                f"{name} {getattr(config, name)} is not supported with backend {backend}; weights "
+                "are quantized where PyTorch runs them: use torch or torch-compile"
                 + (", or --text-encoder torch" if name == "text_weights" else "")
             )
     if config.weights is not Weights.FULL and config.quality is not Quality.HIGH:
         raise ConfigError(
-            f"weights {config.weights} were asked with quality {config.quality}; lossless keeps "
-            f"all weights and fast has its own fp8 ones: use quality {Quality.HIGH}"
+            f"weights {config.weights} were requested with quality {config.quality}; lossless "
+            f"keeps all weights and fast has its own fp8 ones: use quality {Quality.HIGH}"
         )
     if config.text_place is TextPlace.OFFLOAD and text_backend not in ("torch", "auto"):
         raise ConfigError(
-            f"text_place offload was asked with backend {text_backend} for the text encoder; only "
-            "plain PyTorch can be moved: use --text-encoder torch"
+            f"text_place offload is not supported with backend {text_backend} for the text "
+            "encoder; only plain PyTorch can be moved: use --text-encoder torch"
         )
 
 

@@ -12,8 +12,8 @@
     ├── CapacityError           1   a model that does not fit the memory it was given
     └── Cancelled               1   the caller stopped the image
 
-A message is one line: what was asked, what was found, what to do. What was found may be a damaged
-file's value of any length, so a message is cut in its middle.
+A message is one line: what was requested, what was found, what to do. What was found may be
+a damaged file's value of any length, so a message is cut in its middle.
 """
 
 LONGEST = 1500  # characters of a message that are shown whole

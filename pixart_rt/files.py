@@ -14,9 +14,9 @@ The policy, one for all:
   is not ours, so that folder is not replaced.
 - Mount points, devices and pipes are refused, and so is a place where nothing can be written.
 
-Work is done in a folder ".pixart-rt-XXXXXXXX" beside the target, which holds a lock while its
-process lives. One whose process was killed is removed by the next run that writes beside it, and
-if that process had just moved the older folder away, it is moved back first.
+Work is done in a folder ".pixart-rt-XXXXXXXX" next to the target, which holds a lock while its
+process lives. One whose process was killed is removed by the next run that writes in
+the same folder, and if that process had just moved the older folder away, it is moved back first.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def is_model_file(path: str | Path) -> bool:
 
 @contextmanager
 def replacing(target: str | Path) -> Iterator[Path]:
-    """A free path beside `target`; what is made there takes its place. For a file that the caller
+    """A free path next to `target`; what is made there takes its place. For a file that the caller
     may replace (check_file), and for a folder that is not there or empty.
 
-    An error inside the block leaves `target` as it was and nothing beside it.
+    An error inside the block leaves `target` as it was and nothing next to it.
     """
     with _making(target, None) as new:
         yield new

@@ -229,7 +229,7 @@ def test_the_first_block_cache_needs_a_transformer_that_can_stop(
     pipe: PixArtPipeline, bundle_256: Path
 ) -> None:
     engines = PixArtPipeline.from_bundle(bundle_256, "cpu")
-    with pytest.raises(ConfigError, match=r"first-block-cache 0\.1 was asked.*step cache"):
+    with pytest.raises(ConfigError, match=r"first-block-cache 0\.1 was requested.*step cache"):
         run(engines, approximate=FirstBlockCache(0.1))
     _, [skipped] = run(engines, approximate=StepCache(1e9))
     assert skipped == tuple(range(1, STEPS - 1)), "an engine can do the other"

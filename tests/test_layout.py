@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("kernels", "export", "training")  # top-level folders imported as pixart_rt.<name>
 
 # Bottom first. A file imports from its own layer and from those before it, with two exceptions:
-# the lowest layer imports nothing of ours, and the rooms beside each other do not know each other.
+# the lowest layer imports nothing of ours, and the rooms next to each other do not know each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels", "errors", "stderr_console", "version", "torchao_import", "typed"}),
     frozenset({"approximations", "buckets", "config", "files"}),

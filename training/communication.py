@@ -3,7 +3,7 @@
     with profiled(device, meter.communication):
         step()
 
-Communication that runs beside computation costs no time. So the share is the length of the time in
+Communication that overlaps computation costs no time. So the share is the length of the time in
 which a communication kernel runs and no other, over the time from the first kernel's begin to the
 last one's end. A trace of one step costs milliseconds; take one for each log line, not each step.
 """

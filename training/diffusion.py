@@ -41,7 +41,7 @@ class GaussianDiffusion:
     ) -> None:
         if num_timesteps < 2 or not 0 < beta_start <= beta_end < 1:
             raise ConfigError(
-                f"betas from {beta_start} to {beta_end} in {num_timesteps} steps were asked; "
+                f"betas from {beta_start} to {beta_end} in {num_timesteps} steps were requested; "
                 "they must rise within 0 and 1, in at least 2 steps"
             )
         if min_snr_gamma is not None and not min_snr_gamma > 0:
@@ -97,7 +97,7 @@ class GaussianDiffusion:
         B, C, *sides = x_start.shape
         if model_output.shape != (B, 2 * C, *sides) or noise.shape != x_start.shape:
             raise ConfigError(
-                f"losses of x_start {list(x_start.shape)} were asked with noise "
+                f"losses of x_start {list(x_start.shape)} were requested with noise "
                 f"{list(noise.shape)} and a model output of {list(model_output.shape)}; it must be "
                 f"{[B, 2 * C, *sides]}: noise and variance"
             )

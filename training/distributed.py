@@ -106,8 +106,8 @@ def mesh_of(parallel: Parallel, ranks: Ranks) -> DeviceMesh:
         return init_device_mesh(kind, (num_ranks,), mesh_dim_names=("shard",))
     if num_ranks % num_local:
         raise ConfigError(
-            f"{Parallel.HSDP} was asked with {num_ranks} ranks on nodes of {num_local}; start the "
-            "same number on every node"
+            f"{Parallel.HSDP} is not supported with {num_ranks} ranks on nodes of {num_local}; "
+            "start the same number on every node"
         )
     shape = num_ranks // num_local, num_local
     return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))

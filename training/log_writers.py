@@ -65,7 +65,7 @@ def open_log(
     """Open every place and close it again, also when the run fails.
 
     start: steps that are done already; lines after it are dropped. num_steps: of the run, for the
-    console. settings: what W&B shows beside the curves. Raises BackendError for a place whose
+    console. settings: what W&B shows with the curves. Raises BackendError for a place whose
     package is missing, DataError for a log.jsonl that is damaged.
     """
     with ExitStack() as stack:
@@ -200,7 +200,7 @@ class TensorBoardWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise BackendError(
-                f"log to tensorboard was asked, but it cannot be imported ({error}); "
+                f"log to tensorboard was requested, but it cannot be imported ({error}); "
                 "pip install 'pixart_rt[tensorboard]', or leave it out"
             ) from error
         # TensorBoard hides what earlier event files have at purge_step and after it.
@@ -227,8 +227,8 @@ class WandbWriter:
             import wandb
         except ImportError as error:
             raise BackendError(
-                f"log to wandb was asked, but it cannot be imported ({error}); pip install wandb, "
-                "or leave it out"
+                f"log to wandb was requested, but it cannot be imported ({error}); pip install "
+                "wandb, or leave it out"
             ) from error
         self._run = wandb.init(
             project="pixart_rt", dir=str(out), id=_run_id(out / WANDB_ID), resume="allow",

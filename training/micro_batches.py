@@ -13,19 +13,19 @@ def count_micro_batches(
 ) -> int:
     """The micro-batches of a step of `batch` images, over all ranks.
 
-    As many as were asked for; else the fewest of at most `most` images each (None: one a rank).
+    As many as were requested; else the fewest of at most `most` images each (None: one a rank).
     Raises ConfigError where the batch does not divide.
     """
     if asked is not None:
         if asked % num_ranks:
             raise ConfigError(
-                f"`micro_batches` {asked} was asked on {num_ranks} ranks, which run equally many; "
-                "choose a multiple of the ranks"
+                f"`micro_batches` {asked} was requested on {num_ranks} ranks, which run equally "
+                "many; choose a multiple of the ranks"
             )
         if batch % asked:
             raise ConfigError(
-                f"`micro_batches` {asked} was asked, but a step of {batch} images does not divide "
-                "into so many equal parts; choose a divisor, or another `batch`"
+                f"`micro_batches` {asked} was requested, but a step of {batch} images does not "
+                "divide into so many equal parts; choose a divisor, or another `batch`"
             )
         return asked
     if batch % num_ranks:

@@ -33,7 +33,7 @@ def for_next_phase(
     same = {name: getattr(old, name) for name in _MAY_CHANGE}
     if replace(config, **same) != old:
         raise ConfigError(
-            f"the next phase of {checkpoint.source} was asked as {config}, but only "
+            f"the next phase of {checkpoint.source} was requested as {config}, but only "
             f"{', '.join(_MAY_CHANGE)} can change between phases; it is {old}"
         )
     if old.micro_conditioning and not config.micro_conditioning:

@@ -226,7 +226,7 @@ def _asked(recipe: Recipe, phase: Phase, options: TrainOptions) -> dict[str, Any
 
 
 def _identity(recipe: Recipe, phase: Phase, options: TrainOptions) -> dict[str, Any]:
-    """The settings that loss and samples depend on, beside RunSettings."""
+    """The settings that loss and samples depend on, besides RunSettings."""
     return {
         "phase": phase.name,
         "batch": global_batch(recipe, phase, options),

@@ -55,14 +55,16 @@ def start_ranks(device: str | None = None) -> Iterator[Ranks]:
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"`device` {kind} was asked; choose cpu, or cuda: each rank has a GPU")
+        raise ConfigError(
+            f"`device` {kind} is not supported; choose cpu, or cuda: each rank has a GPU"
+        )
     if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "RANK" not in os.environ:
         raise ConfigError(
             f"Slurm started {os.environ['SLURM_NTASKS']} tasks that do not know each other; start "
             "one torchrun on every node (examples/train.slurm)"
         )
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("`device` cuda was asked and PyTorch finds no GPU; use `device=cpu`")
+        raise ConfigError("`device` cuda was requested and PyTorch finds no GPU; use `device=cpu`")
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if all(name in os.environ for name in VARIABLES):
         rank, num_ranks, local_rank, num_local = (int(os.environ[name]) for name in VARIABLES)

@@ -101,7 +101,7 @@ def reparameterize_file(
 ) -> dict[str, Any]:
     """A DiT's `.pt` to a diffusers transformer folder, or to an original `.pth` by DST's suffix.
 
-    Returns the summary of what was written; its "origin" is kept beside the weights. Refuses to
+    Returns the summary of what was written; its "origin" is kept next to the weights. Refuses to
     overwrite without `force`.
     """
     src, dst = Path(src), Path(dst)

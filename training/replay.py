@@ -34,8 +34,8 @@ def replay(trainer: Trainer, step: int) -> dict[str, Any]:
     elif trainer.checkpoints.steps():
         kept = trainer.checkpoints.steps()[0]
         raise CheckpointError(
-            f"step {step} was asked, but the oldest checkpoint is of step {kept}; replay a later "
-            "one, or run from the beginning in another folder with more of them kept"
+            f"step {step} was requested, but the oldest checkpoint is of step {kept}; replay a "
+            "later one, or run from the beginning in another folder with more of them kept"
         )
     begun = trainer.done
     batches = iter(trainer.feed(begun, step + 1))

@@ -211,13 +211,13 @@ def _checked(
     out, chosen, validation = Path(out), chosen_phases(recipe, phases), options.validation
     if pipeline is not None and chosen[-1].of_classes:
         raise ConfigError(
-            f"`pipeline` was asked, but the last phase is {chosen[-1].name}, of classes; run a "
+            f"`pipeline` was requested, but the last phase is {chosen[-1].name}, of classes; run a "
             "text phase after it, or leave it out"
         )
     if validation is not None and all(phase.of_classes for phase in chosen):
         raise ConfigError(
-            "validation images were asked, but no text phase is run, and a DiT draws none; leave "
-            "out `validation`"
+            "validation images were requested, but no text phase is run, and a DiT draws none; "
+            "leave out `validation`"
         )
     paths = data_paths(recipe, chosen, data)
     model = None if validation is None else validation.model

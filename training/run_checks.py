@@ -23,7 +23,8 @@ def chosen_phases(recipe: Recipe, names: Collection[str]) -> list[Phase]:
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"`phases={name}` was asked, which is not in the recipe; it has {', '.join(known)}"
+                f"`phases={name}` was requested, which is not in the recipe; it has "
+                f"{', '.join(known)}"
             )
     return [phase for phase in recipe.phases if not names or phase.name in names]
 
@@ -74,7 +75,7 @@ def check_places(
         check_folder(out / "pipeline", PIPELINE, force=True)  # of this run, or not ours
         folder = locate_whole("`pipeline`", pipeline, COMPONENTS[1:])
         if not is_pipeline(folder):
-            raise ConfigError(f"`pipeline` {pipeline} was asked, which has no model_index.json")
+            raise ConfigError(f"`pipeline` {pipeline} was requested, which has no model_index.json")
         check_target("`pipeline`", pipeline, folder)
     if encoder is not None:
         locate_whole("`encoder`", encoder, ("vae", "text_encoder", "tokenizer"))

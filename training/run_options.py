@@ -1,4 +1,4 @@
-"""The options of a run beside its recipe, shared by `train` (run.py) and `pixart-rt train`.
+"""The options of a run besides its recipe, shared by `train` (run.py) and `pixart-rt train`.
 
     TrainOptions(overrides=Overrides(batch=64), compute=Compute(compile=True))
 
@@ -61,7 +61,9 @@ class Records:
         _check_counts(self, "log_every", "save_every", "keep", "profile_every")
         unknown = sorted(set(self.log) - set(Place))
         if unknown:
-            raise ConfigError(f"`log={unknown[0]}` was asked; choose from {', '.join(Place)}")
+            raise ConfigError(
+                f"`log={unknown[0]}` is not supported; choose from {', '.join(Place)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,9 @@ class ValidationImages:
         if self.every < 1:
             raise ConfigError(f"`validate_every` must be > 0, got {self.every}")
         if not self.prompts:
-            raise ConfigError("validation images were asked without a prompt; give at least one")
+            raise ConfigError(
+                "validation images were requested without a prompt; give at least one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -98,7 +98,7 @@ class RunSettings:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
         if self.profile_every is not None and self.profile_every % self.log_every:
             raise ConfigError(
-                f"profile_every {self.profile_every} was asked with a log line every "
+                f"profile_every {self.profile_every} is not supported with a log line every "
                 f"{self.log_every} steps; use a multiple, so that a line reports what was profiled"
             )
         if not self.weight_decay >= 0:
@@ -109,13 +109,13 @@ class RunSettings:
             raise ConfigError(f"seed must be >= 0, got {self.seed}")
         if self.reproducible and self.parallel is not Parallel.DDP:
             raise ConfigError(
-                f"reproducible was asked with {self.parallel}, whose sums have an order of "
+                f"reproducible is not supported with {self.parallel}, whose sums have an order of "
                 f"their own; use {Parallel.DDP}"
             )
         if self.reproducible and self.micro_batches & (self.micro_batches - 1):
             raise ConfigError(
-                f"reproducible was asked with {self.micro_batches} micro-batches, which do not "
-                "pair up in a tree; use a power of two"
+                f"reproducible is not supported with {self.micro_batches} micro-batches, which do "
+                "not pair up in a tree; use a power of two"
             )
 
     def rate(self, step: int) -> float:

@@ -135,7 +135,7 @@ class BucketSampler:
     def epoch_of(self, step: int) -> int:
         """The epoch that a step belongs to. Raises ConfigError for a negative step."""
         if step < 0:
-            raise ConfigError(f"step {step} was asked; steps count from 0")
+            raise ConfigError(f"step {step} is not supported; steps count from 0")
         low, high = 0, 1
         while self.steps_before(high) <= step:
             low, high = high, 2 * high
@@ -164,7 +164,7 @@ class BucketSampler:
                 "images; use a number of ranks that divides it, or start a run with another one"
             )
         if not 0 <= rank < num_ranks:
-            raise ConfigError(f"rank {rank} was asked of {num_ranks}; ranks count from 0")
+            raise ConfigError(f"rank {rank} was requested of {num_ranks}; ranks count from 0")
         batch = self.global_batch(step).ids
         share = len(batch) // num_ranks
         return batch[rank * share : (rank + 1) * share]

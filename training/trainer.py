@@ -115,17 +115,17 @@ class Trainer:
     ) -> None:
         if settings.micro_batches % ranks.num_ranks:
             raise ConfigError(
-                f"{settings.micro_batches} micro-batches were asked on {ranks.num_ranks} ranks; "
-                "use a multiple of the ranks"
+                f"{settings.micro_batches} micro-batches were requested on {ranks.num_ranks} "
+                "ranks; use a multiple of the ranks"
             )
         if settings.profile_every is not None and ranks.device.type != "cuda":
             raise ConfigError(
-                f"profile_every was asked on {ranks.device.type}; what communicates is told from "
-                "a GPU's kernels: leave it out"
+                f"profile_every was requested on {ranks.device.type}; what communicates is told "
+                "from a GPU's kernels: leave it out"
             )
         if settings.reproducible and ranks.num_ranks & (ranks.num_ranks - 1):
             raise ConfigError(
-                f"reproducible was asked on {ranks.num_ranks} ranks, which do not pair up in a "
+                f"reproducible was requested on {ranks.num_ranks} ranks, which do not pair up in a "
                 "tree; use a power of two"
             )
         if not any(each.requires_grad for each in objective.parameters()):
@@ -416,7 +416,7 @@ class Trainer:
                 )
         if progress.step > self.settings.steps:
             raise CheckpointError(
-                f"{self.settings.steps} steps were asked, {self.checkpoints.path(chosen)} has "
+                f"{self.settings.steps} steps were requested, {self.checkpoints.path(chosen)} has "
                 f"{progress.step}; ask for more, or start in another folder"
             )
         state = self.state()

@@ -52,7 +52,9 @@ class ValidationSettings:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ConfigError("validation images were asked without a prompt; give at least one")
+            raise ConfigError(
+                "validation images were requested without a prompt; give at least one"
+            )
         if self.batch < 1 or self.seed < 0 or (self.columns is not None and self.columns < 1):
             raise ConfigError(
                 f"validation got batch {self.batch}, seed {self.seed}, columns {self.columns}; "
@@ -60,8 +62,8 @@ class ValidationSettings:
             )
         if self.sampling.approximate is not None:
             raise ConfigError(
-                f"validation was asked with {self.sampling.approximate}; its images are those of "
-                "all steps"
+                f"validation is not supported with {self.sampling.approximate}; its images are "
+                "those of all steps"
             )
 
 
@@ -89,7 +91,7 @@ class Validation:
         bucket: Bucket | None = None,
     ) -> None:
         if uses_learned_variance(settings.sampling.scheduler) and not config.learned_variance:
-            raise ConfigError("iddpm was asked for validation, but the model learns no variance")
+            raise ConfigError("iddpm is not supported for validation: the model learns no variance")
         folder = locate(pipeline, FOLDERS)
         missing = [name for name in FOLDERS[:3] if not (folder / name).is_dir()]
         if missing:

@@ -220,7 +220,7 @@ def image_folder(work: Path, small: bool) -> Job:
 
 
 def images(work: Path, small: bool) -> list[Job]:
-    """Its bundle, beside diffusers."""
+    """Its bundle, compared with diffusers."""
     weights = work / "weights"
     return [
         Job(name="image-build", part="image", needs=("image-folder",), limit=200,

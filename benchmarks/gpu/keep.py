@@ -28,7 +28,7 @@ def main() -> int:
     parent, command = int(sys.argv[1]), sys.argv[2:]
     signal.signal(signal.SIGTERM, _end_group)
     signalled_with_parent(signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before Linux was asked to tell
+    if os.getppid() != parent:  # it ended before Linux was told to watch it
         return 1
     # Should this process be killed itself, the command still ends.
     child = subprocess.Popen(command, preexec_fn=lambda: signalled_with_parent(signal.SIGKILL))

@@ -1,7 +1,7 @@
 """Copies of what was measured so far, in a folder that survives: one JSON and one archive.
 
-The benchmarks write elsewhere. Every few seconds the report is written anew beside the last one and
-takes its place, so that a run that is killed leaves whole files.
+The benchmarks write elsewhere. Every few seconds the report is written next to the last one
+and takes its place, so that a run that is killed leaves whole files.
 """
 
 from __future__ import annotations

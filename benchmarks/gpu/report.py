@@ -1,4 +1,4 @@
-"""From the parts' JSON to one file, the tables, and what was promised beside what was found.
+"""From the parts' JSON to one file, the tables, and what was promised compared with what was found.
 
 No number without its truth: a bar whose row is missing, wrong, or ran without one of our kernels is
 not met, whatever else was timed, and says why.
@@ -137,7 +137,7 @@ def seconds_of(rows: Rows, **wanted: Any) -> float | None:
 
 
 def problem(row: dict[str, Any], what: str, *kernels: str) -> str:
-    """Why a row cannot stand for what was asked; "" if it can. With `kernels`, a refusal of one
+    """Why a row cannot stand for what was requested; "" if it can. With `kernels`, a refusal of one
     whose name begins so is a reason, without, that of any.
     """
     if not row:
@@ -156,8 +156,8 @@ def problem(row: dict[str, Any], what: str, *kernels: str) -> str:
 
 
 def bars(found: dict[str, Any]) -> Rows:
-    """Of what was asked: name, least, what was found, whether it is met (None: no GPU), and why it
-    is not where that is no number's fault.
+    """Of each bar: name, least, what was found, whether it is met (None: no GPU), and why it is not
+    where that is no number's fault.
     """
     rows: Rows = []
 

@@ -108,7 +108,7 @@ def planned(out: Path, asked: dict[str, Any], find_steps: Callable[[dict[str, An
     """The plan in a folder; a new folder's has the settings `asked`, and steps from `find_steps`
     where they are not among them.
 
-    Raises ConfigError where the folder's plan is another than was asked.
+    Raises ConfigError where the folder's plan is another than was requested.
     """
     path = Path(out) / "plan.json"
     if path.exists():
@@ -116,7 +116,7 @@ def planned(out: Path, asked: dict[str, Any], find_steps: Callable[[dict[str, An
         for name, value in asked.items():
             if getattr(plan, name) != value:
                 raise ConfigError(
-                    f"{name} {value} was asked, but the ablation in {out} has "
+                    f"{name} {value} was requested, but the ablation in {out} has "
                     f"{getattr(plan, name)}; resume without that setting, or choose another folder"
                 )
         return plan

@@ -5,7 +5,7 @@
 
 Tokenizer, text encoder and VAE are those under --root, by default the shipped ones: the run was
 trained with these. `PixArtAlphaPipeline.from_pretrained(out)` loads the 1024-MS model; the
-256-pixel transformer lies beside it in `transformer_256`.
+256-pixel transformer lies next to it in `transformer_256`.
 """
 
 import argparse

@@ -43,8 +43,8 @@ def check_plugin_targets(targets: Iterable[str]) -> None:
     old = [target for target in targets if int(target.removeprefix("sm")) < LEAST_TARGET]
     if old:
         raise ConfigError(
-            f"--plugins was asked for {', '.join(old)}, but its kernels need sm{LEAST_TARGET} or "
-            "later; leave out --plugins or that target"
+            f"--plugins was requested for {', '.join(old)}, but its kernels need sm{LEAST_TARGET} "
+            "or later; leave out --plugins or that target"
         )
 
 

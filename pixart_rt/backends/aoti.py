@@ -99,7 +99,7 @@ def _check_device(path: Path, built_for: dict[str, str], device: torch.device) -
     kind = built_for.get("AOTI_DEVICE_KEY", device.type)
     if kind != device.type:
         raise BackendError(
-            f"{path} was compiled for {kind}, {device} was asked; build the bundle again here "
+            f"{path} was compiled for {kind}, {device} was requested; build the bundle again here "
             f"or use a {kind} device"
         )
     if device.type == "cpu":

@@ -72,4 +72,4 @@ def check_architecture(device: torch.device) -> None:
     found = lacking(device)
     if found is not None:
         reason, fix = found
-        raise BackendError(f"the device {device} was asked, but {reason}; {fix}")
+        raise BackendError(f"the device {device} was requested, but {reason}; {fix}")

@@ -136,8 +136,8 @@ def check_device(device: torch.device) -> None:
     """A BackendError when a CUDA device is asked that PyTorch does not have, or no kernels for."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendError(
-            f"the device {device} was asked, but PyTorch {torch.__version__} finds no NVIDIA GPU; "
-            "use the device cpu, or see `pixart-rt doctor`"
+            f"the device {device} was requested, but PyTorch {torch.__version__} finds no NVIDIA "
+            "GPU; use the device cpu, or see `pixart-rt doctor`"
         )
     check_architecture(device)
 

@@ -38,7 +38,7 @@ class Loader:
         kinds = {entry.backend for entry in manifest.components.values()}
         if self._cuda_graphs and "tensorrt-rtx" not in kinds:
             raise BackendError(
-                f"CUDA graphs of TensorRT-RTX were asked, but {bundle} runs on "
+                f"CUDA graphs of TensorRT-RTX were requested, but {bundle} runs on "
                 f"{', '.join(sorted(kinds))}; leave them out, or build with --backend tensorrt-rtx"
             )
         kind = manifest.components[name].backend
@@ -66,8 +66,8 @@ class Loader:
     ) -> Component:
         if kind != "torch":
             raise BackendError(
-                f"offloading the text encoder was asked, but {bundle} has it in {kind}; only plain "
-                "PyTorch can be moved: build with --text-encoder torch"
+                f"offloading the text encoder was requested, but {bundle} has it in {kind}; only "
+                "plain PyTorch can be moved: build with --text-encoder torch"
             )
         from pixart_rt.backends.pytorch.eager import EagerBackend
 

@@ -134,7 +134,7 @@ class OnnxRuntimeBackend:
         wanted = [TENSORRT, CUDA] if self._tensorrt else [CUDA]
         if missing := [provider for provider in wanted if provider not in installed]:
             raise BackendError(
-                f"{device} was asked, but this onnxruntime has no {missing[0]} (only "
+                f"{device} was requested, but this onnxruntime has no {missing[0]} (only "
                 f"{', '.join(installed)}); pip install onnxruntime-gpu in place of onnxruntime"
             )
         options = {

@@ -96,7 +96,7 @@ def conv(name: str, rows: int, inner: int, out: int, pixels: int, kernel: int = 
 
 
 def text_encoder(config: T5Config, load: Load, max_tokens: int, work: Work) -> list[Product]:
-    """T5: the prompts, and in the plain way the empty prompt beside each, padded to the limit."""
+    """T5: the prompts, and in the plain way the empty prompt next to each, padded to the limit."""
     plain = work is Work.PLAIN
     rows, T = (load.rows, max_tokens) if plain else (load.batch, load.prompt_tokens)
     E, inner, L = config.d_model, config.num_heads * config.d_kv, config.num_layers

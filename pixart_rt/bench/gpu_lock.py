@@ -24,7 +24,7 @@ LOCK = "PIXART_RT_BENCH_LOCK"
 
 
 class _Turn:
-    """This process's hold on the lock: how often it was asked for and not yet given back."""
+    """This process's hold on the lock: how often it was taken and not yet given back."""
 
     def __init__(self) -> None:
         self.depth = 0

@@ -80,7 +80,7 @@ class BenchRequest:
         most = int(manifest.engine_config["max_batch"])
         if max(self.batches) > most:
             raise ConfigError(
-                f"batch {max(self.batches)} was asked, but {self.bundle} was built for at most "
+                f"batch {max(self.batches)} was requested, but {self.bundle} was built for at most "
                 f"{most}; build it with --max-batch {max(self.batches)}"
             )
         if "text_encoder" not in manifest.components:

@@ -53,7 +53,9 @@ class Flags:
         asked = getattr(self, name)
         if asked is not None and found is not None and asked != found:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {asked} was asked, but {source} says {found}; leave it out")
+            raise ConfigError(
+                f"{flag} {asked} was requested, but {source} says {found}; leave it out"
+            )
         return found if asked is None else asked
 
 
@@ -147,7 +149,7 @@ def config_from_tensors(
 ) -> ModelConfig:
     """The configuration of an original state dict, from the shapes of its tensors.
 
-    `stored` is what `write_pth` kept beside the weights; empty for a file of the original code.
+    `stored` is what `write_pth` kept next to the weights; empty for a file of the original code.
     """
     try:
         width, in_channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape

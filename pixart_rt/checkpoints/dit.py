@@ -59,7 +59,7 @@ def read_dit(path: Path, *, heads: int | None = None, which: str | None = None) 
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is no file; give a DiT's .pt")
     if which is not None and which not in WEIGHTS:
-        raise ConfigError(f"--which {which} was asked; choose from {', '.join(WEIGHTS)}")
+        raise ConfigError(f"--which {which} is not supported; choose from {', '.join(WEIGHTS)}")
     with torch.serialization.safe_globals([argparse.Namespace]):  # train.py keeps its arguments
         loaded: dict[str, Any] = read_pickle(path)
     tensors = _weights(loaded, which, path)
@@ -103,7 +103,7 @@ def _weights(loaded: Mapping[str, Any], which: str | None, path: Path) -> dict[s
     present = [name for name in WEIGHTS if isinstance(loaded.get(name), dict)]
     if which is not None and which not in present:
         found = ", ".join(present) or "plain tensors"
-        raise ConfigError(f"--which {which} was asked, but {path} has {found}")
+        raise ConfigError(f"--which {which} was requested, but {path} has {found}")
     chosen = loaded[which or present[0]] if present else loaded
     strange = [name for name, value in chosen.items() if not isinstance(value, Tensor)]
     if strange or not chosen:

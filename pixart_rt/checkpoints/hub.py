@@ -49,7 +49,7 @@ def locate_whole(option: str, model: str, folders: Sequence[str]) -> Path:
     missing = [name for name in folders if not (path / name).is_dir()]
     if missing:
         raise CheckpointError(
-            f"{option} {model} was asked, but it has no {', '.join(missing)}; give a whole "
+            f"{option} {model} was requested, but it has no {', '.join(missing)}; give a whole "
             "pipeline folder, as diffusers writes it, or tiny"
         )
     return path

@@ -30,7 +30,7 @@ _OURS = "pixart_rt"  # how the keys of our own entries begin
 STATE_KEYS = ("state_dict", "state_dict_ema")  # the first is what the original code samples with
 _NESTED = ("model", "module", "model_state_dict", "ema", "ema_state_dict", "params", "params_ema")
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_OTHER_PARTS = (  # of a whole checkpoint, beside the transformer
+_OTHER_PARTS = (  # of a whole checkpoint, next to the transformer
     "vae.", "first_stage_model.", "text_encoder.", "text_encoders.", "cond_stage_model.",
     "conditioner.",
 )  # fmt: skip
@@ -72,7 +72,7 @@ def state_dict(
     present = [name for name in STATE_KEYS if isinstance(loaded.get(name), dict)]
     if which is not None and which not in present:
         raise ConfigError(
-            f"--which {which} was asked, but {path} has {', '.join(present) or 'plain tensors'}"
+            f"--which {which} was requested, but {path} has {', '.join(present) or 'plain tensors'}"
         )
     nested = [name for name in _NESTED if isinstance(loaded.get(name), dict)]
     if present:

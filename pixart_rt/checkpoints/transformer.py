@@ -55,7 +55,7 @@ from pixart_rt.model.transformer import PixArtTransformer
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Y_EMBEDDING_FILE = "y_embedding.safetensors"
 ORIGIN_FILE = "origin.json"
-_STORED = "pixart_rt"  # our settings in a .pth, beside its state_dict
+_STORED = "pixart_rt"  # our settings in a .pth, next to its state_dict
 _ORIGIN = "pixart_rt_origin"
 _PTH_ANCHOR, _DIFFUSERS_ANCHOR = "x_embedder.proj.weight", "pos_embed.proj.weight"  # always there
 _PTH_NULL, _DIFFUSERS_NULL = "y_embedder.y_embedding", "caption_projection.y_embedding"
@@ -102,7 +102,7 @@ def read_transformer(
         cfg_null=None if cfg_null is None else CfgNull(cfg_null),
     )
     if which is not None and which not in STATE_KEYS:
-        raise ConfigError(f"--which {which} was asked; choose from {', '.join(STATE_KEYS)}")
+        raise ConfigError(f"--which {which} is not supported; choose from {', '.join(STATE_KEYS)}")
     if path.is_dir():
         if which is not None:
             raise ConfigError(f"--which {which} chooses inside a .pth, but {path} is a folder")
@@ -182,7 +182,7 @@ def write_pth(
     }
     if checkpoint.origin is not None:
         saved[_ORIGIN] = checkpoint.origin
-        kept.append("how the weights were made, beside the state_dict")
+        kept.append("how the weights were made, next to the state_dict")
     with replacing(path) as temporary:
         write_file(path.suffix, saved, temporary)
     return _summary(checkpoint, path, len(tensors), kept, dropped)
@@ -207,7 +207,7 @@ def convert(
     to_file = is_model_file(dst)
     if (src.suffix == dst.suffix) if not src.is_dir() else not to_file:
         wanted = "a .pth file or a .safetensors" if src.is_dir() else "a folder"
-        raise ConfigError(f"{src} converts to {wanted}, but {dst} was asked")
+        raise ConfigError(f"{src} converts to {wanted}, but {dst} was requested")
     check_model(dst, TRANSFORMER, force=force)
     checkpoint = read_transformer(
         src,
@@ -262,7 +262,7 @@ def _read_file(path: Path, flags: Flags, which: str | None) -> TransformerCheckp
 
 
 def _stored_settings(loaded: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What `write_pth` kept beside the weights; nothing in a file of the original code."""
+    """What `write_pth` kept next to the weights; nothing in a file of the original code."""
     if _STORED not in loaded:
         return {}
     try:
@@ -311,7 +311,7 @@ def _summary(
 ) -> dict[str, Any]:
     """What was written, for people and for machines."""
     if checkpoint.config.num_heads != DEFAULT_HEADS and target.suffix == ".pth":
-        kept = [*kept, f"num_heads {checkpoint.config.num_heads}, beside the state_dict"]
+        kept = [*kept, f"num_heads {checkpoint.config.num_heads}, next to the state_dict"]
     return {
         "source": checkpoint.source,
         "target": str(target),

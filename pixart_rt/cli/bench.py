@@ -1,4 +1,4 @@
-"""`pixart-rt bench`: a bundle's speed, beside diffusers' and the machine's limits."""
+"""`pixart-rt bench`: a bundle's speed, compared with diffusers' and the machine's limits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bench(
     ] = None,
     peer: Annotated[
         list[str] | None,
-        typer.Option(help=f"Measure beside it: {', '.join(PEERS)}; repeat it for both."),
+        typer.Option(help=f"Compare with: {', '.join(PEERS)}; repeat it for both."),
     ] = None,
     peer_model: Annotated[
         Path | None,
@@ -61,7 +61,7 @@ def bench(
     seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads of all systems.")] = None,
     cold: Annotated[bool, typer.Option(help="Also start each system in a fresh process.")] = True,
-    plots: Annotated[bool, typer.Option(help="Draw PNGs beside the JSON file.")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw PNGs next to the JSON file.")] = True,
     out: Annotated[
         Path | None, typer.Option("--json", help="Write everything measured; - is stdout.")
     ] = None,
@@ -112,7 +112,9 @@ def _batches(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise ConfigError(f"--batch {text!r} was asked; it is a comma list such as 1,2,4") from None
+        raise ConfigError(
+            f"--batch {text!r} is not supported; it is a comma list such as 1,2,4"
+        ) from None
 
 
 def _build(
@@ -142,12 +144,12 @@ def _refuse_build_options(
     for option, value in given.items():
         if value is not None:
             raise ConfigError(
-                f"{option} {value} was asked together with the bundle {bundle}, which is built "
+                f"{option} {value} was requested together with the bundle {bundle}, which is built "
                 "already; leave one of them out"
             )
     found = int(Manifest.read(bundle).engine_config["resolution"])
     if res not in (None, found):
-        raise ConfigError(f"--res {res} was asked, but {bundle} is a bundle for {found} px")
+        raise ConfigError(f"--res {res} was requested, but {bundle} is a bundle for {found} px")
 
 
 def _write(result: dict[str, Any], out: Path | None, draws: bool) -> None:

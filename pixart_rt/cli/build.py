@@ -131,7 +131,7 @@ def build(
       pixart-rt build --model PixArt-XL-2-1024-MS.pth --sample-size 128
     """
     if res not in RESOLUTIONS:
-        raise ConfigError(f"--res {res} was asked; choose one of {_list(RESOLUTIONS)}")
+        raise ConfigError(f"--res {res} is not supported; choose one of {_list(RESOLUTIONS)}")
     model = model or PUBLISHED[res]
     out = out or Path("engines") / f"{_label(model)}-{res}"
     if not (out / MANIFEST).is_file():  # else it may be this very build, and need no writing
@@ -148,7 +148,8 @@ def build(
     memory = None
     if vram is not None and controlnet is not None:
         raise ConfigError(
-            "--vram was asked with --controlnet, whose memory is not predicted; leave one out"
+            "--vram is not supported with --controlnet, whose memory is not predicted; leave one "
+            "out"
         )
     if vram is not None:
         config, memory = _fit(model, config, vram)
@@ -245,7 +246,8 @@ def _components(asked: str | None, model: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in _NAMES]
     if unknown or not names:
         raise ConfigError(
-            f"--components {asked!r} was asked; it is a comma list of {_list(sorted(_NAMES))}"
+            f"--components {asked!r} is not supported; it is a comma list of "
+            f"{_list(sorted(_NAMES))}"
         )
     chosen = {_NAMES[name] for name in names}
     return tuple(name for name in COMPONENTS if name in chosen)

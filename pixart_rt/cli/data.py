@@ -54,7 +54,7 @@ def extract(
     ] = "text",
     classes: Annotated[
         bool,
-        typer.Option("--classes", help="Subfolders are classes, even beside a metadata.jsonl."),
+        typer.Option("--classes", help="Subfolders are classes, even next to a metadata.jsonl."),
     ] = False,
     plan_only: Annotated[
         bool, typer.Option("--plan-only", help="Print the plan and stop; nothing is written.")
@@ -97,7 +97,9 @@ def extract(
     """
     resolution = _resolution(res)
     if max_text_tokens is not None and max_text_tokens < 1:
-        raise ConfigError(f"--max-text-tokens {max_text_tokens} was asked; it must be positive")
+        raise ConfigError(
+            f"--max-text-tokens {max_text_tokens} is not supported; it must be positive"
+        )
     check_source(images, "images and a metadata.jsonl, or a subfolder for each class")
     check_into(out)
     from pixart_rt.data.class_folder import open_images
@@ -175,7 +177,7 @@ def edges(
     from pixart_rt.data.edges import EdgeKind, edge_finder  # numpy, Pillow: part of a second
 
     if kind not in list(EdgeKind):
-        raise ConfigError(f"--kind {kind} was asked; choose one of {', '.join(EdgeKind)}")
+        raise ConfigError(f"--kind {kind} is not supported; choose one of {', '.join(EdgeKind)}")
     from pixart_rt.data.control import draw_edges
     from pixart_rt.data.crop import bucket_table
     from pixart_rt.data.folder import ImageFolder
@@ -271,7 +273,7 @@ def plan(
 def _resolution(asked: str) -> int:
     names = {str(resolution): resolution for resolution in RESOLUTIONS} | MULTI
     if asked not in names:
-        raise ConfigError(f"--res {asked} was asked; choose one of {', '.join(names)}")
+        raise ConfigError(f"--res {asked} is not supported; choose one of {', '.join(names)}")
     return names[asked]
 
 

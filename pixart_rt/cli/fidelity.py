@@ -75,7 +75,7 @@ def fidelity(
     students = [_student(text) for text in student or []]
     texts = None if prompts is None else read_prompts(prompts)
     if not names and not students:
-        raise ConfigError("no setting was asked to compare; give one, such as --step-cache 0.1")
+        raise ConfigError("no setting was requested to compare; give one, such as --step-cache 0.1")
     if json_out is not None:
         check_file(json_out, force=force)
     manifest = Manifest.read(bundle)
@@ -114,7 +114,7 @@ def _settings(
     fewer_steps: list[int] | None,
     steps: int,
 ) -> list[tuple[str, dict[str, Any]]]:
-    """What was asked, checked before anything is loaded."""
+    """What was requested, checked before anything is loaded."""
     SamplingConfig(num_inference_steps=steps)
     found: list[tuple[str, dict[str, Any]]] = []
     caches = [StepCache(each) for each in step_cache or []]
@@ -137,7 +137,8 @@ def _student(text: str) -> tuple[Path, Scheduler, int]:
         sampler, count = Scheduler(name), int(steps)
     except ValueError as error:
         raise ConfigError(
-            f"--student {text!r} was asked; write DIR:SAMPLER:STEPS, such as engines/dmd-512:dmd:1"
+            f"--student {text!r} is not supported; write DIR:SAMPLER:STEPS, such as "
+            "engines/dmd-512:dmd:1"
         ) from error
     SamplingConfig(num_inference_steps=count, scheduler=sampler)
     return Path(folder), sampler, count

@@ -79,7 +79,7 @@ def lcm(
 def _adapter(
     rank: int | None, alpha: float | None, targets: LoraTargets | None, *, wanted: bool
 ) -> LoraSettings | None:
-    """The settings of an adapter that was asked for; ConfigError for some without it."""
+    """The settings of a requested adapter; ConfigError for some without it."""
     if not wanted:
         if any(value is not None for value in (rank, alpha, targets)):
             raise ConfigError(

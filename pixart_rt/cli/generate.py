@@ -207,7 +207,7 @@ def _requests(
     lines = [] if file is None else list(prompt_lines(file))
     count = num * max(1, len(lines))
     if count > MOST_IMAGES:
-        raise ConfigError(f"{count} images were asked (--num {num}); the most is {MOST_IMAGES}")
+        raise ConfigError(f"{count} images were requested (--num {num}); the most is {MOST_IMAGES}")
     if file is None:
         with options_named(OPTIONS):
             first = Request(prompt=prompt, seed=seed, **settings)
@@ -264,9 +264,11 @@ def _open_picture(path: Path) -> Image:
 
 
 def _output_paths(output: Path, num: int, grid: bool) -> list[Path]:
-    """FILE itself for one image or a sheet, else name-0.png to name-(n-1).png beside it."""
+    """FILE itself for one image or a sheet, else name-0.png to name-(n-1).png next to it."""
     if output.suffix.lower() != ".png":
-        raise ConfigError(f"--output {output} was asked; images are PNG, so name it {output}.png")
+        raise ConfigError(
+            f"--output {output} was requested; images are PNG, so name it {output}.png"
+        )
     if num == 1 or grid:
         return [output]
     return [output.with_name(f"{output.stem}-{index}{output.suffix}") for index in range(num)]

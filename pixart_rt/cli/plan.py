@@ -60,9 +60,9 @@ def plan(
     """
     if res is not None and res not in RESOLUTIONS:
         known = ", ".join(str(each) for each in RESOLUTIONS)
-        raise ConfigError(f"--res {res} was asked; choose one of {known}")
+        raise ConfigError(f"--res {res} is not supported; choose one of {known}")
     if not 1 <= batch <= LARGEST_BATCH:
-        raise ConfigError(f"--batch {batch} was asked; it is from 1 to {LARGEST_BATCH}")
+        raise ConfigError(f"--batch {batch} is not supported; it is from 1 to {LARGEST_BATCH}")
     from pixart_rt.memory.models import find_model
     from pixart_rt.memory.tiers import choose, parse_bytes, tiers
 
@@ -101,12 +101,12 @@ def _config(model: Model, batch: int, precision: Precision | None) -> EngineConf
         )
     if precision is not None:
         raise ConfigError(
-            f"--precision {precision} was asked of the bundle {model.name}, which is built in "
+            f"--precision {precision} was requested of the bundle {model.name}, which is built in "
             f"{model.built.precision}; leave it out"
         )
     if batch > model.built.max_batch:
         raise ConfigError(
-            f"--batch {batch} was asked of the bundle {model.name}, which runs at most "
+            f"--batch {batch} was requested of the bundle {model.name}, which runs at most "
             f"{model.built.max_batch} at once; ask for fewer, or build with --max-batch {batch}"
         )
     return replace(model.built, max_batch=batch)

@@ -22,8 +22,8 @@ def check_previews(folder: Path, bundle: Path, *, force: bool) -> None:
     check_into(folder)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise ConfigError(
-            f"--preview {folder} was asked, which is not empty; choose another folder, or replace "
-            "its files with --force"
+            f"--preview {folder} was requested, which is not empty; choose another folder, or "
+            "replace its files with --force"
         )
     from pixart_rt.inference.preview import ColourPreview
 

@@ -138,6 +138,7 @@ def validation_images(
         return None
     if model is None or every is None or prompts is None:
         raise ConfigError(
-            f"validation images were asked without {' and '.join(missing)}; give {', '.join(named)}"
+            f"validation images were requested without {' and '.join(missing)}; give "
+            f"{', '.join(named)}"
         )
     return ValidationImages(model=model, every=every, prompts=tuple(read_prompts(prompts)))

@@ -51,12 +51,14 @@ def tune(
     """
     if bundle is not None:
         if out is not None:
-            raise ConfigError("--out was asked with --bundle, whose result goes into the bundle")
+            raise ConfigError(
+                "--out is not supported with --bundle, whose result goes into the bundle"
+            )
         check_file(bundle / MANIFEST, force=True)
         _tune_bundle(bundle)
         return
     if precision is Precision.FP32:
-        raise ConfigError("--precision fp32 was asked; tuning is for fp16 and bf16")
+        raise ConfigError("--precision fp32 was requested; tuning is for fp16 and bf16")
     import torch
 
     from pixart_rt.kernels.catalog import FP8, MODEL, self_test
@@ -66,7 +68,8 @@ def tune(
 
     if not torch.cuda.is_available():
         raise BackendError(
-            "tuning was asked, but this machine has no CUDA GPU; run it on the one that will serve"
+            "tuning was requested, but this machine has no CUDA GPU; run it on the one that will "
+            "serve"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if precision is Precision.FP16 else torch.bfloat16

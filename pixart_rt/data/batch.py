@@ -53,7 +53,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Called by a DataLoader that was asked to pin its batches."""
+        """Called by a DataLoader that pins its batches."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def rows(self, start: int, stop: int) -> Batch:

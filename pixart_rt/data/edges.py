@@ -3,7 +3,7 @@
 Canny (PAMI 8(6), 1986) on luma Y, 0..255:
 
     S = Gaussian(sigma) * Y,   g = (Sobel_x * S, Sobel_y * S) / 8,   m = |g|   grey levels a pixel
-    thin     m is a maximum along ±g, interpolated between the pixels beside it
+    thin     m is a maximum along ±g, interpolated between the pixels next to it
     kept     thin with m >= high, and thin with m >= low that touch one that is kept (of 8)
 
 HED (arXiv:1504.06375) is what the paper's ControlNet was trained on; its values are 0..255.
@@ -80,7 +80,7 @@ class Hed:
             from controlnet_aux import HEDdetector
         except ImportError as error:
             raise ConfigError(
-                f"HED edges were asked, but controlnet-aux cannot be imported ({error}); "
+                f"HED edges were requested, but controlnet-aux cannot be imported ({error}); "
                 "pip install controlnet-aux, or use canny"
             ) from error
         self._weights, self._detector = weights, HEDdetector.from_pretrained(weights)

@@ -68,8 +68,8 @@ class ExtractConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.shard_images > LARGEST_SHARD:
             raise ConfigError(
-                f"shards of {self.shard_images} images were asked; a shard is made in memory, so "
-                f"use at most {LARGEST_SHARD}"
+                f"shards of {self.shard_images} images were requested; a shard is made in memory, "
+                f"so use at most {LARGEST_SHARD}"
             )
 
     @property

@@ -76,7 +76,9 @@ class Stage:
                 f"{self.epochs} and {self.bytes_per_image}"
             )
         if self.resolution not in RESOLUTIONS:
-            raise ConfigError(f"resolution {self.resolution} was asked; choose of {RESOLUTIONS}")
+            raise ConfigError(
+                f"resolution {self.resolution} is not supported; choose from {RESOLUTIONS}"
+            )
 
     @property
     def samples(self) -> float:
@@ -108,7 +110,9 @@ def decide(stage: Stage, rates: Rates) -> Decision:
     encode, read = rates.encode_seconds, 1 / rates.read
     write = stage.bytes_per_image / rates.write_bytes
     train = 0.0 if rates.train is None else 1 / rates.train
-    stalled = max(0.0, read - encode - train)  # reading runs beside encoding and training
+    stalled = max(
+        0.0, read - encode - train
+    )  # reading runs at the same time as encoding and training
     per_store, per_online = max(encode, read) + write, encode + stalled
     store_hours = stage.images * per_store / HOUR
     online_hours = stage.samples * per_online / HOUR

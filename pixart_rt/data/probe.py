@@ -78,7 +78,7 @@ def make_plan(extraction: Extraction, num_probed: int = 32) -> ExtractionPlan:
     Writes nothing into the store. Raises DataError if none of them can be read.
     """
     if num_probed < 1:
-        raise ConfigError(f"a probe of {num_probed} images was asked; it needs at least one")
+        raise ConfigError(f"a probe of {num_probed} images was requested; it needs at least one")
     extraction.check_target()
     total = extraction.manifest.num_images
     sources = np.unique(np.linspace(0, total - 1, min(num_probed, total)).astype(int)).tolist()

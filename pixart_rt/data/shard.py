@@ -2,7 +2,7 @@
 
 Features are stored plain and uncompressed, so a sample's latents and text are each one run of bytes
 in the file. Their offsets are found while the shard is written and kept in the file's own metadata
-(`pixart_rt.rows`), beside the images that were skipped (`pixart_rt.skipped`): a shard is whole by
+(`pixart_rt.rows`), with the images that were skipped (`pixart_rt.skipped`): a shard is whole by
 itself, any Parquet reader can read it, and the trainer reads one sample without decoding others.
 """
 

@@ -216,14 +216,14 @@ class FeatureStore:
 
     def _row(self, sample: int) -> np.void:
         if not 0 <= sample < len(self):
-            raise ConfigError(f"sample {sample} was asked; {self.path} has {len(self)} samples")
+            raise ConfigError(f"sample {sample} was requested; {self.path} has {len(self)} samples")
         row: np.void = self._rows[sample]
         return row
 
     def _rows_of(self, ids: Sequence[int]) -> npt.NDArray[np.void]:
         """The index rows of a batch: [B] of ROW."""
         if not len(ids):
-            raise ConfigError("a batch of no samples was asked")
+            raise ConfigError("a batch of no samples was requested")
         rows = np.array([self._row(int(sample)) for sample in ids], ROW)
         if len(np.unique(rows["bucket"])) != 1:
             raise ConfigError(

@@ -64,7 +64,8 @@ def call_requests(
     count = len(prompts) * per_prompt
     if count > MOST_IMAGES:
         raise ConfigError(
-            f"{count} images were asked of one call, the most is {MOST_IMAGES}; make several calls"
+            f"{count} images were requested of one call, the most is {MOST_IMAGES}; make several "
+            "calls"
         )
     negatives = _negatives(negative_prompt, len(prompts))
     rows = _embed_rows(embeds, len(prompts))

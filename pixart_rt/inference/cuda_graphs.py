@@ -199,7 +199,7 @@ def _warn(error: BaseException) -> None:
         error = error.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     warnings.warn(
-        "a CUDA graph could not be captured when its shape was asked for a second time "
+        "a CUDA graph could not be captured when its shape was requested for a second time "
         f"({type(error).__name__}: {lines[0] if lines else 'no reason given'}); requests of this "
         "shape run without one from now on. Load with auto_capture=False to try none",
         RuntimeWarning,

@@ -112,7 +112,7 @@ class Denoiser:
         """Raises ConfigError where the transformer cannot do what `sampling` asks."""
         if isinstance(sampling.approximate, FirstBlockCache) and self._cacheable() is None:
             raise ConfigError(
-                f"{sampling.approximate} was asked, but this transformer cannot stop after its "
+                f"{sampling.approximate} was requested, but this transformer cannot stop after its "
                 "first block; use a step cache, or a bundle built with --backend torch"
             )
 

@@ -1,4 +1,4 @@
-"""Finished images: the size and form that was asked, PNG files with metadata, captioned sheets.
+"""Finished images: the size and form that was requested, PNG files with metadata, captioned sheets.
 
 A file is written aside and renamed, so it is whole or absent, and no file is replaced unasked.
 """

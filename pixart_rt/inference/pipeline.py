@@ -209,9 +209,9 @@ class PixArtPipeline:
         if asked.type == self.device.type and len(indices) < 2:
             return self
         raise ConfigError(
-            f"to({str(asked)!r}) was asked of a pipeline on {self.device}, whose engines run where "
-            f"they were loaded; load it there: PixArtPipeline.from_bundle({str(self.folder)!r}, "
-            f"device={str(asked)!r})"
+            f"to({str(asked)!r}) was requested of a pipeline on {self.device}, whose engines run "
+            "where they were loaded; load it there: "
+            f"PixArtPipeline.from_bundle({str(self.folder)!r}, device={str(asked)!r})"
         )
 
     def interrupt(self) -> None:

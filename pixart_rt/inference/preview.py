@@ -47,8 +47,8 @@ class ColourPreview:
         path = Path(bundle) / PREVIEW
         if not path.is_file():
             raise BundleError(
-                f"previews were asked, but {bundle} has no {PREVIEW}; build it again with its VAE, "
-                "or use pipe.load_preview_decoder with an AutoencoderTiny folder"
+                f"previews were requested, but {bundle} has no {PREVIEW}; build it again with its "
+                "VAE, or use pipe.load_preview_decoder with an AutoencoderTiny folder"
             )
         try:
             tensors = load_file(path)

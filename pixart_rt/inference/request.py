@@ -143,15 +143,15 @@ class Request:
         )
         if scheduler in DISTILLED and settings.guided:
             raise ConfigError(
-                f"guidance_scale {guidance_scale} was asked with {scheduler}, whose guidance is "
-                "distilled into the model; leave it out or use 1"
+                f"guidance_scale {guidance_scale} is not supported with {scheduler}, whose "
+                "guidance is distilled into the model; leave it out or use 1"
             )
         if scheduler is Scheduler.IDDPM and not manifest.config.learned_variance:
             raise ConfigError("iddpm needs a model with learned variance; use ddim")
         if not trained and not self.force_scheduler:
             raise ConfigError(
-                f"scheduler {scheduler} was asked of {manifest.model['name']}, whose weights were "
-                f"trained for {own}: its images would be ruined; leave it out, or insist with "
+                f"scheduler {scheduler} was requested of {manifest.model['name']}, whose weights "
+                f"were trained for {own}: its images would be ruined; leave it out, or insist with "
                 "force_scheduler"
             )
         return settings

@@ -53,8 +53,8 @@ def scheduler_of(name: Scheduler, settings: SchedulerSettings) -> Any:
         return diffusers.DPMSolverMultistepScheduler.from_config(settings.for_diffusers)
     if settings.is_flow:
         raise ConfigError(
-            f"{name} was asked, but {settings.source} is of a flow-matching model, which it cannot "
-            f"run; use {Scheduler.DPM_SOLVER}"
+            f"{name} was requested, but {settings.source} is of a flow-matching model, which it "
+            f"cannot run; use {Scheduler.DPM_SOLVER}"
         )
     if name is Scheduler.LCM and settings.class_name == LCM_CLASS:
         return diffusers.LCMScheduler.from_config(dict(settings.stored))
@@ -75,7 +75,7 @@ def _sa_solver(kind: Callable[..., Any], settings: SchedulerSettings) -> Any:
     schedule = settings.training
     if schedule.pop("rescale_betas_zero_snr"):
         raise ConfigError(
-            f"sa-solver was asked, but {settings.source} has rescale_betas_zero_snr, which it "
+            f"sa-solver was requested, but {settings.source} has rescale_betas_zero_snr, which it "
             "cannot run; use dpm-solver++ or ddim"
         )
     return kind(
@@ -127,8 +127,9 @@ def _one_step(settings: SchedulerSettings) -> OneStep:
     other = {key: settings[key] for key in expected if settings[key] != expected[key]}
     if other or settings["num_train_timesteps"] <= DMD_TIMESTEP:
         raise ConfigError(
-            f"dmd was asked, which is for students that predict noise at timestep {DMD_TIMESTEP}, "
-            f"but {settings.source} is of another model {other or ''}; use dpm-solver++"
+            "dmd was requested, which is for students that predict noise at timestep "
+            f"{DMD_TIMESTEP}, but {settings.source} is of another model {other or ''}; use "
+            "dpm-solver++"
         )
     return OneStep(alphas_cumprod(settings))
 

@@ -21,8 +21,8 @@ class Tiling:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= self.tile // 2 or self.tile < 2:
             raise ConfigError(
-                f"tiles of {self.tile} latent pixels that overlap by {self.overlap} were asked; "
-                "an overlap is at most half a tile, and a tile at least 2"
+                f"tiles of {self.tile} latent pixels that overlap by {self.overlap} were "
+                "requested; an overlap is at most half a tile, and a tile at least 2"
             )
 
 
@@ -46,8 +46,8 @@ def tile_size(
     if not tiles:
         accepted = " or ".join(f"{r[0]}x{c[0]} to {r[2]}x{c[2]}" for r, c in boxes)
         raise ConfigError(
-            f"tiles of {height}x{width} latents were asked, the VAE engine accepts {accepted}; ask "
-            "for a size of its buckets, or build with another --backend"
+            f"tiles of {height}x{width} latents were requested, the VAE engine accepts {accepted}; "
+            "ask for a size of its buckets, or build with another --backend"
         )
     return min(tiles, key=lambda tile: tile[0] * tile[1])
 

@@ -80,8 +80,8 @@ def find_model(name: str, resolution: int | None) -> Model:
         )
     if resolution not in (None, found.config.resolution):
         raise ConfigError(
-            f"--res {resolution} was asked, but {name} is a {found.config.resolution} px model; "
-            f"use --res {found.config.resolution}"
+            f"--res {resolution} was requested, but {name} is a {found.config.resolution} px "
+            f"model; use --res {found.config.resolution}"
         )
     return found
 

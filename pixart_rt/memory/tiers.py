@@ -111,9 +111,9 @@ def choose(found: list[Tier], limit: int) -> Tier:
     least = min(found, key=lambda tier: tier.forecast.peak)
     need = -(-(least.forecast.peak + RESERVE) * 10 // GIB) / 10  # upwards, to a tenth
     raise CapacityError(
-        f"--vram {limit / GIB:g}G was asked, and nothing fits: the smallest is {least.name} with a "
-        f"predicted peak of {least.forecast.peak / GIB:.2f} GiB and {RESERVE / GIB:.2f} GiB for "
-        f"CUDA itself; give --vram {need:g}G, or ask for a smaller --batch or resolution"
+        f"--vram {limit / GIB:g}G was requested, and nothing fits: the smallest is {least.name} "
+        f"with a predicted peak of {least.forecast.peak / GIB:.2f} GiB and {RESERVE / GIB:.2f} GiB "
+        f"for CUDA itself; give --vram {need:g}G, or ask for a smaller --batch or resolution"
     )
 
 
@@ -126,8 +126,8 @@ def fit_engine(model: str, config: EngineConfig, limit: int) -> Tier:
     for backend in (config.backend, config.text_encoder_backend or config.backend):
         if backend not in PYTORCH:
             raise ConfigError(
-                f"--vram was asked with backend {backend}, whose compiler decides what its engines "
-                "take; tiers are for --backend torch or torch-compile"
+                f"--vram is not supported with backend {backend}, whose compiler decides what its "
+                "engines take; tiers are for --backend torch or torch-compile"
             )
     found = find_model(model, config.resolution)
     configs = {name: values for name, values in found.configs.items() if name in config.components}

@@ -141,7 +141,8 @@ class ControlNetTransformer(PixArtTransformer):
             return super().denoise(tokens, pos_embed, modulation, rows, text, outputs, cache)
         if cache is not None:
             raise ConfigError(
-                "a first-block cache was asked with a ControlNet, which has none; use a step cache"
+                "a first-block cache is not supported with a ControlNet, which has none; use a "
+                "step cache"
             )
         return self._controlled(tokens, pos_embed, modulation, control, text, rows, outputs)
 

@@ -20,7 +20,7 @@ class ControlVariant(StrEnum):
     """How the copies are joined to the model."""
 
     PARALLEL = "parallel"
-    """Each copy beside its block, with a zero linear before and after: the paper, A.9."""
+    """Each copy next to its block, with a zero linear before and after: the paper, A.9."""
     CHAINED = "chained"
     """Copies after each other, one zero linear before the first: the released PixArt-delta code."""
 
@@ -45,8 +45,8 @@ class ControlNetConfig:
         most = model.num_layers - (self.variant is ControlVariant.CHAINED)
         if self.num_copies > most:
             raise ConfigError(
-                f"a {self.variant} ControlNet with {self.num_copies} copies was asked for a model "
-                f"of {model.num_layers} blocks, which has place for {most}; set num_copies"
+                f"a {self.variant} ControlNet with {self.num_copies} copies was requested for a "
+                f"model of {model.num_layers} blocks, which has place for {most}; set num_copies"
             )
 
     def takes_control(self, index: int) -> bool:

@@ -265,7 +265,7 @@ def refuse_adapters(module: nn.Module, what: str) -> None:
     for name, layer in module.named_modules():
         if isinstance(getattr(layer, "base_layer", None), nn.Module):
             raise ConfigError(
-                f"{what} was asked of a model whose {name} carries an adapter, which it would "
+                f"{what} was requested of a model whose {name} carries an adapter, which it would "
                 "leave out; merge the adapter into the weights first"
             )
 
@@ -337,7 +337,7 @@ def operators(
     """The set of operators for a model. Raises ConfigError for fp8 without the kernels."""
     if quality is Quality.FAST and kernels is not Kernels.FUSED:
         raise ConfigError(
-            f"quality {quality} was asked with {kernels} kernels, which have no fp8; use "
+            f"quality {quality} is not supported with {kernels} kernels, which have no fp8; use "
             f"{Kernels.FUSED} kernels or quality {Quality.HIGH}"
         )
     if quality is Quality.FAST:

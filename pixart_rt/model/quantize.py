@@ -21,7 +21,7 @@ def quantize_weights(module: nn.Module, weights: Weights) -> None:
 
     Those are T5's layers (`layers`), the transformer's blocks (`blocks`) and a ControlNet's copies
     of them (`copies`): nearly all weights.
-    What stands beside them is small and stays: embeddings, norms, caption projection, last layer.
+    What stands next to them is small and stays: embeddings, norms, caption projection, last layer.
     Raises BackendError where torchao is not installed.
     """
     if weights is Weights.FULL:
@@ -44,7 +44,7 @@ def _config(weights: Weights) -> Any:
             from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
     except ImportError as error:
         raise BackendError(
-            f"{weights} weights were asked, but torchao is not installed ({error}); "
+            f"{weights} weights were requested, but torchao is not installed ({error}); "
             "pip install 'pixart_rt[quant]'"
         ) from error
     kind = Int8WeightOnlyConfig if weights is Weights.INT8 else Float8WeightOnlyConfig

@@ -79,7 +79,7 @@ def test_a_folder_where_programs_may_not_run_is_named(package, monkeypatch, tmp_
 
 def test_a_package_for_another_device_or_cpu_is_refused(package, monkeypatch):
     path, _ = package
-    with pytest.raises(BackendError, match="compiled for cuda, cpu was asked"):
+    with pytest.raises(BackendError, match="compiled for cuda, cpu was requested"):
         _check_device(path, {"AOTI_DEVICE_KEY": "cuda"}, CPU)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with pytest.raises(BackendError, match="compiled for AVX512, this CPU has AVX2"):

@@ -89,7 +89,7 @@ def test_a_v100_is_told_of_the_wheels_that_have_its_kernels(gpu: Callable[..., N
     with pytest.raises(BackendError) as error:
         check_device(CUDA)
     message = str(error.value)
-    assert "cuda:0 was asked" in message and "\n" not in message
+    assert "cuda:0 was requested" in message and "\n" not in message
     assert "Tesla V100-SXM2-32GB is sm_70" in message and "sm_75, sm_80" in message
     assert "pip install torch --index-url https://download.pytorch.org/whl/cu126" in message
     gpu("Tesla V100-SXM2-32GB", V100, CU126)

@@ -62,7 +62,7 @@ def test_without_a_gpu_engines_can_be_built_but_not_run(monkeypatch, make_bundle
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "transformer.engine").write_bytes(b"engine")
     bundle, manifest = make_bundle("transformer", ("transformer/transformer.engine",))
-    with pytest.raises(BackendError, match="run on an NVIDIA GPU, cpu was asked"):
+    with pytest.raises(BackendError, match="run on an NVIDIA GPU, cpu is not supported"):
         backend.load(bundle, manifest, "transformer", torch.device("cpu"))
 
 

@@ -1,4 +1,4 @@
-"""A measurement of the random 256 px bundle beside diffusers, made once."""
+"""A measurement of the random 256 px bundle compared with diffusers, made once."""
 
 from __future__ import annotations
 

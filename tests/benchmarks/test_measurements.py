@@ -94,7 +94,7 @@ def test_the_loop_is_timed_by_the_step(
 def test_triton_s_own_errors_leave_the_other_rows(
     benchmark_module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_kernels: None
 ) -> None:
-    """OutOfResources is no RuntimeError. What else is true of a row stands beside it."""
+    """OutOfResources is no RuntimeError. What else is true of a row stands next to it."""
     from triton.runtime.errors import OutOfResources
 
     kernels = benchmark_module("kernels")

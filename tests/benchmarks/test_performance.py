@@ -28,7 +28,7 @@ def performance(benchmark_module: Callable[[str], ModuleType]) -> Any:
 
 @pytest.fixture
 def doc(performance: Any, tmp_path: Path) -> Path:
-    """The document with its markers, and a folder for results beside it."""
+    """The document with its markers, and a folder for results next to it."""
     path = tmp_path / "docs" / "performance.md"
     path.parent.mkdir()
     path.write_text(performance.DOC.read_text())

@@ -168,7 +168,7 @@ def test_files_of_another_kind_are_refused(model, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"chooses inside a .pth"):
         read_controlnet(tmp_path / "empty", CONFIG, which="state_dict_ema")
     torch.save({"state_dict": {"controlnet.0.x": torch.zeros(1)}}, tmp_path / "c.pth")
-    with pytest.raises(ConfigError, match=r"state_dict_ema was asked, but .* has state_dict"):
+    with pytest.raises(ConfigError, match=r"state_dict_ema was requested, but .* has state_dict"):
         read_controlnet(tmp_path / "c.pth", CONFIG, which="state_dict_ema")
 
 

@@ -118,7 +118,7 @@ def test_the_caller_wins_then_the_bundle_then_the_usual(
 def test_a_sampler_of_other_weights_needs_force(asked: str, own: str) -> None:
     with pytest.raises(ConfigError) as error:
         Request(prompt="a star", scheduler=asked).resolved(manifest(own))
-    assert f"scheduler {asked} was asked of mine, whose" in str(error.value)
+    assert f"scheduler {asked} was requested of mine, whose" in str(error.value)
     assert f"trained for {own}" in str(error.value) and "force_scheduler" in str(error.value)
     Request(prompt="a star", scheduler=asked, force_scheduler=True).resolved(manifest(own))
     assert Request(prompt="a star", scheduler=own).resolved(manifest(own)).sampling

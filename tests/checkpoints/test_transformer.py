@@ -222,10 +222,10 @@ def test_which_state_dict(tmp_path, original):
     averaged = read_transformer(path, heads=2, which="state_dict_ema")
     assert torch.equal(plain.state["x_embedder.bias"], original["x_embedder.proj.bias"])
     assert torch.equal(averaged.state["x_embedder.bias"], ema["x_embedder.proj.bias"])
-    with pytest.raises(ConfigError, match="--which ema was asked; choose from state_dict"):
+    with pytest.raises(ConfigError, match="--which ema is not supported; choose from state_dict"):
         read_transformer(path, which="ema")
     only = save(tmp_path / "only.pth", {"state_dict": original})
-    with pytest.raises(ConfigError, match=r"state_dict_ema was asked, but .* has state_dict"):
+    with pytest.raises(ConfigError, match=r"state_dict_ema was requested, but .* has state_dict"):
         read_transformer(only, heads=2, which="state_dict_ema")
 
 
@@ -241,8 +241,11 @@ def test_sixteen_heads_are_assumed_aloud(tmp_path, original, caplog):
     [
         ({"heads": 7}, "7 heads do not divide the width 144"),
         ({"heads": 0}, "0 heads do not divide"),
-        ({"heads": 2, "sample_size": 64}, "--sample-size 64 was asked, but .* says 32"),
-        ({"heads": 2, "max_text_tokens": 300}, "--max-text-tokens 300 was asked, but .* says 120"),
+        ({"heads": 2, "sample_size": 64}, "--sample-size 64 was requested, but .* says 32"),
+        (
+            {"heads": 2, "max_text_tokens": 300},
+            "--max-text-tokens 300 was requested, but .* says 120",
+        ),
     ],
 )
 def test_impossible_flags_for_a_pth(tmp_path, original, flags, message):
@@ -253,8 +256,8 @@ def test_impossible_flags_for_a_pth(tmp_path, original, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"heads": 16}, "--heads 16 was asked, but .* says 2"),
-        ({"sample_size": 64}, "--sample-size 64 was asked, but .* says 32"),
+        ({"heads": 16}, "--heads 16 was requested, but .* says 2"),
+        ({"sample_size": 64}, "--sample-size 64 was requested, but .* says 32"),
         ({"which": "state_dict"}, "is a folder"),
     ],
 )

@@ -16,7 +16,7 @@ from pixart_rt.config import COMPONENTS, CfgNull, EngineConfig, Precision
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, hollow_bundle: Path) -> list[dict[str, Any]]:
-    """The arguments of every build that was asked for; none is made."""
+    """The arguments of every requested build; none is made."""
     calls: list[dict[str, Any]] = []
 
     def fake(model: str, out: Path, config: EngineConfig, **options: Any) -> builder.BuildResult:
@@ -40,7 +40,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hollow_bundle: Path) -> list[dict[str
         (["--max-memory", 0], "more than 0"),
         (["--controlnet", "hed", "--vram", "8G"], "whose memory is not predicted"),
         (["--target", "sm80", "--backend", "onnxruntime"], "--target sm80"),
-        (["--plugins", "--backend", "onnxruntime"], "plugins were asked with backend onnxruntime"),
+        (["--plugins", "--backend", "onnxruntime"], "plugins were requested with backend"),
         (["--plugins", "--backend", "tensorrt-rtx", "--components", "vae"], "the transformer"),
         (["--model", "tiny", "--res", 1024, "--precision", "bf16", "--backend", "onnxruntime"],
          "bfloat16"),

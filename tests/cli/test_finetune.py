@@ -139,7 +139,7 @@ def test_one_line_for_what_cannot_be(run: Callable[..., Any], dog: Path, tmp_pat
         (("--prompt", PROMPT, "--lr", 0), "lr must be > 0"),
         (
             ("--prompt", PROMPT, "--batch", 3, "--micro-batches", 2),
-            "--micro-batches 2 was asked, but a step of 3 images",
+            "--micro-batches 2 was requested, but a step of 3 images",
         ),
         (("--prompt", PROMPT, "--res", 512), "is a 1024 px model"),
     ):

@@ -41,10 +41,10 @@ PROMPT = "a red circle above a blue square"
         (["--scheduler", "dmd", "--steps", 2], "must be 1 with dmd"),
         (
             ["--scheduler", "lcm"],
-            "--scheduler lcm was asked of made up, whose weights were trained "
+            "--scheduler lcm was requested of made up, whose weights were trained "
             "for dpm-solver++: its images would be ruined; leave it out, or insist with --force",
         ),
-        (["-n", 10_001], "10001 images were asked (--num 10001); the most is 10000"),
+        (["-n", 10_001], "10001 images were requested (--num 10001); the most is 10000"),
         (["--prompts", "all.txt"], "both a PROMPT and --prompts"),
         (["--control-image", "edges.png"], "has no ControlNet; leave it out"),
     ],

@@ -125,10 +125,10 @@ def test_validation_images_are_drawn_by_the_averages(run, recipe, images, tmp_pa
 
 @pytest.mark.parametrize("more, code, says", [
     (("--pipeline", "nosuch"), 1, "nosuch"),
-    (("--pipeline", "images"), 1, "--pipeline images was asked, but it has no vae"),
-    (("--encoder", "images"), 1, "--encoder images was asked, but it has no vae"),
+    (("--pipeline", "images"), 1, "--pipeline images was requested, but it has no vae"),
+    (("--encoder", "images"), 1, "--encoder images was requested, but it has no vae"),
     (("--validate-with", "images", "--validate-every", 1, "--prompts", "p.txt"), 1,
-     "--validate-with images was asked, but it has no vae"),
+     "--validate-with images was requested, but it has no vae"),
     (("--data", "noise=p.txt"), 2, "is no feature store and no folder"),
     (("--out", "p.txt"), 2, "p.txt is a file"),
     (("--out", "/proc/run"), 2, "takes no new files"),

@@ -42,7 +42,7 @@ def images(tmp_path, draw_images):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(next(flat.glob(f"{number:04d}.*")), path)
     (root / "n01" / "notes.txt").write_text("x")
-    (root / "readme.jpg").write_bytes(b"beside the classes")
+    (root / "readme.jpg").write_bytes(b"next to the classes")
     for hidden in (root / ".cache", root / "n01" / ".thumbs"):
         hidden.mkdir()
         shutil.copy(root / "ü" / "0.jpg", hidden / "0.jpg")

@@ -46,7 +46,7 @@ def test_features_are_those_of_an_online_source(tmp_path, draw_images, encoder):
         expected = online.finish(online.load([sample], seed=2, step=7))
         actual = held.finish(held.load([sample], seed=2, step=7))
         torch.testing.assert_close(actual.latents, expected.latents)
-        # bf16 of the text, encoded here beside longer captions
+        # bf16 of the text, encoded here next to longer captions
         torch.testing.assert_close(
             actual.prompt_embeds, expected.prompt_embeds, rtol=2**-7, atol=1e-2
         )

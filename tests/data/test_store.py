@@ -126,7 +126,7 @@ def test_batches_that_cannot_be_are_refused(store):
     features = FeatureStore(store)
     with pytest.raises(ConfigError, match="of one bucket"):
         features.load([0, 1], seed=0, step=0)
-    with pytest.raises(ConfigError, match="sample 12 was asked"):
+    with pytest.raises(ConfigError, match="sample 12 was requested"):
         features.load([12], seed=0, step=0)
     with pytest.raises(ConfigError, match="no samples"):
         features.load([], seed=0, step=0)

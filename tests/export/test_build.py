@@ -202,7 +202,7 @@ def test_a_failed_build_leaves_everything_as_it_was(
             str(folder), out, EngineConfig(resolution=256, backend="torch", max_batch=3), force=True
         )
     assert Manifest.read(out) == good and not damaged_files(out, good)
-    assert os.listdir(out.parent) == ["b"], "nothing half-made stays beside it"
+    assert os.listdir(out.parent) == ["b"], "nothing half-made stays next to it"
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(folder: Path, tmp_path: Path) -> None:

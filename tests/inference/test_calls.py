@@ -328,7 +328,7 @@ def test_tiny_has_its_own_guidance(pipe: PixArtPipeline) -> None:
     assert pipe.manifest.sampling_defaults.guidance_scale == 3
     [result] = pipe.stream([Request(prompt=PROMPT)], output_type="latent")
     assert (result.sampling.guidance_scale, result.sampling.num_inference_steps) == (3, 20)
-    with pytest.raises(ConfigError, match="scheduler lcm was asked of tiny, whose weights"):
+    with pytest.raises(ConfigError, match="scheduler lcm was requested of tiny, whose weights"):
         pipe(PROMPT, scheduler="lcm")
     latents(pipe, scheduler="lcm", force_scheduler=True, num_inference_steps=1)
 

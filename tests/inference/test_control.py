@@ -273,5 +273,5 @@ def test_the_command_makes_the_pipelines_image(pipe, edges, bundle, tmp_path, ca
 
 def test_random_weights_have_no_controlnet(controlnet, tmp_path) -> None:
     config = EngineConfig(resolution=256, backend="torch", components=("transformer",))
-    with pytest.raises(ConfigError, match="was asked with xl-random"):
+    with pytest.raises(ConfigError, match="is not supported with xl-random"):
         build("xl-random", tmp_path / "b", config, controlnet=controlnet)

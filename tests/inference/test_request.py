@@ -166,7 +166,7 @@ def test_a_call_is_a_request_for_each_image() -> None:
         ({"prompt": 7}, "prompt must be text, got 7"),
         ({"prompt": []}, "the list of prompts is empty"),
         ({"num_images_per_prompt": 10**9}, "num_images_per_prompt must be at most 10000"),
-        ({"prompt": ["a"] * 101, "num_images_per_prompt": 100}, "10100 images were asked"),
+        ({"prompt": ["a"] * 101, "num_images_per_prompt": 100}, "10100 images were requested"),
         ({"prompt": ["a", "b"], "generator": [torch.Generator()]}, "1 generators were given for 2"),
         ({"seed": "7"}, "seed must be a whole number, got '7'"),
     ],

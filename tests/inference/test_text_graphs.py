@@ -195,9 +195,7 @@ def test_the_least_used_length_goes_beyond_the_bound(module: TextEncoderModule) 
 
 def test_what_cannot_be_captured_is_not(module: TextEncoderModule) -> None:
     plain = component(module, [], capturable=False)  # engines, and an offloaded encoder
-    on_host = PlacedComponent(
-        component(module, []), torch.device("cpu")
-    )  # beside a pipeline on a GPU
+    on_host = PlacedComponent(component(module, []), torch.device("cpu"))  # as a pipeline on a GPU
     for text_encoder in (plain, on_host):
         mine = encoder(text_encoder)
         mine.warm(1)

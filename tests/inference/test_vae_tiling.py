@@ -83,7 +83,9 @@ def test_the_smallest_tile_of_an_engine_is_chosen() -> None:
     assert tile_size(128, 128, Tiling(), profiles) == (88, 88)
     assert tile_size(64, 256, Tiling(), profiles) == (64, 184)
     assert tile_size(128, 128, Tiling(tile=100, overlap=8), profiles) == (100, 100)
-    with pytest.raises(ConfigError, match=r"32x32 latents were asked.*64x184 to 88x256 or 88x88"):
+    with pytest.raises(
+        ConfigError, match=r"32x32 latents were requested.*64x184 to 88x256 or 88x88"
+    ):
         tile_size(32, 32, Tiling(), profiles)
 
 

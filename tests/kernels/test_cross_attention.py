@@ -231,7 +231,7 @@ def test_absorbed_operator(dtype, device, error, tolerance):
     rows[1:4] = rounded.x.to(device)
     op.add_cross_attention_absorbed(rows[1:4], *absorbed)
     assert error(rows[1:4], wide.x + wide.standard()) < 3 * tolerance[dtype]
-    assert (rows[::4] == 7).all()  # the rows beside them are another's
+    assert (rows[::4] == 7).all()  # the rows next to them are another's
 
 
 def test_too_short_a_length_is_refused():

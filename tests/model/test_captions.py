@@ -67,7 +67,7 @@ def test_random_captions_are_cleaned_as_diffusers_does(seed: int) -> None:
 
 
 def test_half_an_emoji_is_cleaned() -> None:
-    """Where diffusers' rules stop with a UnicodeEncodeError: mojibake beside a lone surrogate."""
+    """Where diffusers' rules stop with a UnicodeEncodeError: mojibake next to a lone surrogate."""
     assert clean_caption("a red circle \ud83d") == "a red circle �"
     assert clean_caption("Ã© \ud83d").encode()
 

@@ -160,7 +160,7 @@ def test_gradients_reach_every_parameter(variant, inputs) -> None:
 def test_a_first_block_cache_is_refused(inputs) -> None:
     model = made("chained", 1)
     cache = FirstBlockRun(lambda **_: inputs["tokens"], 1, 0.1)
-    with pytest.raises(ConfigError, match="first-block cache was asked with a ControlNet"):
+    with pytest.raises(ConfigError, match="first-block cache is not supported with a ControlNet"):
         model.denoise(
             inputs["tokens"], inputs["pos_embed"], inputs["modulation"], torch.arange(B), [],
             cache=cache, control=inputs["control"],
@@ -170,7 +170,7 @@ def test_a_first_block_cache_is_refused(inputs) -> None:
 @pytest.mark.parametrize(("variant", "copies"), [("parallel", 5), ("chained", 4)])
 def test_more_copies_than_blocks_are_refused(variant, copies) -> None:
     settings = ControlNetConfig(variant=ControlVariant(variant), num_copies=copies)
-    with pytest.raises(ConfigError, match=f"with {copies} copies was asked for a model of 4"):
+    with pytest.raises(ConfigError, match=f"with {copies} copies was requested for a model of 4"):
         ControlNetTransformer(CONFIG, settings)
 
 

@@ -161,7 +161,7 @@ def test_wandb_goes_on_with_its_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "package", "words"),
     [
-        (Place.WANDB, "wandb", "wandb was asked, .* pip install wandb"),
+        (Place.WANDB, "wandb", "wandb was requested, .* pip install wandb"),
         (Place.TENSORBOARD, "torch.utils.tensorboard", r"pixart_rt\[tensorboard\]"),
     ],
 )

@@ -260,8 +260,8 @@ def test_micro_batches_hold_what_the_recipe_gives_a_gpu():
     assert run_settings(recipe, last, asked, 2).micro_batches == 8
     for batch, parts, num_ranks, says in (
         (40, None, 3, "40 images does not divide among 3 ranks"),
-        (40, 16, 2, "`micro_batches` 16 was asked, but a step of 40 images"),
-        (40, 5, 2, "`micro_batches` 5 was asked on 2 ranks"),
+        (40, 16, 2, "`micro_batches` 16 was requested, but a step of 40 images"),
+        (40, 5, 2, "`micro_batches` 5 was requested on 2 ranks"),
     ):
         asked = replace(OPTIONS, overrides=Overrides(batch=batch, micro_batches=parts))
         with pytest.raises(ConfigError, match=says):

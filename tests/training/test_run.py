@@ -79,10 +79,10 @@ CLASSES = replace(
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda out: train(RECIPE, {}, out, phases=["texts"]), "`phases=texts` was asked.* has text"),
+    (lambda out: train(RECIPE, {}, out, phases=["texts"]), "`phases=texts` was requested.* text"),
     (lambda out: train(RECIPE, {"nose": "x"}, out), r"`data\['nose'\]` names no data"),
     (lambda out: train(RECIPE, {"text": out / "x"}, out), "check `data`"),
-    (lambda out: train(CLASSES, {}, out, pipeline="tiny"), "`pipeline` was asked, but the last"),
+    (lambda out: train(CLASSES, {}, out, pipeline="tiny"), "`pipeline` was requested, but the"),
     (lambda out: train(CLASSES, {}, out, options=replace(OPTIONS, validation=IMAGES)),
      "leave out `validation`"),
     (lambda out: train(RECIPE, {}, out), r"trains on pictures; .* `data\['pictures'\]`"),
@@ -90,7 +90,7 @@ CLASSES = replace(
      "start from as `init`"),
     (lambda out: Overrides(batch=0), "`batch` must be > 0, got 0"),
     (lambda out: Compute(workers=-1), "`workers` must be >= 0"),
-    (lambda out: Records(log=("paper",)), "`log=paper` was asked; choose from console"),
+    (lambda out: Records(log=("paper",)), "`log=paper` is not supported; choose from console"),
     (lambda out: Records(keep=0), "`keep` must be > 0"),
     (lambda out: replace(IMAGES, every=0), "`validate_every` must be > 0"),
     (lambda out: replace(IMAGES, prompts=()), "without a prompt"),

@@ -252,7 +252,7 @@ def test_ranks_that_cannot_share_a_batch_are_refused() -> None:
     sampler = make(0, multiple=4)
     with pytest.raises(ConfigError, match="3 ranks cannot share"):
         sampler.ids(0, 0, 3)
-    with pytest.raises(ConfigError, match="rank 2 was asked of 2"):
+    with pytest.raises(ConfigError, match="rank 2 was requested of 2"):
         sampler.ids(0, 2, 2)
     with pytest.raises(ConfigError, match="step -1"):
         sampler.ids(-1)

@@ -360,7 +360,7 @@ def test_compiled_blocks_can_be_sharded(alone, tmp_path):
 
 def test_a_run_with_fewer_steps_or_another_rate_is_refused(ranks, tmp_path):
     make_trainer(tmp_path, 3, ranks).run()
-    with pytest.raises(CheckpointError, match="2 steps were asked"):
+    with pytest.raises(CheckpointError, match="2 steps were requested"):
         make_trainer(tmp_path, 2, ranks).resume()
     with pytest.raises(CheckpointError, match=r"lr 0\.001, this run has 0\.002"):
         make_trainer(tmp_path, 5, ranks, lr=2e-3).resume()
@@ -485,9 +485,11 @@ def test_the_log_counts_what_the_steps_did(ranks, tmp_path):
 
 
 def test_profiling_needs_a_gpu_and_a_log_line_to_report_it(ranks, tmp_path):
-    with pytest.raises(ConfigError, match="profile_every was asked on cpu"):
+    with pytest.raises(ConfigError, match="profile_every was requested on cpu"):
         make_trainer(tmp_path, 4, ranks, profile_every=2)
-    with pytest.raises(ConfigError, match="profile_every 3 was asked with a log line every 2"):
+    with pytest.raises(
+        ConfigError, match="profile_every 3 is not supported with a log line every 2"
+    ):
         small_run.make_settings(4, profile_every=3, log_every=2)
     with pytest.raises(ConfigError, match="profile_every must be > 0"):
         small_run.make_settings(4, profile_every=0)

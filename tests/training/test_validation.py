@@ -154,7 +154,7 @@ def test_the_average_is_drawn_and_training_goes_on(tiny):
 
 
 def test_a_run_draws_its_averages(tmp_path):
-    """The trainer's weights, at the steps that were asked, on the steps' own numbers."""
+    """The trainer's weights, at the steps that were requested, on the steps' own numbers."""
     spec = importlib.util.spec_from_file_location(
         "small_run", Path(__file__).with_name("small_run.py")
     )

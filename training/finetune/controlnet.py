@@ -52,7 +52,8 @@ class ControlData:
     def __post_init__(self) -> None:
         if self.condition is not None and self.condition not in list(EdgeKind):
             raise ConfigError(
-                f"`condition` {self.condition} was asked; choose one of {', '.join(EdgeKind)}"
+                f"`condition` {self.condition} is not supported; choose one of "
+                f"{', '.join(EdgeKind)}"
             )
         if not is_store(self.data):
             if self.edges is not None:

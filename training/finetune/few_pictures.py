@@ -60,7 +60,7 @@ class Pictures:
 
     @property
     def images_per_sample(self) -> int:
-        """2 with class pictures: each picture is trained on beside one of them."""
+        """2 with class pictures: each picture is trained on together with one of them."""
         return 1 if self.class_images is None else 2
 
     def job(

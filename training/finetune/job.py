@@ -62,7 +62,7 @@ class Job:
 
     @property
     def run_folder(self) -> Path:
-        """Where the log and the checkpoints of the result are: beside it."""
+        """Where the log and the checkpoints of the result are: next to it."""
         return self.out.with_name(f"{self.out.name}.run")
 
     def run_settings(self, ranks: Ranks) -> RunSettings:
@@ -121,7 +121,7 @@ def open_base(job: Job, components: Sequence[str], kind: Kind | Iterable[Kind]) 
     found = checkpoint.config.resolution
     asked = job.options.res
     if asked is not None and found != asked:
-        raise ConfigError(f"`res` {asked} was asked, but {job.model} is a {found} px model")
+        raise ConfigError(f"`res` {asked} was requested, but {job.model} is a {found} px model")
     return Base(folder, checkpoint)
 
 

@@ -123,8 +123,8 @@ def _check(job: Job, data: Path, adapter: LoraSettings | None, square: bool) -> 
     parallel = job.options.parallel
     if adapter is not None and parallel is not Parallel.DDP:
         raise ConfigError(
-            f"`parallel` {parallel} was asked with `adapter`, whose weights are switched off and "
-            f"on in each step; use {Parallel.DDP}, which holds one copy"
+            f"`parallel` {parallel} is not supported with `adapter`, whose weights are switched "
+            f"off and on in each step; use {Parallel.DDP}, which holds one copy"
         )
     if square and is_store(data):
         raise ConfigError(

@@ -134,7 +134,7 @@ def add_lora(model: PixArtTransformer, settings: LoraSettings, seed: int = 0) ->
     Raises ConfigError if the model has adapters, BackendError where peft is not installed.
     """
     if any(_A in name for name, _ in model.named_parameters()):
-        raise ConfigError("a LoRA was asked of a model that has one; load the model again")
+        raise ConfigError("a LoRA was requested of a model that has one; load the model again")
     inject, config_class = _peft()
     config = config_class(
         r=settings.rank,
@@ -236,6 +236,7 @@ def _peft() -> tuple[Any, Any]:
             from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise BackendError(
-            f"a LoRA was asked, but peft is not installed ({error}); pip install 'pixart_rt[train]'"
+            f"a LoRA was requested, but peft is not installed ({error}); pip install "
+            "'pixart_rt[train]'"
         ) from error
     return inject_adapter_in_model, LoraConfig

@@ -48,7 +48,7 @@ def merge_adapter(
     """
     out = Path(out)
     if not math.isfinite(scale):
-        raise ConfigError(f"`scale` {scale} was asked; give a number such as 1 or 0.7")
+        raise ConfigError(f"`scale` {scale} is not supported; give a number such as 1 or 0.7")
     check_model(out, (PIPELINE, TRANSFORMER), force=force)
     trained = read_adapter(Path(adapter))
     if lcm:
@@ -61,7 +61,7 @@ def merge_adapter(
     checkpoint = read_transformer(path, heads=heads, sample_size=sample_size)
     if res is not None and checkpoint.config.resolution != res:
         raise ConfigError(
-            f"`res` {res} was asked, but {base} is a {checkpoint.config.resolution} px model"
+            f"`res` {res} was requested, but {base} is a {checkpoint.config.resolution} px model"
         )
     merged = merge(checkpoint, trained, scale, any_base=any_base)
     distilled = trained.scheduler is Scheduler.LCM

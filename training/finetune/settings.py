@@ -73,7 +73,7 @@ class FinetuneSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobOptions:
-    """The options of every fine-tuning beside what it learns: where and how it is computed."""
+    """The options of every fine-tuning besides what it learns: where and how it is computed."""
 
     res: int | None = None  # pixels that the model must be for; 256 takes tiny's model for that
     seed: int = 0  # decides all that is random

@@ -53,7 +53,7 @@ class Objective(nn.Module):
         """
 
     def own_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold beside parameters and averages."""
+        """What a checkpoint must hold besides parameters and averages."""
         return {}
 
     def load_own_state(self, state: dict[str, Tensor]) -> None:
@@ -224,8 +224,8 @@ class ClassObjective(Objective):
         """Raises DataError for a batch without labels."""
         if batch.labels is None:
             raise DataError(
-                "a class-conditional phase was asked, but the data has no labels; extract a folder "
-                "with a subfolder for each class"
+                "a class-conditional phase was requested, but the data has no labels; extract a "
+                "folder with a subfolder for each class"
             )
         t = draws.timesteps(self.diffusion.num_timesteps, self.timestep_shift)
         noisy = self.diffusion.q_sample(batch.latents, t, draws.noise)

@@ -81,8 +81,9 @@ class LcmSettings:
             raise ConfigError(f"lora_rank must be positive, got {self.lora_rank}")
         if self.target_decay:
             raise ConfigError(
-                f"target_decay {self.target_decay} was asked with lora_rank {self.lora_rank}; the "
-                "target of an LCM-LoRA is the student itself: set target_decay to 0"
+                f"target_decay {self.target_decay} is not supported with lora_rank "
+                f"{self.lora_rank}; the target of an LCM-LoRA is the student itself: set "
+                "target_decay to 0"
             )
 
 
@@ -116,7 +117,7 @@ class ConsistencyDistillation(TextObjective):
         self.stride = _stride(diffusion, settings)  # k
         if (adapter_off is None) != (settings.lora_rank is None):
             raise ConfigError(
-                f"lora_rank {settings.lora_rank} was asked "
+                f"lora_rank {settings.lora_rank} was requested "
                 f"{'without' if adapter_off is None else 'with'} an adapter that can be switched "
                 "off; give both for an LCM-LoRA, or neither"
             )
@@ -261,6 +262,6 @@ def _require_wide(student: nn.Module) -> None:
     half = {str(each.dtype) for each in student.parameters() if each.element_size() < 4}
     if half:
         raise ConfigError(
-            f"a moving average of {', '.join(sorted(half))} weights was asked; load the student in "
-            "float32 (autocast computes in less), or set target_decay to 0"
+            f"a moving average of {', '.join(sorted(half))} weights is not supported; load the "
+            "student in float32 (autocast computes in less), or set target_decay to 0"
         )

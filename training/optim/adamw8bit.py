@@ -43,8 +43,8 @@ class SkippingAdamW8bit(AdamW8bit):  # type: ignore[misc]  # torchao has no anno
         super().add_param_group(param_group)
         if any(isinstance(each, DTensor) for each in self.param_groups[-1]["params"]):
             raise ConfigError(
-                "adamw8bit was asked for parameters that are divided over ranks (FSDP); use DDP, "
-                "or adamw or came"
+                "adamw8bit is not supported for parameters that are divided over ranks (FSDP); use "
+                "DDP, or adamw or came"
             )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -31,7 +31,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> tuple[Tenso
     parameters = [each for each in parameters if each.grad is not None]
     gradients = [each.grad for each in parameters if each.grad is not None]
     if not gradients:
-        raise ConfigError("clipping was asked but no parameter has a gradient; run backward first")
+        raise ConfigError(
+            "clipping was requested but no parameter has a gradient; run backward first"
+        )
     norm = torch.nn.utils.get_total_norm(gradients)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()

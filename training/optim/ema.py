@@ -18,7 +18,7 @@ from pixart_rt.errors import CheckpointError, ConfigError
 class Ema:
     """Averages of what trains in `model`, parameters by name; they start as the parameters are.
 
-    `device` is where they are kept, by default beside each parameter.
+    `device` is where they are kept, by default next to each parameter.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def make_optimizer(
             from pixart_rt.training.optim.adamw8bit import SkippingAdamW8bit
     except ImportError as error:
         raise BackendError(
-            f"optimizer {kind} was asked, but torchao cannot be imported ({error}); "
+            f"optimizer {kind} was requested, but torchao cannot be imported ({error}); "
             "pip install 'pixart_rt[quant]', or choose adamw or came"
         ) from error
     return SkippingAdamW8bit(parameters, **settings)

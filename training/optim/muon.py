@@ -59,8 +59,8 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         if any(isinstance(each, DTensor) for each in self.param_groups[-1]["params"]):
             raise ConfigError(
-                "muon was asked for parameters that are divided over ranks (FSDP); use DDP, or "
-                "adamw or came"
+                "muon is not supported for parameters that are divided over ranks (FSDP); use DDP, "
+                "or adamw or came"
             )
 
     @torch.no_grad()

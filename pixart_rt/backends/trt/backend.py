@@ -97,8 +97,8 @@ class TensorRTBackend:
         entry = entry_of(bundle, manifest, name)
         if device.type != "cuda" or not torch.cuda.is_available():
             raise BackendError(
-                f"{self.name} engines run on an NVIDIA GPU, {device} was asked; use a CUDA device "
-                "or build the bundle with --backend onnxruntime"
+                f"{self.name} engines run on an NVIDIA GPU, {device} is not supported; use a CUDA "
+                "device or build the bundle with --backend onnxruntime"
             )
         check_architecture(device)  # the pipeline around the engines is PyTorch's
         if entry.targets and capability(device) not in entry.targets:

@@ -53,7 +53,7 @@ class Engine:
         self._arena, self._stream, self._device = arena, arena.stream, arena.device
         if cuda_graphs and not hasattr(trt, "CudaGraphStrategy"):
             raise BackendError(
-                f"CUDA graphs were asked, but {trt.__name__} {trt.__version__} has none of its "
+                f"CUDA graphs were requested, but {trt.__name__} {trt.__version__} has none of its "
                 "own; leave them out, or build with --backend tensorrt-rtx"
             )
         self._cuda_graphs = cuda_graphs

@@ -100,7 +100,7 @@ def test_a_folder_keeps_its_plan(tmp_path):
     first = planned(tmp_path, {"batch": 3}, lambda known: 8)
     assert (first.steps, first.batch) == (8, 3)
     assert planned(tmp_path, {}, lambda known: 100) == first
-    with pytest.raises(ConfigError, match=r"batch 4 was asked, but the ablation in .* has 3"):
+    with pytest.raises(ConfigError, match=r"batch 4 was requested, but the ablation in .* has 3"):
         planned(tmp_path, {"batch": 4}, lambda known: 8)
 
 

@@ -201,7 +201,9 @@ def test_the_files_are_what_peft_writes(tmp_path):
     settings = SETTINGS[0]
     model, folder = random_model(settings), tmp_path / "lora"
     save_lora(folder, lora_state(model), settings, origin={"prompt": "a photo of sks dog"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora"], "nothing is left beside it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora"], (
+        "nothing is left next to it"
+    )
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "origin.json", "pixart_rt.json",
     ]  # fmt: skip

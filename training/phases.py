@@ -182,6 +182,12 @@ def run_phase(
     trainer, start, sampler = phase_trainer(
         recipe, phase, source, options, out, ranks, init=init, validation=validation
     )
+    if ranks.is_first and (short := sampler.repeating()):
+        _log.warning(
+            "%d of %d images are in %d aspect ratios with fewer images than a step; their steps "
+            "repeat images, so a smaller batch may train better",
+            sampler.counts[short].sum(), sampler.counts.sum(), len(short),
+        )  # fmt: skip
     trainer.run()
     exposure = [asdict(each) for each in sampler.exposure(trainer.done)]
     for weights in Weights:

@@ -9,8 +9,13 @@ b_k images fill, but do not pass, a budget of tokens.
 
 The remainder rule: what does not fill a batch is not dropped, it opens the bucket's first batch of
 the next epoch. So a pass uses every sample exactly once, and after E epochs each sample of a bucket
-with n_k >= b_k was used E or E - 1 times. A bucket smaller than its batch waits until enough passes
-fill one; it keeps its share of the images, and repeats some inside that batch.
+with n_k >= b_k was used E or E - 1 times.
+
+No step has a sample twice, not even where a batch spans two passes: with n_k >= 2 b_k what the
+next pass would repeat there changes places with samples that follow; a smaller bucket keeps one
+permutation for as many passes as end with a batch, so any n_k in a row are different. A bucket
+smaller than its batch waits until enough passes fill one; it keeps its share of the images, and
+repeats each as often as it must (`repeating`).
 
 The global batch of a step does not depend on the number of ranks: rank r of R takes the r-th of R
 equal runs of it. A run is resumed from its step alone, with any R that divides `multiple`.
@@ -22,6 +27,7 @@ per sample, the samples sorted by bucket; nothing is drawn per epoch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +39,7 @@ from pixart_rt.errors import ConfigError
 Array = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
+SAMPLE_ORDER = 2  # counts changes of what a step draws, none of which a run may be resumed over
 ROUNDS = 8  # of the Feistel network
 SMALLEST_HALF = 3  # bits; below, few items do not take all orders equally often (chi-square test)
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -200,17 +207,49 @@ class BucketSampler:
         buckets, numbers = _locate(shuffled, before, after)
         return int(buckets[0]), int(numbers[0])
 
+    def repeating(self) -> list[int]:
+        """The buckets with fewer samples than a batch, whose steps repeat some."""
+        short = (self.counts > 0) & (self.counts < self.batch_sizes)
+        return [int(bucket) for bucket in np.flatnonzero(short)]
+
     def _at(self, bucket: int, positions: Array) -> Array:
         """The sample ids at positions of a bucket's stream."""
-        count, start = int(self.counts[bucket]), int(self._starts[bucket])
+        count, size = int(self.counts[bucket]), int(self.batch_sizes[bucket])
         found = np.empty_like(positions)
         passes = positions // count
         for each in np.unique(passes):
             inside = passes == each
-            key = (self.seed, bucket, int(each))
-            places = permute(positions[inside] - each * count, count, key)
-            found[inside] = self._by_bucket[start + places]
+            within = positions[inside] - each * count
+            if count < 2 * size:
+                group = int(each) // (size // math.gcd(count, size))
+                places = permute(within, count, (self.seed, bucket, group))
+            else:
+                places = self._without_repeats(bucket, int(each), within)
+            found[inside] = self._by_bucket[int(self._starts[bucket]) + places]
         return found
+
+    def _without_repeats(self, bucket: int, number: int, within: Array) -> Array:
+        """Where pass `number` of a bucket sends positions, by its permutation, but for its first b:
+        those that end the batch of the pass before are none that this batch has already.
+
+        At most t of the b places, t begun before, hold what the batch has; so as many of the first
+        b - t as hold it find a partner among the t that follow. The last b of the pass stay.
+        """
+        count, size = int(self.counts[bucket]), int(self.batch_sizes[bucket])
+        places = permute(within, count, (self.seed, bucket, number))
+        begun = number * count % size
+        if begun and number and within.min() < size:
+            last = np.arange(count - begun, count, dtype=np.int64)
+            before = permute(last, count, (self.seed, bucket, number - 1))
+            first = permute(np.arange(size, dtype=np.int64), count, (self.seed, bucket, number))
+            taken = np.isin(first, before)
+            rest = size - begun  # places that end the batch
+            wrong = np.flatnonzero(taken[:rest])
+            partners = rest + np.flatnonzero(~taken[rest:])[: len(wrong)]
+            first[wrong], first[partners] = first[partners], first[wrong]
+            changed = within < size
+            places[changed] = first[within[changed]]
+        return places
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ from pixart_rt.training.process_group import Ranks
 from pixart_rt.training.reproducible_sums import TreeSum, sum_over_ranks, take_gradients
 from pixart_rt.training.run_settings import Checkpointing, OptimizerKind, Place, RunSettings
 from pixart_rt.training.sample_rng import Draws, draw
+from pixart_rt.training.sampler import SAMPLE_ORDER
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +153,9 @@ class Trainer:
         self.loss_scale = LossScale(ranks.device, settings.precision is Precision.FP16)
         self.skipped = torch.zeros((), device=ranks.device)
         self.checkpoints = Checkpoints(out, ranks, settings.keep)
-        self.identity = {**settings.identity(), **(identity or {})}
+        self.identity = {
+            "sample_order": SAMPLE_ORDER, **settings.identity(), **(identity or {})
+        }  # fmt: skip
         self.done = 0  # steps
         self.saved: int | None = None  # the step of the newest checkpoint of this run or resumed
         self.log, self.validation = log, validation
@@ -337,7 +340,7 @@ class Trainer:
         self.loss_scale.update(found_inf)
         self.skipped += found_inf
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(found_inf)
         self.objective.after_step(found_inf)
         self.done += 1
         return StepResult(losses, norm, found_inf, rate)

@@ -256,3 +256,39 @@ def test_ranks_that_cannot_share_a_batch_are_refused() -> None:
         sampler.ids(0, 2, 2)
     with pytest.raises(ConfigError, match="step -1"):
         sampler.ids(-1)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("count", [12, 13, 17, 23, 24, 25, 31, 36, 41, 100, 1000])
+def test_no_step_has_a_sample_twice(count: int, multiple: int) -> None:
+    """Also where a batch of 12 spans two passes."""
+    sampler = BucketSampler(
+        np.zeros(count, np.int64), [1], token_budget=12, multiple=multiple, seed=count
+    )
+    drawn: list[int] = []
+    for number in range(400):
+        batch = sampler._at(0, np.arange(number * 12, (number + 1) * 12, dtype=np.int64))
+        assert len(set(batch.tolist())) == 12
+        drawn += batch.tolist()
+    whole = len(drawn) // count * count
+    passes = np.array(drawn[:whole]).reshape(-1, count)
+    assert (np.sort(passes) == np.arange(count)).all(), "a pass uses every sample exactly once"
+    assert len({tuple(each) for each in passes.tolist()}) > len(passes) / 12 - 1, "they differ"
+    one_by_one = [int(sampler._at(0, np.array([place]))[0]) for place in range(0, 400, 7)]
+    assert one_by_one == drawn[:400:7]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 11])
+def test_a_bucket_smaller_than_a_step_repeats_evenly(count: int) -> None:
+    sampler = BucketSampler(np.zeros(count, np.int64), [1], token_budget=12, seed=3)
+    assert sampler.repeating() == [0]
+    for number in range(100):
+        batch = sampler._at(0, np.arange(number * 12, (number + 1) * 12, dtype=np.int64))
+        uses = np.bincount(batch, minlength=count)
+        assert uses.max() - uses.min() <= 1
+
+
+def test_buckets_that_fill_a_step_or_are_empty_repeat_nothing() -> None:
+    owner = np.repeat([0, 2], [12, 11])
+    sampler = BucketSampler(owner, [1, 1, 1], token_budget=12)
+    assert sampler.repeating() == [2]

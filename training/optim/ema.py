@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pixart_rt.errors import CheckpointError, ConfigError
+from pixart_rt.model.transformer import local
 
 
 class Ema:
@@ -36,17 +37,24 @@ class Ema:
         }
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, found_inf: Tensor | None = None) -> None:
         """Move every average towards its parameter. Waits for the device only to copy to the CPU.
 
         A bfloat16 parameter is widened first: the average of roundings is not their rounding.
+        found_inf: 1 for a step that was skipped, which moves nothing; the host does not wait to
+            know. A run with skipped steps has the averages of the run without them.
         """
         averages = list(self.averages.values())
         values = [
             each.to(average.device, torch.float32)
             for each, average in zip(self._parameters.values(), averages, strict=True)
         ]
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        if found_inf is None:
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        elif averages:
+            share = (1 - self.decay) * (1 - found_inf.to(averages[0].device, torch.float32))
+            mine = [local(each) for each in averages]
+            torch._foreach_lerp_(mine, [local(each) for each in values], [share] * len(mine))
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

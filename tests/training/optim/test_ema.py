@@ -44,6 +44,19 @@ def test_updates_match_a_float64_loop(model, decay, dtype, device):
         torch.testing.assert_close(average.double().flatten(), wanted, atol=2e-6, rtol=0)
 
 
+def test_a_skipped_step_moves_nothing(model):
+    ema, other = Ema(model, 0.9), Ema(model, 0.9)
+    skipped, taken = torch.ones(()), torch.zeros(())
+    for _ in walk(model, 3):
+        ema.update(taken)
+        before = {name: each.clone() for name, each in ema.averages.items()}
+        ema.update(skipped)
+        assert all(torch.equal(each, before[name]) for name, each in ema.averages.items())
+        other.update()
+    for name, each in other.averages.items():
+        torch.testing.assert_close(ema.averages[name], each, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.gpu
 def test_kept_on_the_cpu_it_is_the_average_of_a_model_on_the_gpu(model):
     kept = {

@@ -56,6 +56,11 @@ def one_approximation(
     step_cache: float | None, first_block_cache: float | None
 ) -> Approximation | None:
     """The setting that two thresholds ask for, None without any. Raises ConfigError for both."""
+    for name, threshold in (("step cache", step_cache), ("first-block cache", first_block_cache)):
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ConfigError(
+                f"{name} {threshold:g} is not supported; its threshold is from 0 to 1, such as 0.1"
+            )
     if step_cache is not None and first_block_cache is not None:
         raise ConfigError(
             f"step cache {step_cache:g} and first-block cache {first_block_cache:g} were "

@@ -19,6 +19,7 @@ PIXELS_PER_TOKEN = 2 * VAE_SCALE_FACTOR  # a patch is two latent pixels wide
 _NUMBER = r"([0-9]{1,6}(?:\.[0-9]{1,6})?)"
 _ASPECT = re.compile(rf"{_NUMBER}(?::{_NUMBER})?")  # no signs, exponents, spaces or fractions
 RESOLUTIONS = (256, 512, 1024)
+WIDEST = 4  # times as wide as high, or as high as wide
 
 _TABLE_1024: tuple[tuple[float, int, int], ...] = (  # height / width, height, width
     (0.25, 512, 2048), (0.26, 512, 1984), (0.27, 512, 1920), (0.28, 512, 1856),
@@ -89,7 +90,17 @@ def bucket_for_aspect(resolution: int, aspect_ratio: str) -> Bucket:
             "9:16"
         )
     shape = Fraction(width) / height
+    _check_trained(shape, aspect_ratio)
     return nearest_bucket(resolution, shape.denominator, shape.numerator)
+
+
+def _check_trained(shape: Fraction, asked: str) -> None:
+    """Refuse what no bucket comes near: the image would be another than was requested."""
+    if not 1 <= max(shape, 1 / shape) <= WIDEST:
+        raise ConfigError(
+            f"aspect ratio {shorten(asked)} is not supported; the model draws 1:{WIDEST} to "
+            f"{WIDEST}:1"
+        )
 
 
 def choose_bucket(
@@ -102,6 +113,8 @@ def choose_bucket(
         return bucket_for_aspect(resolution, aspect_ratio or "1:1")
     if aspect_ratio is not None:
         raise ConfigError("give an aspect ratio or height and width, not both")
+    if height > 0 and width > 0:
+        _check_trained(Fraction(width, height), f"{width}:{height}")
     return nearest_bucket(resolution, height, width)
 
 

@@ -120,6 +120,9 @@ class ModelConfig:
     cfg_null: CfgNull = CfgNull.EMPTY_PROMPT
 
     def __post_init__(self) -> None:
+        scale = self.interpolation_scale
+        if isinstance(scale, int | float) and not 0 < scale < math.inf:
+            raise ConfigError(f"interpolation_scale must be > 0, got {scale}")
         check_types(self)  # TypeError, as for any call with wrong types; readers say which file
         for name, most in _MOST.items():
             value = getattr(self, name)
@@ -142,8 +145,6 @@ class ModelConfig:
                 f"micro-conditioning splits the width in three, but {self.hidden_size} = "
                 f"{self.num_heads} heads x {self.head_dim} does not divide; change the heads"
             )
-        if not self.interpolation_scale > 0:
-            raise ConfigError(f"interpolation_scale must be > 0, got {self.interpolation_scale}")
 
     @property
     def hidden_size(self) -> int:
@@ -299,6 +300,7 @@ class Scheduler(StrEnum):
     DMD = "dmd"
 
 
+MOST_GUIDANCE = 100
 MOST_STEPS = {
     Scheduler.DPM_SOLVER: 999,  # at 1000 two timesteps of diffusers' solver coincide: NaN
     Scheduler.SA_SOLVER: 999,
@@ -309,6 +311,12 @@ MOST_STEPS = {
 }
 USUAL_STEPS = {Scheduler.LCM: 4, Scheduler.DMD: 1}  # where nobody says; 20 with the others
 DISTILLED = frozenset({Scheduler.LCM, Scheduler.DMD})  # guidance is in their checkpoints' weights
+
+
+def check_guidance(scale: float) -> None:
+    """Raises ConfigError outside what gives images: 0 to 100 (1: no guidance)."""
+    if not 0 <= scale <= MOST_GUIDANCE:
+        raise ConfigError(f"guidance_scale must be from 0 to {MOST_GUIDANCE}, got {scale}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,8 +334,8 @@ class SamplingDefaults:
         ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise ConfigError(f"{name} must be a number, got {value!r}")
-        if scale is not None and not (math.isfinite(scale) and scale >= 0):
-            raise ConfigError(f"guidance_scale must be a finite number >= 0, got {scale}")
+        if scale is not None:
+            check_guidance(scale)
         if steps is not None and steps < 1:
             raise ConfigError(f"num_inference_steps must be at least 1, got {steps}")
 
@@ -355,10 +363,7 @@ class SamplingConfig:
                 f"num_inference_steps must be {'between 1 and ' if most > 1 else ''}{most} with "
                 f"{self.scheduler}, got {self.num_inference_steps}"
             )
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ConfigError(
-                f"guidance_scale must be a finite number >= 0, got {self.guidance_scale}"
-            )
+        check_guidance(self.guidance_scale)
         first, last = self.guidance_interval
         if not 0 <= first <= last <= 1:
             raise ConfigError(

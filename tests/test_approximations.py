@@ -174,6 +174,12 @@ def test_one_row_that_changed_makes_the_batch_run() -> None:
     assert steps.reused(before[:1], after[:1]) is None, "other rows, other guidance"
 
 
+@pytest.mark.parametrize("thresholds", [(99, None), (None, 1.5), (-0.1, None), (math.nan, None)])
+def test_thresholds_that_leave_noise_are_refused(thresholds: tuple[float | None, ...]) -> None:
+    with pytest.raises(ConfigError, match="its threshold is from 0 to 1"):
+        one_approximation(*thresholds)
+
+
 def test_guidance_that_stops_is_not_reused_across(pipe: PixArtPipeline) -> None:
     for approximate in (StepCache(1e9), FirstBlockCache(1e9)):
         _, [skipped] = run(pipe, approximate=approximate, guidance_interval=(0, 0.5))

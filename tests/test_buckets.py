@@ -14,6 +14,7 @@ from pixart_rt.buckets import (
     RESOLUTIONS,
     bucket_for_aspect,
     buckets,
+    choose_bucket,
     nearest_bucket,
     token_range,
 )
@@ -86,7 +87,7 @@ def test_every_bucket_is_nearest_to_itself(resolution):
         ("16:9", (768, 1344)),
         ("9:16", (1344, 768)),
         ("0.25", (2048, 512)),
-        ("100:1", (512, 2048)),  # beyond the table: its last bucket
+        ("4:1", (512, 2048)),
     ],
 )
 def test_bucket_for_aspect(aspect, size):
@@ -122,6 +123,18 @@ def test_bucket_for_aspect(aspect, size):
 def test_what_is_no_aspect_ratio_is_refused(aspect):
     with pytest.raises(ConfigError, match="is not width:height"):
         bucket_for_aspect(1024, aspect)
+
+
+@pytest.mark.parametrize("aspect", ["4.01:1", "100:1", "0.24", "1:5"])
+def test_shapes_that_no_bucket_comes_near_are_refused(aspect):
+    with pytest.raises(ConfigError, match=f"{aspect}' is not supported; the model draws 1:4 to 4"):
+        bucket_for_aspect(1024, aspect)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4000, 40), (40, 4000), (16, 65)])
+def test_so_are_their_sizes(height, width):
+    with pytest.raises(ConfigError, match="the model draws 1:4 to 4:1"):
+        choose_bucket(1024, None, height, width)
 
 
 @pytest.mark.parametrize(("height", "width"), [(0, 64), (64, 0), (-1, 64)])

@@ -183,12 +183,14 @@ def _tables(shown: Tier, found: list[Tier], limit: int | None) -> list[Any]:
         table.add_column(stage, justify="right")
     for heading in ("peak",) if limit is None else ("peak", "fits"):
         table.add_column(heading, justify="right")
-    table.add_column("gives up", overflow="fold")
     for tier in found:
         fits = [] if limit is None else ["yes" if tier.fits(limit) else "no"]
         stages = [_size(size) for size in tier.forecast.stages.values()]
-        table.add_row(tier.name, *stages, _size(tier.forecast.peak), *fits, tier.gives_up)
-    return [parts, table]
+        table.add_row(tier.name, *stages, _size(tier.forecast.peak), *fits)
+    costs = Table("tier", "gives up")
+    for tier in found:
+        costs.add_row(tier.name, tier.gives_up)
+    return [parts, table, costs]
 
 
 def _why(chosen: Tier, found: list[Tier]) -> str:

@@ -39,7 +39,7 @@ DEFAULT_SEED = 0
 LARGEST_SEED = 2**64 - 1  # of torch.Generator
 LARGEST_DRAWN_SEED = 2**32 - 1  # short enough to read out and type again
 LONGEST_TEXT = 4096  # characters; the longest text any model reads, 300 tokens, has about 1500
-LARGEST_SIDE = 16384  # pixels, of an image that is resized from its bucket
+SMALLEST_SIDE, LARGEST_SIDE = 16, 16384  # pixels, of an image that is resized from its bucket
 MOST_IMAGES = 10_000  # of one call, whose images are in memory together
 
 
@@ -249,8 +249,8 @@ def _tensor(name: str, value: Any) -> Any:
     return value
 
 
-def _positive(name: str, value: Any) -> int:
-    return whole_number(name, value, 1, LARGEST_SIDE)
+def _side(name: str, value: Any) -> int:
+    return whole_number(name, value, SMALLEST_SIDE, LARGEST_SIDE)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -265,8 +265,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "force_scheduler": _switch,
     "approximate": _approximation,
     "aspect_ratio": checked_text,
-    "height": _positive,
-    "width": _positive,
+    "height": _side,
+    "width": _side,
     "control_image": _picture,
     "control_latents": _tensor,
     "prompt_embeds": _tensor,

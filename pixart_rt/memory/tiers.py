@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ GIB = 1 << 30
 # cuDNN, and gaps between blocks. An assumption, not yet measured on a GPU.
 RESERVE = 3 * GIB // 4
 UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+MOST_BYTES = 2**60
 MOVED = "a new prompt waits for the text encoder's weights"
 HOST = "a new prompt waits for the CPU"
 INT8_TEXT = "int8 weights of the text encoder"
@@ -111,10 +112,19 @@ def choose(found: list[Tier], limit: int) -> Tier:
     least = min(found, key=lambda tier: tier.forecast.peak)
     need = -(-(least.forecast.peak + RESERVE) * 10 // GIB) / 10  # upwards, to a tenth
     raise CapacityError(
-        f"--vram {limit / GIB:g}G was requested, and nothing fits: the smallest is {least.name} "
+        f"--vram {_amount(limit)} was requested, and nothing fits: the smallest is {least.name} "
         f"with a predicted peak of {least.forecast.peak / GIB:.2f} GiB and {RESERVE / GIB:.2f} GiB "
         f"for CUDA itself; give --vram {need:g}G, or ask for a smaller --batch or resolution"
     )
+
+
+def _amount(size: int) -> str:
+    """Bytes as `parse_bytes` reads them, in the largest unit that leaves a number of 1 or more."""
+    unit, shift = max(
+        ((unit, shift) for unit, shift in UNITS.items() if size >= 2**shift),
+        key=lambda each: each[1], default=("", 0),
+    )  # fmt: skip
+    return f"{size / 2**shift:g}{unit}"
 
 
 def fit_engine(model: str, config: EngineConfig, limit: int) -> Tier:
@@ -164,8 +174,8 @@ def parse_bytes(text: str) -> int:
     unit = digits[-1:] if digits[-1:].isalpha() else ""
     try:
         count = Decimal(digits.removesuffix(unit)) * 2 ** (UNITS[unit] if unit else 0)
-        if count.is_finite() and count >= 1:
+        if count.is_finite() and 1 <= count <= MOST_BYTES:
             return int(count)
-    except (InvalidOperation, KeyError):
+    except (InvalidOperation, Overflow, KeyError):
         pass
     raise ConfigError(f"--vram {text!r} is no amount of memory; write it as 8G or 8192M")

@@ -39,7 +39,7 @@ def test_settings_are_compared(run: Callable[..., Any], bundle_256: Path, tmp_pa
     out = tmp_path / "out.json"
     outcome = run(
         "fidelity", bundle_256, "--prompts", prompts, "--steps", 4, "--step-cache", 0,
-        "--step-cache", 100, "--guidance-stop", 0.5, "--fewer-steps", 3,
+        "--step-cache", 1, "--guidance-stop", 0.5, "--fewer-steps", 3,
         "--student", f"{bundle_256}:dmd:1", "--seed", 7, "--json", out,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
@@ -47,11 +47,11 @@ def test_settings_are_compared(run: Callable[..., Any], bundle_256: Path, tmp_pa
     assert document["bundle"] == Manifest.read(bundle_256).key
     assert document["exact"]["steps"] == 4 and document["backend"] == "onnxruntime"
     results = {each["setting"]: each for each in document["results"]}
-    names = ["step-cache 0", "step-cache 100", "guidance-stop 0.5", "3 steps",
+    names = ["step-cache 0", "step-cache 1", "guidance-stop 0.5", "3 steps",
              f"{bundle_256.name} dmd 1"]  # fmt: skip
     assert list(results) == names
     assert all(name in outcome.out for name in names)
-    nothing, all_but_two = results["step-cache 0"], results["step-cache 100"]
+    nothing, all_but_two = results["step-cache 0"], results["step-cache 1"]
     assert nothing["psnr_db"] is None and nothing["ssim"] == 1
     assert nothing["mean_skipped_steps"] == 0 and all_but_two["mean_skipped_steps"] == 2
     images = all_but_two["images"]

@@ -172,7 +172,7 @@ def test_an_approximate_image_says_so(
     run: Callable[..., Any], bundle_256: Path, tmp_path: Path
 ) -> None:
     outcome = run("generate", PROMPT, "--bundle", bundle_256, "-o", tmp_path / "o.png", "--steps",
-                  6, "--step-cache", 100, "--guidance-stop", 0.5, "--json")  # fmt: skip
+                  6, "--step-cache", 1, "--guidance-stop", 0.5, "--json")  # fmt: skip
     assert outcome.code == 0, outcome.err
     facts = read_metadata(tmp_path / "o.png")
     assert facts["approximate"] == "step-cache 100"

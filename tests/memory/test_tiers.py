@@ -127,7 +127,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "8X", "-8G", "0", "nan", "infG", "8 8G"])
+@pytest.mark.parametrize("text", ["", "G", "8X", "-8G", "0", "nan", "infG", "8 8G", "1e9999999G"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="write it as 8G"):
         parse_bytes(text)

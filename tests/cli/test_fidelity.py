@@ -51,13 +51,15 @@ def test_settings_are_compared(run: Callable[..., Any], bundle_256: Path, tmp_pa
              f"{bundle_256.name} dmd 1"]  # fmt: skip
     assert list(results) == names
     assert all(name in outcome.out for name in names)
-    nothing, all_but_two = results["step-cache 0"], results["step-cache 1"]
+    nothing, reused = results["step-cache 0"], results["step-cache 1"]
     assert nothing["psnr_db"] is None and nothing["ssim"] == 1
-    assert nothing["mean_skipped_steps"] == 0 and all_but_two["mean_skipped_steps"] == 2
-    images = all_but_two["images"]
+    assert nothing["mean_skipped_steps"] == 0 and reused["mean_skipped_steps"] > 0
+    images = reused["images"]
+    skipped = [len(image["skipped_steps"]) for image in images]
+    assert reused["mean_skipped_steps"] == sum(skipped) / len(skipped)
     assert [image["prompt"] for image in images] == ["a red circle", "two green triangles"]
     assert [image["seed"] for image in images] == [7, 8]
-    assert images[0]["skipped_steps"] == [1, 2]
+    assert set(images[0]["skipped_steps"]) <= {1, 2}, "neither the first nor the last"
     assert results["guidance-stop 0.5"]["unguided_steps"] == 2
     for name in names[1:]:
         assert results[name]["psnr_db"] is not None and results[name]["ssim"] < 1

@@ -30,12 +30,16 @@ PROMPT = "a red circle above a blue square"
         (["--aspect", "1e10000000:1"], "width:height"),
         (["--height", 64], "--height and --width go together"),
         (["--steps", 0], "--steps must be between 1 and"),
-        (["--guidance", -1], "--guidance must be a finite number >= 0"),
+        (["--guidance", -1], "--guidance must be from 0 to 100, got -1.0"),
         (["--guidance", "nan"], "--guidance must be a finite number"),
         (["--guidance", 3, "--scheduler", "lcm"], "distilled into the model"),
         (["--seed", -1], "--seed must be at least 0, got -1"),
         (["--negative", "x" * 5000], "--negative has 5000 characters"),
-        (["--step-cache", -1], "a number >= 0"),
+        (["--step-cache", -1], "its threshold is from 0 to 1"),
+        (["--step-cache", 99], "its threshold is from 0 to 1"),
+        (["--guidance", 1000], "--guidance must be from 0 to 100, got 1000"),
+        (["--aspect", "10:1"], "the model draws 1:4 to 4:1"),
+        (["--height", 1, "--width", 1], "--height must be at least 16"),
         (["--step-cache", 0.1, "--first-block-cache", 0.1], "choose one"),
         (["--guidance-stop", 1.5], "--guidance-stop must be"),
         (["--scheduler", "dmd", "--steps", 2], "must be 1 with dmd"),
@@ -175,8 +179,9 @@ def test_an_approximate_image_says_so(
                   6, "--step-cache", 1, "--guidance-stop", 0.5, "--json")  # fmt: skip
     assert outcome.code == 0, outcome.err
     facts = read_metadata(tmp_path / "o.png")
-    assert facts["approximate"] == "step-cache 100"
-    assert facts["skipped_steps"] == "1 2 4", "not the first, the last, and where guidance ends"
+    assert facts["approximate"] == "step-cache 1"
+    skipped = set(facts["skipped_steps"].split())
+    assert skipped and skipped <= {"1", "2", "4"}, "not the first, the last, where guidance ends"
     assert facts["guidance_stop"] == "0.5"
     [image] = json.loads(outcome.out)["images"]
     assert {name: str(value) for name, value in image.items()} == facts

@@ -156,7 +156,7 @@ VALIDATE = ("--data", "noise=.", "--validate-with", "tiny", "--validate-every", 
 
 
 @pytest.mark.parametrize("more, says", [
-    (VALIDATE, "asked without --prompts"),
+    (VALIDATE, "requested without --prompts"),
     (("--data", "noise=x", "--prompts", "x"), "without --validate-with and --validate-every"),
     ((*VALIDATE, "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
 ])  # fmt: skip

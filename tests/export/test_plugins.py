@@ -297,7 +297,7 @@ def test_plugins_need_the_transformer() -> None:
 
 def test_plugins_for_a_gpu_that_is_too_old(tmp_path) -> None:
     config = replace(WITH_PLUGINS, targets=("sm75", "sm80"))
-    with pytest.raises(ConfigError, match="asked for sm75, but its kernels need sm80"):
+    with pytest.raises(ConfigError, match="requested for sm75, but its kernels need sm80"):
         build("tiny", tmp_path / "b", config)
 
 

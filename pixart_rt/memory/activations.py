@@ -44,21 +44,21 @@ def upper_bound(
 
     transformer     at the end of a block: stream, norms and cross-attention 6·D·s, the MLP's hidden
                     state 4·D·s, and for the reference operators 3·D of float32, which fused kernels
-                    do not need; a ControlNet's copies leave the stream and their input next to it
+                    do not need; a ControlNet's copies leave the stream, their input and what they add
     text encoder    the scores five times (position bias, mask, product, softmax and its copy),
                     stream and norms 3·E in float32, query, key, value and output 4·I·s, the MLP 3·F
     VAE decoder     in the first block at full resolution, of C channels: its input of P channels,
-                    normed and activated, or the input with three tensors of C and the shortcut
+                    normed and activated, or the input with four tensors of C
     """
     s = SIZE[precision]
     if component == "vae_decoder":
         channels = config.get("block_out_channels", (64,))
         first, before = channels[0], channels[min(1, len(channels) - 1)]
-        most = max(3 * before, before + (3 + (before != first)) * first)
+        most = max(3 * before, before + 4 * first)
         return size * 4 ** (len(channels) - 1) * most * s
     if component == "transformer":
         model, control = transformer_configs(config)
-        D, streams = model.hidden_size, 10 if control is None else 12
+        D, streams = model.hidden_size, 10 if control is None else 14
         return size * D * (streams * s + 12) + _widened(4 * D * D, s, weights)
     t5 = T5Config(**config)
     wide = 4 if precision is Precision.FP16 else s  # the MLP's last linear stays float32

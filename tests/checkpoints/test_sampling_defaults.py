@@ -60,7 +60,7 @@ def test_what_tells_distilled_weights(folder: Callable[..., Path]) -> None:
     ("index", "says"),
     [
         ({"_pixart_rt_guidance_scale": "3"}, "guidance_scale must be a number, got '3'"),
-        ({"_pixart_rt_guidance_scale": -1}, "finite number >= 0"),
+        ({"_pixart_rt_guidance_scale": -1}, "from 0 to 100"),
         ({"_pixart_rt_num_inference_steps": 2.5}, "num_inference_steps must be a number"),
         ({"_pixart_rt_num_inference_steps": 2000}, "between 1 and 999"),
         ({"_pixart_rt_scheduler": "euler"}, "'euler' is not a valid Scheduler"),

@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, hollow_bundle: Path) -> list[dict[str
         (["--components", ","], "transformer"),
         (["--text-encoder", "clip"], "neither engine nor torch"),
         (["--max-batch", 0], "max_batch"),
-        (["--max-memory", 0], "more than 0"),
+        (["--max-memory", 0], "give GiB above 0"),
         (["--controlnet", "hed", "--vram", "8G"], "whose memory is not predicted"),
         (["--target", "sm80", "--backend", "onnxruntime"], "--target sm80"),
         (["--plugins", "--backend", "onnxruntime"], "plugins were requested with backend"),

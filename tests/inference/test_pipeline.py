@@ -286,7 +286,10 @@ def test_interrupt_stops_before_the_next_step(pipe: PixArtPipeline) -> None:
         ({"num_inference_steps": 1000}, "between 1 and 999"),
         ({"seed": [1, 2]}, "2 seeds were given for 1 images"),
         ({"scheduler": "lcm", "guidance_scale": 4.5}, "distilled"),
-        ({"scheduler": "dmd", "guidance_scale": 2, "num_inference_steps": 1}, "not supported with dmd"),
+        (
+            {"scheduler": "dmd", "guidance_scale": 2, "num_inference_steps": 1},
+            "not supported with dmd",
+        ),
         ({"scheduler": "dmd", "num_inference_steps": 20}, "must be 1 with dmd, got 20"),
         ({"prompt": []}, "empty"),
         ({"output_type": "gif"}, "output_type"),

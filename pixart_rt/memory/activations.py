@@ -44,7 +44,7 @@ def upper_bound(
 
     transformer     at the end of a block: stream, norms and cross-attention 6·D·s, the MLP's hidden
                     state 4·D·s, and for the reference operators 3·D of float32, which fused kernels
-                    do not need; a ControlNet's copies leave the stream, their input and what they add
+                    do not need; a ControlNet's copies leave the stream, their input and additions
     text encoder    the scores five times (position bias, mask, product, softmax and its copy),
                     stream and norms 3·E in float32, query, key, value and output 4·I·s, the MLP 3·F
     VAE decoder     in the first block at full resolution, of C channels: its input of P channels,

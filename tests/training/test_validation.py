@@ -61,6 +61,9 @@ def tiny():
     return load_transformer(read_transformer(TINY / "transformer_256"), torch.float32).train()
 
 
+EXPLICIT = {"guidance_scale": SamplingConfig().guidance_scale}  # tiny's bundle has its own
+
+
 def settings(steps=3, **changes):
     sampling = changes.pop("sampling", SamplingConfig(num_inference_steps=steps))
     return ValidationSettings(**{"prompts": PROMPTS, "seed": 7, "sampling": sampling, **changes})
@@ -88,7 +91,7 @@ def settings(steps=3, **changes):
 def test_images_are_the_pipelines(bundle, tiny, changes, call):
     pipe = PixArtPipeline.from_bundle(bundle)
     expected = pipe(
-        list(PROMPTS), seed=7, output_type="pt", **{"num_inference_steps": 3, **call}
+        list(PROMPTS), seed=7, output_type="pt", **{**EXPLICIT, "num_inference_steps": 3, **call}
     ).images
     actual = Validation("tiny", tiny.config, settings(**changes), CPU).images(tiny)
     assert actual.shape == expected.shape
@@ -99,7 +102,7 @@ def test_images_are_the_pipelines(bundle, tiny, changes, call):
 
 def test_the_grid_is_of_these_images(bundle, tiny, tmp_path):
     pipe = PixArtPipeline.from_bundle(bundle)
-    images = pipe(list(PROMPTS), seed=7, num_inference_steps=3).images
+    images = pipe(list(PROMPTS), seed=7, num_inference_steps=3, **EXPLICIT).images
     expected = np.asarray(contact_sheet(images, PROMPTS, columns=1), np.int16)
     validation = Validation("tiny", tiny.config, settings(columns=1), CPU)
     path = validation(tiny, tmp_path, 1200)
@@ -120,7 +123,9 @@ def test_every_convention_of_the_null(bundle, tiny, convention):
     config = replace(tiny.config, cfg_null=convention)
     pipe = PixArtPipeline.from_bundle(bundle)
     pipe.request_text.config, pipe.request_text._y_embedding = config, y_embedding
-    expected = pipe([PROMPTS[0]], seed=7, num_inference_steps=2, output_type="pt").images
+    expected = pipe(
+        [PROMPTS[0]], seed=7, num_inference_steps=2, output_type="pt", **EXPLICIT
+    ).images
     asked = settings(2, prompts=PROMPTS[:1])
     actual = Validation("tiny", config, asked, CPU, y_embedding=y_embedding).images(tiny)
     torch.testing.assert_close(actual, expected.float(), rtol=0, atol=TOLERANCE)

@@ -121,8 +121,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         scale = self.interpolation_scale
-        if isinstance(scale, int | float) and not 0 < scale < math.inf:
-            raise ConfigError(f"interpolation_scale must be > 0, got {scale}")
+        if isinstance(scale, float) and not math.isfinite(scale):  # which is no number of a file
+            raise ConfigError(f"interpolation_scale must be > 0 and finite, got {scale}")
         check_types(self)  # TypeError, as for any call with wrong types; readers say which file
         for name, most in _MOST.items():
             value = getattr(self, name)
@@ -145,6 +145,8 @@ class ModelConfig:
                 f"micro-conditioning splits the width in three, but {self.hidden_size} = "
                 f"{self.num_heads} heads x {self.head_dim} does not divide; change the heads"
             )
+        if scale <= 0:
+            raise ConfigError(f"interpolation_scale must be > 0, got {scale}")
 
     @property
     def hidden_size(self) -> int:

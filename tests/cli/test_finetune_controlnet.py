@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_refused(
     outcome = run(*words, "--res", 256, "--copies", 8)
     assert outcome.code == 2 and "which has place for 7" in outcome.error
     outcome = run(*words[:2], stores[0], tmp_path / "nothing", *words[4:], "--res", 256)
-    assert outcome.code == 1 and "no feature store" in outcome.error
+    assert outcome.code == 1 and "is no folder; give one that holds the store" in outcome.error
     pictures = (*words[:2], tmp_path / "images", *words[4:], "--res", 256)
     for given, reason in (
         ((*words[:3], *words[4:]), "give the store of what"),
